@@ -1,0 +1,33 @@
+# Every target uses the `python` on PATH: activate the environment first.
+.PHONY: help install check lint format types test test-slow wheel clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install:  ## the package, editable, with what development needs
+	python -m pip install -e ".[dev]"
+
+check: lint types test  ## what CI runs on every change
+
+lint:  ## ruff: rules and format
+	python -m ruff check .
+	python -m ruff format --check .
+
+format:  ## mend what ruff can mend
+	python -m ruff check --fix .
+	python -m ruff format .
+
+types:  ## basedpyright
+	python -m basedpyright
+
+test:  ## the fast tests: no GPU, no network, under three minutes
+	python -m pytest -m 'not slow and not gpu'
+
+test-slow:  ## the rest of the tests that need no GPU
+	python -m pytest -m 'slow and not gpu'
+
+wheel:  ## build dist/*.whl
+	python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis

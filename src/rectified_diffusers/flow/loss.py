@@ -1,0 +1,75 @@
+"""Losses with one value per example, `(B,)`, in float32 or wider; the caller takes the mean or weighs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+LossKind = Literal["l2", "pseudo_huber"]
+LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
+
+
+def velocity_loss(predicted: Tensor, velocity: Tensor, kind: LossKind = "l2") -> Tensor:
+    """Compare velocities: with l2 and x_t on the straight path, the objective of Eq. (1) of arXiv:2209.03003.
+
+    l2 is the mean over the dimensions of one example, pseudo_huber see there: it grows with the norm, not with the
+    mean, so the two differ in scale.
+    """
+    return _loss(_error(predicted, velocity), kind)
+
+
+def endpoint_loss(predicted_data: Tensor, data: Tensor, kind: LossKind = "l2") -> Tensor:
+    """Compare an estimate of the data, data_hat = x_t + (1 - t) * velocity, with the data: distillation's loss.
+
+    On the straight path it is (1 - t)^2 times `velocity_loss` in l2, so at t = 0, where distillation trains, the two
+    are one.
+    """
+    return _loss(_error(predicted_data, data), kind)
+
+
+def pseudo_huber(error: Tensor) -> Tensor:
+    """Return sqrt(||error||^2 + c^2) - c, c = 0.00054 * d, per example of d dimensions (arXiv:2405.20320)."""
+    c = 0.00054 * error[0].numel()
+    squared = error.square().flatten(1).sum(1)
+    return squared / ((squared + c * c).sqrt() + c)  # the same number without cancellation at small errors
+
+
+def perceptual_loss(predicted_images: Tensor, images: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Compare decoded images `(B, 3, H, W)` in [-1, 1] by a network such as `lpips.LPIPS(net="alex")`.
+
+    Args:
+        network: maps the two batches to B distances, of shape `(B,)` or `(B, 1, 1, 1)`.
+    """
+    _check_same_shape(predicted_images, images)
+    distance = network(predicted_images, images)
+    if distance.numel() != len(images):
+        raise ValueError(
+            f"Expected one distance for each of {len(images)} examples, got shape {tuple(distance.shape)}. "
+            "Switch off the network's own reduction and spatial maps."
+        )
+    return distance.reshape(len(images))
+
+
+def _error(predicted: Tensor, target: Tensor) -> Tensor:
+    _check_same_shape(predicted, target)
+    dtype = torch.promote_types(torch.promote_types(predicted.dtype, target.dtype), torch.float32)
+    return predicted.to(dtype) - target.to(dtype)
+
+
+def _loss(error: Tensor, kind: LossKind) -> Tensor:
+    if kind == "l2":
+        return error.square().flatten(1).mean(1)
+    if kind == "pseudo_huber":
+        return pseudo_huber(error)
+    raise ValueError(f"Expected a kind of loss out of {', '.join(LOSS_KINDS)}, got {kind!r}.")
+
+
+def _check_same_shape(predicted: Tensor, target: Tensor) -> None:
+    if predicted.shape != target.shape:
+        raise ValueError(
+            f"Expected prediction and target of one shape, got {tuple(predicted.shape)} and {tuple(target.shape)}. "
+            "Nothing is broadcast here: a loss of broadcast tensors trains towards the wrong thing."
+        )

@@ -1,0 +1,92 @@
+"""Fixed-step solvers of dx/dt = velocity(x, t), from noise to data or back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""Maps x `(B, ...)` and t `(B,)` to dx/dt, of the shape of x."""
+
+_Step = Callable[[Velocity, Tensor, float, float, float], Tensor]
+
+
+def euler(
+    velocity: Velocity,
+    x: Tensor,
+    steps: int,
+    start: float = 0.0,
+    end: float = 1.0,
+    *,
+    return_trajectory: bool = False,
+) -> Tensor:
+    """Integrate by x <- x + dt * v(x, t): first order, `steps` evaluations.
+
+    dt = (end - start) / steps, on a uniform grid. start > end goes backwards: from data to its noise (inversion).
+
+    Args:
+        velocity: called with t `(B,)` in float32, or in float64 if x is. What it returns is cast to the dtype of x.
+        x: the state at `start`, `(B, ...)`; its dtype is kept.
+        return_trajectory: return all states `(steps + 1, B, ...)`, from the first to the last, not the last alone.
+    """
+    return _integrate(_euler_step, velocity, x, steps, start, end, return_trajectory)
+
+
+def heun(
+    velocity: Velocity,
+    x: Tensor,
+    steps: int,
+    start: float = 0.0,
+    end: float = 1.0,
+    *,
+    return_trajectory: bool = False,
+) -> Tensor:
+    """Integrate by x <- x + dt * (v(x, t) + v(x + dt * v(x, t), t + dt)) / 2: second order, 2 * `steps` evaluations.
+
+    Arguments as for `euler`. The last evaluation is at `end` itself, so the velocity must be finite there.
+    """
+    return _integrate(_heun_step, velocity, x, steps, start, end, return_trajectory)
+
+
+def _euler_step(velocity: Velocity, x: Tensor, t: float, next_t: float, dt: float) -> Tensor:
+    return x + dt * _evaluate(velocity, x, t)
+
+
+def _heun_step(velocity: Velocity, x: Tensor, t: float, next_t: float, dt: float) -> Tensor:
+    first = _evaluate(velocity, x, t)
+    second = _evaluate(velocity, x + dt * first, next_t)
+    return x + dt / 2 * (first + second)
+
+
+def _evaluate(velocity: Velocity, x: Tensor, t: float) -> Tensor:
+    times = torch.full(x.shape[:1], t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+    value = velocity(x, times)
+    if value.shape != x.shape:
+        raise ValueError(
+            f"Expected a velocity of the shape of x, {tuple(x.shape)}, got {tuple(value.shape)}. "
+            "Return the tensor itself: of a diffusers model, its `.sample`."
+        )
+    return value.to(x.dtype)
+
+
+def _integrate(
+    step: _Step, velocity: Velocity, x: Tensor, steps: int, start: float, end: float, return_trajectory: bool
+) -> Tensor:
+    if steps < 1:
+        raise ValueError(f"Expected steps >= 1, got {steps}.")
+    if not (0 <= start <= 1 and 0 <= end <= 1):
+        raise ValueError(
+            f"Expected start and end in [0, 1], got {start} and {end}. "
+            "They are flow times, 0 is noise and 1 is data; for a diffusion timestep, t = 1 - timestep / 1000."
+        )
+    dt = (end - start) / steps
+    grid = [start + i * dt for i in range(steps)] + [end]  # ends on `end` itself, not beyond it by rounding
+    states = [x]
+    for t, next_t in pairwise(grid):
+        x = step(velocity, x, t, next_t, dt)
+        if return_trajectory:
+            states.append(x)
+    return torch.stack(states) if return_trajectory else x

@@ -1,0 +1,125 @@
+"""Densities of the training time t (0 is noise, 1 is data)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class TimeDensity(ABC):
+    """A distribution on [0, 1]. `sample` uses no other randomness than its generator's."""
+
+    @abstractmethod
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw `(count,)` times in [0, 1], float32, on the generator's device."""
+
+    def density(self, t: Tensor) -> Tensor:
+        """Evaluate the probability density at t, any shape; zero outside [0, 1]."""
+        raise ValueError(
+            f"{self!r} has no density: its probability sits on single points. "
+            "To weight by the density, use Uniform, LogitNormal or UShaped."
+        )
+
+
+@dataclass(frozen=True)
+class Uniform(TimeDensity):
+    """p(t) = 1: InstaFlow's reflow (arXiv:2309.06380)."""
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        return _uniform(count, generator).float()
+
+    def density(self, t: Tensor) -> Tensor:
+        return ((t >= 0) & (t <= 1)).to(t.dtype)
+
+
+@dataclass(frozen=True)
+class LogitNormal(TimeDensity):
+    """log(t / (1 - t)) ~ N(mean, std^2), the density of Stable Diffusion 3 (arXiv:2403.03206).
+
+    p(t) = exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t)).
+
+    Args:
+        mean: above 0 leans towards data. That paper's time runs the other way: its mean m is mean = -m here.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
+            raise ValueError(f"Expected a finite mean and a finite std > 0, got mean={self.mean}, std={self.std}.")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        normal = torch.randn(count, generator=generator, device=generator.device)
+        return torch.sigmoid(self.mean + self.std * normal)
+
+    def density(self, t: Tensor) -> Tensor:
+        inside = (t > 0) & (t < 1)  # at the ends the limit is zero
+        t = torch.where(inside, t, 0.5)
+        deviation = (torch.logit(t) - self.mean) / self.std
+        density = torch.exp(-0.5 * deviation.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
+        return torch.where(inside, density, 0.0)
+
+
+@dataclass(frozen=True)
+class UShaped(TimeDensity):
+    """p(t) ~ exp(a t) + exp(a (1 - t)): most weight on both ends (2-RF++, arXiv:2405.20320).
+
+    Often quoted as exp(a t) + exp(-a t), which on [0, 1] only rises; the authors' code draws from the symmetric form
+    used here. Normalised, p(t) = a cosh(a (t - 1/2)) / (2 sinh(a / 2)).
+
+    Args:
+        a: in (0, 100]; 4 in the paper, where p(0) / p(1/2) = cosh(2) = 3.8. Towards 0 it becomes uniform.
+    """
+
+    a: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.a <= 100:
+            raise ValueError(f"Expected a in (0, 100], got {self.a}. For equal weight everywhere use Uniform().")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        # The inverse of the distribution function F(t) = 1/2 + sinh(a (t - 1/2)) / (2 sinh(a / 2)).
+        centred = 2 * _uniform(count, generator) - 1
+        return (0.5 + torch.asinh(centred * math.sinh(self.a / 2)) / self.a).float().clamp(0, 1)
+
+    def density(self, t: Tensor) -> Tensor:
+        density = self.a * torch.cosh(self.a * (t.clamp(0, 1) - 0.5)) / (2 * math.sinh(self.a / 2))
+        return torch.where((t >= 0) & (t <= 1), density, 0.0)
+
+
+@dataclass(frozen=True)
+class FixedTime(TimeDensity):
+    """Always the same t. Distillation to one step trains at t = 0 alone."""
+
+    t: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"Expected t in [0, 1], got {self.t}. For a diffusion timestep, t = 1 - timestep / 1000.")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        return torch.full((count,), self.t, dtype=torch.float32, device=generator.device)
+
+
+@dataclass(frozen=True)
+class Grid(TimeDensity):
+    """Each of 0, 1/steps, ..., (steps - 1)/steps equally often: the times at which Euler with `steps` steps asks."""
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Expected steps >= 1, got {self.steps}.")
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        index = torch.randint(self.steps, (count,), generator=generator, device=generator.device)
+        return (index.double() / self.steps).float()
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)

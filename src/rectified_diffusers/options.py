@@ -1,0 +1,129 @@
+"""Options as fields of a dataclass, and the command line made from them.
+
+An option is written once: name, type and default are the dataclass field, its help is the text given to `option`, its
+checks are in `__post_init__`. This module turns such a class into arguments of a command and parsed arguments into an
+instance. It imports nothing but the standard library, so that `--help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+_METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+def option(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+    """Declare a dataclass field that is also a command-line option.
+
+    Args:
+        default: `dataclasses.MISSING` for an option that must be given.
+        help: the only text about the option, a sentence; the default is added to it where it is shown.
+        choices: the values allowed on the command line, where a `Literal` cannot list them.
+    """
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one `--argument` per field of `config_class` to the parser.
+
+    `Literal` fields become choices, `bool` a pair `--x / --no-x`, `tuple[X, ...]` a list, and `X | None` also takes
+    the word `none`. What is not given is absent from the namespace: defaults live in the dataclass alone.
+    """
+    types_of = get_type_hints(config_class)
+    for field in _fields(config_class):
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            required=field.default is MISSING,
+            help=_help(field),
+            **_argument(config_class, field, types_of[field.name]),
+        )
+
+
+def options_from(namespace: argparse.Namespace, config_class: type[Config]) -> Config:
+    """Make the config from what `add_options` parsed; its `__post_init__` checks the values."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    return config_class(**{field.name: given[field.name] for field in _fields(config_class) if field.name in given})
+
+
+def _fields(config_class: type) -> list[dataclasses.Field]:
+    """Return the fields that can be set, each of which has a help text."""
+    fields = [field for field in dataclasses.fields(config_class) if field.init]
+    bare = [field.name for field in fields if "help" not in field.metadata]
+    if bare:
+        raise TypeError(
+            f"{config_class.__name__}.{bare[0]} has no help text; declare it as option(default, help), "
+            "or with init=False if it is no option."
+        )
+    return fields
+
+
+def _help(field: dataclasses.Field) -> str:
+    """Return the field's text with its default, escaped for argparse, which fills in `%(...)s`."""
+    note = "required" if field.default is MISSING else f"default: {_shown(field.default)}"
+    return f"{field.metadata['help']} ({note})".replace("%", "%%")
+
+
+def _shown(default: Any) -> str:
+    """Return a default as one would type it."""
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return "yes" if default else "no"
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return str(default) or "empty"
+
+
+def _argument(config_class: type, field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """Return the arguments of `add_argument` that follow from the field's type."""
+    base, optional = _without_none(hint)
+    choices = field.metadata.get("choices")
+    many = get_origin(base) is tuple and get_args(base)[1:] == (Ellipsis,)
+    if many:
+        base = get_args(base)[0]
+    if get_origin(base) is Literal:
+        choices = get_args(base)
+        base = type(choices[0])
+    if base is bool and not many and not optional:
+        return {"action": argparse.BooleanOptionalAction}
+    if base not in _METAVARS:
+        raise TypeError(
+            f"{config_class.__name__}.{field.name} is {hint}, which has no form on the command line; use int, float, "
+            "str, bool, Path, a Literal, a tuple[X, ...] of one of them, or X | None."
+        )
+    argument: dict[str, Any] = {"type": _optional(base) if optional else base, "metavar": _METAVARS[base]}
+    if choices is not None:
+        argument["choices"] = [*choices, None] if optional else list(choices)
+        argument["metavar"] = "{" + ",".join(map(str, choices)) + "}"
+    if many:
+        argument["nargs"] = "*"
+    return argument
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """Split `X | None` into X and True; any other type comes back with False."""
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    rest = [part for part in get_args(hint) if part is not type(None)]
+    return (rest[0], True) if len(rest) == 1 else (hint, False)
+
+
+def _optional(base: type) -> Callable[[str], Any]:
+    """Return a parser of `base` that reads the word `none` as None."""
+
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else base(text)
+
+    parse.__name__ = base.__name__  # argparse names it in "invalid int value"
+    return parse

@@ -1,0 +1,34 @@
+"""Settings that every test shares: one thread, no network, one hypothesis profile."""
+
+import os
+
+# Before torch and huggingface_hub are imported: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("rectified_diffusers", deadline=None, derandomize=True)
+settings.load_profile("rectified_diffusers")
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_pipeline() -> Callable[..., Any]:
+    """Give `make_tiny_pipeline(kind="flow" | "diffusion")`; each call builds a new pipeline with the same weights."""
+    from tests.tiny import make_tiny_pipeline
+
+    return make_tiny_pipeline
+
+
+@pytest.fixture(autouse=True)
+def _random_state() -> None:
+    """Start every test from the same global random state, so that their order cannot matter."""
+    torch.manual_seed(0)

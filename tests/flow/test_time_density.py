@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rectified_diffusers.flow import FixedTime, Grid, LogitNormal, TimeDensity, Uniform, UShaped
+
+COUNT = 20_000
+CONTINUOUS = (
+    Uniform(),
+    LogitNormal(),
+    LogitNormal(mean=-0.8, std=0.5),
+    LogitNormal(mean=1.0, std=1.7),
+    UShaped(),
+    UShaped(a=0.01),
+    UShaped(a=30.0),
+)
+DISCRETE = (FixedTime(), FixedTime(0.3), FixedTime(1.0), Grid(1), Grid(7))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def distribution_function(density: TimeDensity, cells: int = 20_000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integrate the density by the midpoint rule; returns the edges of the cells and F at them."""
+    edges = torch.linspace(0, 1, cells + 1, dtype=torch.float64)
+    mass = density.density((edges[1:] + edges[:-1]) / 2) / cells
+    return edges, torch.cat([torch.zeros(1, dtype=torch.float64), mass.cumsum(0)])
+
+
+@pytest.mark.parametrize("density", CONTINUOUS, ids=repr)
+def test_density_integrates_to_one(density: TimeDensity) -> None:
+    _, function = distribution_function(density)
+    assert function[-1].item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("density", CONTINUOUS, ids=repr)
+def test_samples_follow_the_density(density: TimeDensity) -> None:
+    """Kolmogorov-Smirnov: sqrt(n) * max|F_n - F| is above 1.95 once in a thousand seeds; this seed is fixed."""
+    edges, function = distribution_function(density)
+    samples = density.sample(COUNT, generator()).double().sort().values
+    cell = (samples * (len(edges) - 1)).floor().long().clamp(0, len(edges) - 2)
+    within = samples * (len(edges) - 1) - cell
+    expected = function[cell] + within * (function[cell + 1] - function[cell])
+    ranks = torch.arange(COUNT + 1, dtype=torch.float64) / COUNT
+    distance = torch.maximum((ranks[1:] - expected).abs(), (ranks[:-1] - expected).abs()).max()
+    assert distance * math.sqrt(COUNT) < 1.95
+
+
+@pytest.mark.parametrize("density", CONTINUOUS, ids=repr)
+def test_moments_follow_the_density(density: TimeDensity) -> None:
+    edges, function = distribution_function(density)
+    middle, mass = (edges[1:] + edges[:-1]) / 2, function.diff()
+    samples = density.sample(COUNT, generator()).double()
+    for power in (1, 2):
+        mean = (mass * middle**power).sum()
+        deviation = ((mass * middle ** (2 * power)).sum() - mean**2).sqrt()
+        assert abs(samples.pow(power).mean() - mean) < 4 * deviation / math.sqrt(COUNT)
+
+
+def test_logit_of_logit_normal_is_normal() -> None:
+    logits = torch.logit(LogitNormal(mean=-0.8, std=0.5).sample(COUNT, generator()))
+    assert logits.mean().item() == pytest.approx(-0.8, abs=0.015)
+    assert logits.std().item() == pytest.approx(0.5, abs=0.015)
+
+
+def test_positive_mean_of_logit_normal_leans_towards_data() -> None:
+    assert LogitNormal(mean=1.0).sample(COUNT, generator()).mean() > 0.6
+
+
+def test_u_shape_closed_forms() -> None:
+    density = UShaped(a=4.0)
+    t = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
+    found = density.density(t)
+    torch.testing.assert_close(found, found.flip(0))
+    torch.testing.assert_close(found / found[0], ((4 * t).exp() + (4 - 4 * t).exp()) / (1 + math.exp(4)))
+    # Variance of t: 1/4 - coth(a/2)/a + 2/a^2, by parts.
+    variance = 1 / 4 - 1 / (4 * math.tanh(2)) + 2 / 16
+    assert density.sample(COUNT, generator()).var().item() == pytest.approx(variance, rel=0.02)
+
+
+@pytest.mark.parametrize("density", CONTINUOUS, ids=repr)
+def test_density_outside_the_unit_interval_is_zero(density: TimeDensity) -> None:
+    assert (density.density(torch.tensor([-0.5, -1e-6, 1.5])) == 0).all()
+    inside = density.density(torch.tensor([[0.0, 0.5], [0.2, 1.0]]))
+    assert inside.shape == (2, 2)
+    assert inside.isfinite().all()
+
+
+def test_fixed_time() -> None:
+    assert FixedTime().sample(3, generator()).tolist() == [0, 0, 0]
+    assert FixedTime(0.25).sample(2, generator()).tolist() == [0.25, 0.25]
+
+
+def test_grid_visits_the_times_of_euler_equally() -> None:
+    samples = Grid(7).sample(COUNT, generator())
+    values, counts = samples.unique(return_counts=True)
+    assert torch.equal(values, (torch.arange(7, dtype=torch.float64) / 7).float())
+    expected = COUNT / 7
+    assert ((counts - expected).square() / expected).sum() < 22.5  # chi-squared, 6 degrees, once in a thousand
+
+
+@pytest.mark.parametrize("density", CONTINUOUS + DISCRETE, ids=repr)
+def test_samples_depend_on_their_generator_alone(density: TimeDensity) -> None:
+    torch.manual_seed(1)
+    first = density.sample(8, generator(5))
+    torch.manual_seed(2)
+    second = density.sample(8, generator(5))
+    assert first.shape == (8,)
+    assert first.dtype == torch.float32
+    assert torch.equal(first, second)
+    assert ((first >= 0) & (first <= 1)).all()
+
+
+@pytest.mark.parametrize("density", DISCRETE, ids=repr)
+def test_single_points_have_no_density(density: TimeDensity) -> None:
+    with pytest.raises(ValueError, match="has no density"):
+        density.density(torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (math.nan, 1.0), (0.0, math.inf)])
+def test_impossible_logit_normal_is_refused(mean: float, std: float) -> None:
+    with pytest.raises(ValueError, match="finite std > 0"):
+        LogitNormal(mean, std)
+
+
+@pytest.mark.parametrize("a", [0.0, -4.0, 101.0, math.nan])
+def test_impossible_u_shape_is_refused(a: float) -> None:
+    with pytest.raises(ValueError, match=r"Uniform\(\)"):
+        UShaped(a)
+
+
+@pytest.mark.parametrize("t", [-0.1, 999.0, math.nan])
+def test_impossible_fixed_time_is_refused(t: float) -> None:
+    with pytest.raises(ValueError, match="timestep / 1000"):
+        FixedTime(t)
+
+
+def test_empty_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps >= 1"):
+        Grid(0)
