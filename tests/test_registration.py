@@ -1,0 +1,101 @@
+"""Registration: both import orders, on and off, once; each in a process of its own where imports matter."""
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import diffusers
+import pytest
+from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
+
+import rectified_diffusers
+from rectified_diffusers import registration
+
+CHECK_REGISTERED = """
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+import diffusers, rectified_diffusers
+assert diffusers.RectifiedFlowPipeline is rectified_diffusers.RectifiedFlowPipeline
+assert diffusers.RectifiedFlowEulerScheduler is rectified_diffusers.RectifiedFlowEulerScheduler
+assert set(LOADABLE_CLASSES["rectified_diffusers"]) == {"SchedulerMixin", "ModelMixin"}
+assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["rectified-flow"] is rectified_diffusers.RectifiedFlowPipeline
+"""
+
+
+def run(code, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        # The harder case of "before": diffusers is first imported by a module of ours that is not complete then.
+        "from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler",
+        "import diffusers; diffusers.AutoPipelineForText2Image; import rectified_diffusers",
+    ],
+    ids=["before diffusers", "after diffusers"],
+)
+def test_registered_in_either_order(imports):
+    run(imports + CHECK_REGISTERED)
+
+
+def test_switched_off_and_then_asked_for():
+    code = """
+import sys, rectified_diffusers
+finders = list(sys.meta_path)
+import diffusers
+assert not hasattr(diffusers, "RectifiedFlowPipeline")
+assert not any(type(finder).__module__.startswith("rectified_diffusers") for finder in finders)
+rectified_diffusers.register()
+assert "RectifiedFlowPipeline" not in vars(diffusers)  # not imported before somebody asks
+assert diffusers.RectifiedFlowEulerScheduler.__module__ == "rectified_diffusers.schedulers"
+"""
+    run(code, RECTIFIED_DIFFUSERS_REGISTER="0")
+
+
+def test_unknown_setting(monkeypatch):
+    monkeypatch.setenv("RECTIFIED_DIFFUSERS_REGISTER", "no")
+    with pytest.raises(ValueError, match=r"must be 0 \(off\) or 1 \(on, the default\), got 'no'"):
+        registration.register_unless_disabled()
+
+
+def test_registering_again_changes_nothing():
+    def tables():
+        mappings = [dict(mapping) for mapping in auto_pipeline.SUPPORTED_TASKS_MAPPINGS]
+        return type(diffusers), list(sys.meta_path), dict(pipeline_loading_utils.LOADABLE_CLASSES), mappings
+
+    before = tables()
+    rectified_diffusers.register()
+    assert tables() == before
+
+
+def test_it_only_adds():
+    class Diffusers(ModuleType):
+        RectifiedFlowPipeline = "theirs"
+
+        def __getattr__(self, name):
+            if name == "RectifiedFlowEulerScheduler":
+                return "theirs too"
+            raise AttributeError(name)
+
+    module = Diffusers("diffusers")
+    registration._offer_classes(module)
+    assert isinstance(module, Diffusers)
+    assert module.RectifiedFlowPipeline == "theirs"
+    assert module.RectifiedFlowEulerScheduler == "theirs too"
+    with pytest.raises(AttributeError, match="NoSuchClass"):
+        module.NoSuchClass  # noqa: B018
+
+
+def test_a_missing_diffusers_is_still_reported_as_missing():
+    # Python's own answer, not one of ours.
+    hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+    check = "try: import diffusers\nexcept ModuleNotFoundError as error: assert error.name == 'diffusers'"
+    run(f"{hide}import rectified_diffusers\n{check}\nelse: raise AssertionError")
+
+
+def test_every_offered_class_is_public():
+    assert set(rectified_diffusers.__all__) >= registration._CLASSES
