@@ -1,0 +1,1 @@
+"""Triplets (prompt, noise, data) that a teacher made: generating, storing and reading them."""

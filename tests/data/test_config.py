@@ -1,0 +1,42 @@
+"""The checks of `TripletConfig`, and that options cost no import of torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from rectified_diffusers.data.config import TripletConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_triplets", 0, "at least 1, got 0"),
+        ("num_inference_steps", 0, "at least 1"),
+        ("batch_size", -1, "at least 1, got -1"),
+        ("triplets_per_shard", 0, "at least 1"),
+        ("height", 0, "at least 1 pixel"),
+        ("width", -8, "at least 1 pixel"),
+        ("seed", -1, "at least 0"),
+        ("guidance_scale", float("nan"), "finite"),
+        ("guidance_scale", -1.0, "finite number of at least 0"),
+        ("solver", "dpm", "one of 'auto', 'dpm_solver\\+\\+', 'teacher', got 'dpm'"),
+        ("storage_dtype", "fp16", "one of 'float16', 'bfloat16', 'float32', got 'fp16'"),
+    ],
+)
+def test_wrong_values_raise(name, value, match):
+    with pytest.raises(ValueError, match=f"{name} must be.*{match}"):
+        TripletConfig(**{"num_triplets": 1, name: value})
+
+
+def test_the_number_of_triplets_has_no_default():
+    with pytest.raises(TypeError, match="num_triplets"):
+        TripletConfig()  # pyright: ignore[reportCallIssue]
+
+
+def test_options_and_prompts_import_no_torch():
+    code = (
+        "import sys, rectified_diffusers.data.config, rectified_diffusers.data.prompts\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

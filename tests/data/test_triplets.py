@@ -1,0 +1,361 @@
+"""Triplets: exact pairs, the same whatever the batches, the order of work and the kills on the way."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rectified_diffusers.data import triplets as module
+from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.shards import shard_path, write_shard
+from rectified_diffusers.data.teacher import Teacher
+from rectified_diffusers.data.triplets import TripletDataset, Triplets, draw_noise, generate_triplets, verify_triplets
+from tests.tiny import make_tiny_pipeline
+
+PROMPTS = ["a red apple", "", "the café"]
+OPTIONS: dict[str, Any] = {
+    "num_triplets": 10,
+    "triplets_per_shard": 4,
+    "batch_size": 3,
+    "num_inference_steps": 2,
+    "seed": 7,
+}
+
+
+def generate(folder, teacher=None, prompts=PROMPTS, progress=False, **options):
+    teacher = teacher or make_tiny_pipeline("diffusion")
+    return generate_triplets(teacher, prompts, folder, TripletConfig(**{**OPTIONS, **options}), progress=progress)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """Give the files of one uninterrupted run by name."""
+    folder = tmp_path_factory.mktemp("reference")
+    generate(folder)
+    return contents(folder)
+
+
+@pytest.fixture
+def folder(tmp_path, reference):
+    """Give a folder with a finished run, to be damaged."""
+    for name, content in reference.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_files_and_manifest(reference):
+    names = ["manifest.json", *(f"shard-0000{shard}.safetensors" for shard in range(3))]
+    assert sorted(reference) == names
+    manifest = json.loads(reference["manifest.json"])
+    expected = {"num_triplets": 10, "seed": 7, "storage_dtype": "float16", "latent_shape": [4, 8, 8], "num_prompts": 3}
+    assert {key: manifest[key] for key in expected} == expected
+    assert manifest["vae_scaling_factor"] == 0.18215
+    assert "batch_size" not in manifest
+
+
+def test_a_second_run_repeats_the_first_bit_for_bit(tmp_path, reference):
+    generate(tmp_path)
+    assert contents(tmp_path) == reference
+
+
+def test_a_run_makes_only_what_is_missing(folder, reference, monkeypatch):
+    (folder / "shard-00001.safetensors").unlink()
+    (folder / ".shard-00001.safetensors.17.partial").write_bytes(b"torn")
+    written = []
+    monkeypatch.setattr(
+        module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
+    )
+    generate(folder)
+    assert written == ["shard-00001.safetensors"]
+    assert contents(folder) == reference
+
+
+def test_the_batch_size_leaves_the_noise_and_rounds_the_data(tmp_path, folder):
+    ours, other = TripletDataset(folder).rows(range(10)), generate(tmp_path / "other", batch_size=16).rows(range(10))
+    assert torch.equal(ours.noise, other.noise)
+    assert ours.prompts == other.prompts
+    # Data of this untrained teacher goes up to 20; convolutions of other batches round otherwise in float32, and
+    # that may tip the rounding to float16.
+    torch.testing.assert_close(ours.data, other.data, rtol=2**-10, atol=1e-4)
+
+
+def test_a_shorter_run_is_the_beginning_of_a_longer_one(tmp_path, folder):
+    short = generate(tmp_path / "short", num_triplets=6)
+    assert torch.equal(short.rows(range(6)).noise, TripletDataset(folder).rows(range(6)).noise)
+
+
+def test_noise_follows_from_seed_and_shard():
+    shape = (2, 4, 8, 8)
+    draws = [draw_noise(seed, shard, shape) for seed, shard in ((0, 0), (0, 1), (1, 0), (0, 10), (0, 0))]
+    assert torch.equal(draws[0], draws[-1])
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws[:-1]) for b in draws[i + 1 : -1])
+    torch.testing.assert_close(draws[0].flatten()[:2], torch.tensor([0.0703594833, 1.2462025881]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, "float16"), (torch.bfloat16, "float16")], ids=str)
+def test_the_teacher_repeats_the_stored_data_from_the_stored_noise(tmp_path, kind, dtypes):
+    pipeline = make_tiny_pipeline(kind).to(dtypes[0])
+    dataset = generate(tmp_path, pipeline, storage_dtype=dtypes[1])
+    rows = dataset.rows([4, 5, 6])  # the first batch of the second shard
+    pipeline.scheduler = Teacher.of(pipeline, TripletConfig(**OPTIONS)).pipeline.scheduler
+    data: Any = pipeline(
+        rows.prompts,
+        num_inference_steps=2,
+        guidance_scale=5.0,
+        latents=rows.noise.to(dtypes[0]),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    assert torch.equal(data.half().float(), rows.data)
+    assert rows.data.std() > 0
+
+
+def test_rows_come_in_the_order_asked(folder, reference):
+    (folder / "copy.safetensors").write_bytes(reference["shard-00002.safetensors"])
+    last = load_file(folder / "copy.safetensors")
+    dataset = TripletDataset(folder)
+    assert len(dataset) == 10
+    rows = dataset.rows([9, 0, 8, 9])
+    assert rows.prompts == [PROMPTS[0], PROMPTS[0], PROMPTS[2], PROMPTS[0]]
+    assert rows.noise.dtype == rows.data.dtype == torch.float32
+    for name in ("noise", "data"):
+        ours = getattr(rows, name)
+        assert torch.equal(ours[[0, 2, 3]], last[name][[1, 0, 1]].float())
+        assert torch.equal(ours[1], getattr(dataset.rows([0]), name)[0])
+    assert torch.equal(dataset.rows(torch.tensor([9])).data[0], rows.data[0])
+    assert dataset.rows([]).noise.shape == (0, 4, 8, 8)
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match=rf"in \[0, 10\), got {index}"):
+            dataset.rows([0, index])
+
+
+def test_few_shards_are_open_at_once(folder, monkeypatch):
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 1)
+    opened = []
+    open_shard = module._open_shard
+    monkeypatch.setattr(module, "_open_shard", lambda *args: (opened.append(args[-1]), open_shard(*args))[1])
+    dataset = TripletDataset(folder)
+    opened.clear()
+    dataset.rows([0, 9, 1, 8, 2])
+    assert opened == [0, 2]
+    assert dataset._shard.cache_info().currsize == 1
+
+
+def test_triplets_of_unequal_lengths_raise():
+    latents = torch.zeros(2, 4, 8, 8)
+    assert len(Triplets(["a", "b"], latents, latents)) == 2
+    with pytest.raises(ValueError, match="got 1 prompts, noise"):
+        Triplets(["a"], latents, latents)
+    with pytest.raises(ValueError, match="noise and data of one shape"):
+        Triplets(["a", "b"], latents, latents[:1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance_scale": 1.5}, "expected guidance_scale = 5.0, got 1.5"),
+        ({"seed": 8, "guidance_scale": 1.5}, "expected seed = 7, got 8"),
+        ({"num_triplets": 11}, "expected num_triplets = 10, got 11"),
+        ({"prompts": ["a", "b", "c"]}, "expected prompts_sha256"),
+        ({"solver": "teacher"}, "expected solver = 'DPMSolverMultistepScheduler', got 'DDIMScheduler'"),
+    ],
+    ids=str,
+)
+def test_other_settings_raise(folder, reference, options, message):
+    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to go on"):
+        generate(folder, **options)
+    assert contents(folder) == reference
+
+
+def test_another_teacher_or_schedule_raises(folder):
+    with pytest.raises(ValueError, match="expected teacher_sha256"):
+        generate(folder, make_tiny_pipeline("diffusion", seed=1))
+    teacher = make_tiny_pipeline("diffusion")
+    teacher.scheduler = type(teacher.scheduler).from_config(teacher.scheduler.config, beta_end=0.02)
+    with pytest.raises(ValueError, match=r"expected solver_config.beta_end = 0.012, got 0.02"):
+        generate(folder, teacher)
+
+
+def test_another_release_is_a_warning_and_new_solver_options_are_none(folder, reference, caplog):
+    manifest = json.loads(reference["manifest.json"])
+    manifest["made_with"]["versions"]["torch"] = "1.0"
+    content = json.dumps(manifest, indent=2).encode()
+    (folder / "manifest.json").write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        generate(folder)
+    assert "begun with versions.torch = '1.0'" in caplog.text
+    assert (folder / "manifest.json").read_bytes() == content
+    difference = module._first_difference({"solver_config": {"a": 1}}, {"solver_config": {"a": 1, "b": 2}})
+    assert difference is None
+    assert module._first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
+
+
+@pytest.mark.parametrize("function", [generate, verify_triplets])
+def test_a_torn_shard_raises(folder, function):
+    path = folder / "shard-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is no whole shard.*Delete it"):
+        function(folder)
+
+
+@pytest.mark.parametrize("function", [generate, verify_triplets, TripletDataset])
+def test_a_shard_of_another_set_or_place_raises(tmp_path, folder, reference, function):
+    (folder / "shard-00000.safetensors").write_bytes(reference["shard-00001.safetensors"])
+    with pytest.raises(
+        ValueError, match=r"shard-00000.safetensors does not belong.*expected number 0, got 1.*Delete it"
+    ):
+        function(folder)
+    generate(tmp_path / "other", seed=8)
+    (tmp_path / "other" / "shard-00000.safetensors").replace(folder / "shard-00000.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors does not belong.*expected manifest"):
+        function(folder)
+
+
+def test_missing_shards_raise_with_the_way_on(folder):
+    (folder / "shard-00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"1 of 3 shards are missing.*shard-00001.*`rectified-diffusers triplets`"):
+        TripletDataset(folder)
+
+
+def test_a_folder_without_a_sound_manifest_raises(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="give a folder that generate_triplets has written"):
+        TripletDataset(tmp_path / "none")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(manifest[:-20])
+    with pytest.raises(ValueError, match="is no manifest of triplets"):
+        TripletDataset(folder)
+    (folder / "manifest.json").write_text(manifest.replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="has format 2, expected 1"):
+        TripletDataset(folder)
+
+
+def test_verify_names_every_damaged_shard(folder):
+    assert len(verify_triplets(folder)) == 10
+    path = folder / "shard-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    TripletDataset(folder)  # opening does not read everything
+    (folder / "shard-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"2 of 3 shards .* not sound:\n.*00000.* fails its checksum.*\n.*00002"):
+        verify_triplets(folder)
+
+
+def smooth(shape, generator):
+    """Give something like latents of pictures: unit variance, neighbours alike."""
+    noise = torch.randn(*shape[:-2], shape[-2] + 2, shape[-1] + 2, generator=generator)
+    return torch.nn.functional.avg_pool2d(noise, 3, stride=1) * 3
+
+
+@pytest.mark.parametrize(
+    ("noise", "data", "match"),
+    [
+        ("smooth", "white", "Noise and data are swapped in .*Exchange the two tensors"),
+        ("smooth", "smooth", r"not white with unit variance: .*autocorrelation 0, got std"),
+        ("loud", "smooth", r"got std 1\.99\d, lag-1 autocorrelation -?0\.0"),
+        ("zero", "smooth", "got std 0.000, lag-1 autocorrelation 0.000"),
+    ],
+)
+def test_noise_that_is_not_noise_raises(folder, noise, data, match):
+    generator = torch.Generator().manual_seed(0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard, rows in enumerate((4, 4, 2)):
+        shape = (rows, 4, 8, 8)
+        white = torch.randn(shape, generator=generator).half()
+        made = {"white": white, "loud": 2 * white, "zero": 0 * white, "smooth": smooth(shape, generator).half()}
+        header = {"shard": shard, "manifest": module._identity(manifest), "prompts": [""] * rows}
+        write_shard(shard_path(folder, shard), {"noise": made[noise], "data": made[data].clone()}, header)
+    with pytest.raises(ValueError, match=match):
+        TripletDataset(folder)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 2, 2), (1, 4, 8, 8), (32, 4, 32, 32)])
+def test_right_noise_is_never_refused(shape):
+    generator = torch.Generator().manual_seed(0)
+    assert all(module._is_unit_white(torch.randn(shape, generator=generator)) for _ in range(50))
+
+
+def test_data_that_is_not_finite_raises_and_keeps_the_shards_before(tmp_path, reference):
+    teacher = make_tiny_pipeline("diffusion")
+    forward, calls = teacher.unet.forward, []
+
+    def break_down(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        calls.append(None)
+        if len(calls) > 4:  # two steps for each of two batches in the first shard
+            output[0][-1] = torch.nan  # of the last prompt in the batch
+        return output
+
+    teacher.unet.forward = break_down
+    with pytest.raises(ValueError, match=r"data for prompt 'a red apple' in shard 1 is not finite in torch.float16"):
+        generate(tmp_path, teacher)
+    assert contents(tmp_path).keys() == {"manifest.json", "shard-00000.safetensors"}
+    generate(tmp_path)
+    assert contents(tmp_path) == reference
+
+
+def test_prompts_are_checked_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="at least one prompt"):
+        generate(tmp_path / "new", prompts=[])
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_progress_bar_counts_images_from_where_the_run_stopped(folder, capfd):
+    (folder / "shard-00001.safetensors").unlink()
+    generate(folder, progress=True)
+    shown = capfd.readouterr().err
+    assert "6/10" in shown
+    assert "10/10" in shown
+    assert "image/s" in shown or "s/image" in shown
+    assert "2/2" not in shown  # the teacher's own bar, of two steps
+
+
+KILLED_RUNS = """
+import multiprocessing, random, sys, time
+from pathlib import Path
+from tests.data.test_triplets import contents, generate
+from tests.tiny import make_tiny_pipeline
+
+teacher, options = make_tiny_pipeline("diffusion"), {"num_triplets": 24, "triplets_per_shard": 2, "batch_size": 2}
+whole, killed = Path(sys.argv[1], "whole"), Path(sys.argv[1], "killed")
+generate(whole, teacher, **options)
+killed.mkdir()
+moments, exit_codes = random.Random(0), []
+for _ in range(6):
+    there = sorted(killed.iterdir())
+    # A fork of this process, so that no import separates the kills.
+    run = multiprocessing.get_context("fork").Process(target=generate, args=(killed, teacher), kwargs=options)
+    run.start()
+    while run.is_alive() and sorted(killed.iterdir()) == there:
+        time.sleep(0.001)
+    run.join(moments.uniform(0, 0.04))
+    run.kill()
+    run.join()
+    exit_codes.append(run.exitcode)
+    if run.exitcode == -9 and moments.random() < 0.5:  # a moment that is too short to be met at every run
+        killed.joinpath(".shard-00011.safetensors.1.partial").write_bytes(b"torn")
+generate(killed, teacher, **options)
+assert contents(killed) == contents(whole)
+sys.stdout.write(" ".join(map(str, exit_codes)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills need fork")
+def test_a_run_killed_again_and_again_ends_in_the_same_files(tmp_path):
+    command = [sys.executable, "-c", KILLED_RUNS, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    exit_codes = result.stdout.split()
+    assert set(exit_codes) <= {"-9", "0"}
+    assert exit_codes[:2] == ["-9", "-9"]
