@@ -1,0 +1,199 @@
+"""Checkpoints of a training run: folders of safetensors and JSON that are either whole or not there.
+
+A checkpoint is written under a temporary name, flushed to the disk and renamed. `state.json` lists size and digest of
+every other file, so a damaged one is noticed and the one before it taken. There is no pickle in it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from rectified_diffusers.training.config import TrainerConfig
+
+logger = logging.getLogger(__name__)
+
+FREE_OPTIONS = frozenset(
+    {
+        "output_dir",
+        "max_steps",
+        "micro_batch_size",
+        "gradient_checkpointing",
+        "lpips_weights",
+        "save_every_steps",
+        "keep_checkpoints",
+        "validate_every_steps",
+        "validation_prompts",
+        "validation_guidance_scale",
+        "log_every_steps",
+    }
+)
+"""Options that may differ when a run is resumed: they change neither the loss nor the path of the weights."""
+
+TEMPORARY = ".tmp-"
+WHOLE_STATE = StateDictOptions(full_state_dict=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` optimizer steps; `tensors` are named by file, then by parameter."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file or folder under a temporary name, flush it to the disk and rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(TEMPORARY + path.name)
+    remove(temporary)
+    write(temporary)
+    flush(temporary)
+    if path.is_dir():
+        shutil.rmtree(path)
+    temporary.replace(path)
+    flush(path.parent, recursive=False)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint, then remove all but the `keep` newest, and any newer one: it was damaged or passed over."""
+    path = checkpoint_path(folder, checkpoint.step)
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir()
+        for name, tensors in checkpoint.tensors.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
+        files = {name: _fingerprint(temporary / name) for name in sorted(checkpoint.tensors)}
+        state = {"step": checkpoint.step, **checkpoint.state, "files": files}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    write_atomically(path, write)
+    older = [step for step in checkpoint_steps(folder) if step < checkpoint.step]
+    newer = [step for step in checkpoint_steps(folder) if step > checkpoint.step]
+    for step in [*newer, *(older[: -(keep - 1)] if keep > 1 else older)]:
+        shutil.rmtree(checkpoint_path(folder, step))
+    return path
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """List the steps that have a checkpoint, ascending."""
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; one that is damaged raises a `ValueError` that says in what way."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        files, step = state.pop("files"), state.pop("step")
+        for name, expected in files.items():
+            found = _fingerprint(path / name)
+            if found != expected:
+                raise ValueError(f"{name} should be {expected} and is {found}")
+        return Checkpoint(step, {name: load_file(path / name) for name in files}, state)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"The checkpoint {path} is damaged ({type(error).__name__}: {error}). "
+            "Remove its folder to go on from the checkpoint before it."
+        ) from error
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """Read the newest checkpoint that is whole; None if there is none at all, an error if all are damaged."""
+    steps = checkpoint_steps(folder)
+    for step in reversed(steps):
+        try:
+            return read_checkpoint(checkpoint_path(folder, step))
+        except ValueError as error:
+            logger.warning("%s Trying the one before it.", error)
+    if steps:
+        raise ValueError(
+            f"None of the {len(steps)} checkpoints in {folder} is whole. Remove that folder to start from step 0."
+        )
+    return None
+
+
+def config_to_json(config: TrainerConfig) -> dict[str, Any]:
+    """Give the options that a checkpoint records: all but those of the machine and of how the run is watched."""
+    options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
+    if config.lr_schedule != "constant_with_warmup":
+        options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
+    return json.loads(json.dumps(options))
+
+
+def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], output_dir: Path) -> None:
+    """Raise a `ValueError` naming the first entry in which a run differs from the one that is to be resumed."""
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{output_dir} holds a run with {name}={expected.get(name)!r}, got {name}={found.get(name)!r}. "
+                "Give the same value to resume that run, or another output_dir to start a new one."
+            )
+
+
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Give the state of an optimizer as tensors named `<parameter>.<entry>`, on the CPU of the main process.
+
+    Every process has to call it; the others may get nothing.
+    """
+    on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu).get("state", {})
+    return {f"{name}.{entry}": value for name, entries in state.items() for entry, value in entries.items()}
+
+
+def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back; the settings of the optimizer, such as its rate, stay."""
+    state: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE_STATE)
+    state["state"] = {}
+    for key, value in tensors.items():
+        name, _, entry = key.rpartition(".")
+        state["state"].setdefault(name, {})[entry] = value
+    set_optimizer_state_dict(model, optimizer, state, options=WHOLE_STATE)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    """Give size in bytes and BLAKE2b digest of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
+
+
+def flush(path: Path, recursive: bool = True) -> None:
+    """Flush a file or folder to the disk, so that a rename which survives a power cut never precedes its content."""
+    if recursive and path.is_dir():
+        for child in path.iterdir():
+            flush(child)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,139 @@
+"""Tiny runs for the tests of the trainers: a few triplets of 4x8x8 latents and the U-Net of `tests.tiny`."""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rectified_diffusers.data.shards import shard_path, write_shard
+from rectified_diffusers.data.triplets import MANIFEST_NAME, TripletDataset, _identity
+from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.training import checkpoint
+from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.reflow import ReflowTrainer
+from rectified_diffusers.training.trainer import Trainer
+from tests.tiny import make_tiny_pipeline
+
+PROMPTS = ["a red apple", "the sea", "a cat", "two dogs"]
+
+
+def make_ends(rows: int = 4, channels: int = 4) -> tuple[Tensor, Tensor]:
+    """Draw white noise, and data that is smooth and unrelated to it."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(rows, channels, 8, 8, generator=generator)
+    corners = torch.randn(rows, channels, 2, 2, generator=generator)
+    return noise, torch.nn.functional.interpolate(corners, (8, 8), mode="bilinear")
+
+
+def write_dataset(folder: Path, noise: Tensor, data: Tensor, prompts: list[str]) -> TripletDataset:
+    """Write triplets by hand in the format of `generate_triplets`, in one shard of float32."""
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "num_triplets": len(noise),
+        "triplets_per_shard": len(noise),
+        "storage_dtype": "float32",
+        "num_prompts": len(prompts),
+        "latent_shape": list(noise.shape[1:]),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    header = {"shard": 0, "manifest": _identity(manifest), "prompts": prompts}
+    write_shard(shard_path(folder, 0), {"noise": noise, "data": data}, header)
+    return TripletDataset(folder)
+
+
+def make_dataset(folder: Path) -> TripletDataset:
+    return write_dataset(folder, *make_ends(), PROMPTS)
+
+
+SHORT: dict[str, Any] = {
+    "max_steps": 6,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "warmup_steps": 4,
+    "mixed_precision": "no",
+    "save_every_steps": 2,
+    "log_every_steps": 3,
+}
+TRAINERS: dict[str, tuple[type[Trainer[Any]], type[TrainerConfig]]] = {
+    "reflow": (ReflowTrainer, ReflowConfig),
+    "distill": (DistillTrainer, DistillConfig),
+}
+
+
+def make_trainer(
+    method: str, dataset: TripletDataset, output_dir: Path, kind: Any = "flow", **options: Any
+) -> Trainer[Any]:
+    """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time."""
+    trainer_class, config_class = TRAINERS[method]
+    config = config_class(output_dir=output_dir, **{**SHORT, **options})
+    return trainer_class(make_tiny_pipeline(kind), dataset, config)
+
+
+def one_step_error(method: str, dataset: TripletDataset, output_dir: Path, max_steps: int, **options: Any) -> float:
+    """Fit the triplets, then give the RMSE between their data and what the saved pipeline makes in one step."""
+    fit: dict[str, Any] = {"max_steps": max_steps, "learning_rate": 2e-2, "warmup_steps": 5, "lr_schedule": "cosine"}
+    make_trainer(method, dataset, output_dir, **fit, ema_decay=0.8, save_every_steps=1000, **options).train()
+    pipeline = RectifiedFlowPipeline.from_pretrained(output_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    triplets = dataset.rows(range(len(dataset)))
+    result: Any = pipeline(
+        triplets.prompts, latents=triplets.noise, num_inference_steps=1, guidance_scale=1.0, output_type="latent"
+    )
+    return (result.images - triplets.data).square().mean().sqrt().item()
+
+
+def record_unet_calls(trainer: Trainer[Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Collect x_t, timestep and prompt embeddings of every call of the trainer's U-Net."""
+    calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def before(module: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
+        calls.append((*args, kwargs["encoder_hidden_states"]))
+
+    trainer.student.register_forward_pre_hook(before, with_kwargs=True)
+    return calls
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Give the hash of every file below a folder by its name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, fail: Callable[[], object]) -> None:
+    """Let the given call of `owner.name`, counted from 1, do `fail` instead of its work."""
+    original, calls = getattr(owner, name), count(1)
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return fail() if next(calls) == call else original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, replacement)
+
+
+KILLED_RUN: dict[str, Any] = {
+    "validate_every_steps": 2,
+    "validation_prompts": ("a cat",),
+    "mixed_precision": "bf16",
+}
+
+
+def main(method: str, triplets: str, output_dir: str, name: str, call: str) -> None:
+    """Run in a process of its own and kill it with SIGKILL at one of its writes."""
+    torch.set_num_threads(1)
+    owner = Path if name == "replace" else checkpoint
+    fail_at(pytest.MonkeyPatch(), owner, name, int(call), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    make_trainer(method, TripletDataset(triplets), Path(output_dir), **KILLED_RUN).train()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
