@@ -1,0 +1,202 @@
+"""Does a picture show its caption? Two linear layers into a joint space, and retrieval of the caption among others.
+
+A stand-in for the CLIP score where no CLIP can be had: frozen image features and frozen text features, a linear layer
+each, contrastive loss on real pictures. Call its figures "alignment (R-precision)", never "CLIP score".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from rectified_diffusers.options import option
+
+
+class AlignmentModel(nn.Module):
+    """Image features and text features into one space of unit vectors, by a linear layer each.
+
+    Args:
+        image_dimensions: size of the image features, 1,280 for MobileNetV2.
+        text_dimensions: size of the text features, 384 for MiniLM.
+        joint_dimensions: size of the joint space.
+    """
+
+    def __init__(self, image_dimensions: int, text_dimensions: int, joint_dimensions: int = 256) -> None:
+        super().__init__()
+        self.image = nn.Linear(image_dimensions, joint_dimensions)
+        self.text = nn.Linear(text_dimensions, joint_dimensions)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # where CLIP starts, arXiv:2103.00020
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """Image features `(B, D)` as unit vectors `(B, J)`."""
+        return F.normalize(self.image(features.float()), dim=-1)
+
+    def embed_texts(self, features: Tensor) -> Tensor:
+        """Text features `(B, D)` as unit vectors `(B, J)`."""
+        return F.normalize(self.text(features.float()), dim=-1)
+
+    def save(self, path: Path) -> None:
+        """Write the weights as safetensors; the sizes are read off them again."""
+        save_file({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "AlignmentModel":
+        """Read a model that `save` wrote."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no alignment model at {path}: train one with train_alignment and save it.")
+        weights = load_file(path)
+        missing = {"image.weight", "text.weight"} - weights.keys()
+        if missing:
+            raise ValueError(
+                f"{path} is no alignment model: it lacks {sorted(missing)}, it has {sorted(weights)[:3]}."
+            )
+        (joint, images), (_, texts) = weights["image.weight"].shape, weights["text.weight"].shape
+        model = cls(images, texts, joint)
+        model.load_state_dict(weights)
+        return model.eval()
+
+
+def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, log_scale: Tensor) -> Tensor:
+    """Symmetric InfoNCE of pairs (image i, text i), one value per pair `(B,)`.
+
+    Two pictures of one caption are no counterexamples of each other: those cells are left out of both softmaxes.
+
+    Args:
+        image_embeds, text_embeds: unit vectors `(B, J)`.
+        captions: number of each pair's caption `(B,)`, equal for pictures of the same caption.
+        log_scale: logarithm of the inverse temperature.
+    """
+    # The bound is CLIP's (arXiv:2103.00020, section 2.5): logits are never scaled by more than 100.
+    logits = image_embeds @ text_embeds.T * log_scale.exp().clamp(max=100)
+    same = captions[:, None] == captions[None, :]
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -torch.inf)
+    pairs = logits.diagonal()
+    return (logits.logsumexp(dim=0) + logits.logsumexp(dim=1)) / 2 - pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """Options of `train_alignment`."""
+
+    joint_dimensions: int = option(256, "Size of the joint space of pictures and texts.")
+    max_steps: int = option(400, "Optimizer updates.")
+    batch_size: int = option(512, "Pictures per step.")
+    learning_rate: float = option(1e-3, "Learning rate of AdamW, falling to 0 along a cosine.")
+    weight_decay: float = option(0.2, "Weight decay of AdamW.")
+    seed: int = option(0, "Seed of the weights and of what each step sees.")
+
+    def __post_init__(self) -> None:
+        for name in ("joint_dimensions", "max_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def train_alignment(
+    image_features: Tensor, text_features: Tensor, captions: Tensor, config: AlignmentConfig, progress: bool = True
+) -> AlignmentModel:
+    """Fit the two linear layers on pictures and their captions.
+
+    Args:
+        image_features: one row per picture `(N, Di)`.
+        text_features: one row per caption `(M, Dt)`.
+        captions: the row of `text_features` that each picture shows `(N,)`, integers.
+    """
+    _check_captions(captions, len(image_features), len(text_features))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = AlignmentModel(image_features.shape[1], text_features.shape[1], config.joint_dimensions)
+    model.to(image_features.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    bar = tqdm(range(config.max_steps), desc="alignment", disable=not progress)
+    for step in bar:
+        rows = torch.randint(len(captions), (config.batch_size,), generator=generator).to(captions.device)
+        image_embeds = model.embed_images(image_features[rows])
+        text_embeds = model.embed_texts(text_features[captions[rows]])
+        loss = contrastive_loss(image_embeds, text_embeds, captions[rows], model.log_scale).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How often the true caption wins: among all, and among a number of candidates drawn at random."""
+
+    recall_at_1: float
+    r_precision: float
+    candidates: int
+    texts: int
+
+
+def retrieval(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, candidates: int = 100) -> Retrieval:
+    """Score how often each picture is closest to its own caption.
+
+    R-precision (arXiv:1711.10485) ranks the true text among `candidates`, itself and others at random. No
+    draw is needed: a picture that k of the M - 1 other texts beat wins against c - 1 drawn ones with probability
+    C(M - 1 - k, c - 1) / C(M - 1, c - 1), and the mean of these is what draws would estimate. A tie counts as beaten.
+
+    Args:
+        image_embeds: unit vectors `(N, J)`.
+        text_embeds: unit vectors of the distinct captions `(M, J)`, M >= candidates.
+        captions: the row of `text_embeds` that each picture was made for `(N,)`, integers.
+    """
+    _check_captions(captions, len(image_embeds), len(text_embeds))
+    if not 2 <= candidates <= len(text_embeds):
+        raise ValueError(f"candidates must be from 2 to the {len(text_embeds)} texts, got {candidates}.")
+    scores = image_embeds.double() @ text_embeds.double().T
+    true = scores.gather(1, captions[:, None])
+    beaten_by = (scores >= true).sum(dim=1) - 1  # k; the true text equals itself
+    others, drawn = len(text_embeds) - 1, candidates - 1
+    spare = (others - drawn - beaten_by).double()  # log C(n - k, c) / C(n, c), by gamma functions
+    log_wins = (others - beaten_by + 1.0).double().lgamma() - (spare.clamp(min=0) + 1).lgamma()
+    log_all = math.lgamma(others + 1) - math.lgamma(others - drawn + 1)
+    wins = torch.where(spare >= 0, (log_wins - log_all).exp(), 0.0)
+    recall = (beaten_by == 0).double().mean()
+    return Retrieval(recall.item(), min(1.0, wins.mean().item()), candidates, len(text_embeds))
+
+
+def _check_captions(captions: Tensor, images: int, texts: int) -> None:
+    if captions.shape != (images,) or captions.is_floating_point():
+        raise ValueError(f"captions must be {images} integers, got {tuple(captions.shape)} {captions.dtype}.")
+    if images == 0 or captions.min() < 0 or captions.max() >= texts:
+        raise ValueError(f"captions must number the rows of the {texts} text features, for at least one picture.")
+
+
+class SentenceFeatures:
+    """Sentences to the mean of a text encoder's last hidden states over their tokens, e.g. all-MiniLM-L6-v2.
+
+    Args:
+        model: folder or Hub id for `transformers.AutoModel.from_pretrained`.
+    """
+
+    def __init__(self, model: str | Path, batch_size: int = 64) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(model))
+        self.network = AutoModel.from_pretrained(str(model)).eval()
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Features `(len(texts), D)` float32."""
+        parts = []
+        for first in range(0, len(texts), self.batch_size):
+            batch = list(texts[first : first + self.batch_size])
+            tokens = self.tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(self.network.device)
+            hidden = self.network(**tokens).last_hidden_state  # (B, tokens, D)
+            mask = tokens["attention_mask"][..., None]
+            parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+        return torch.cat(parts)
