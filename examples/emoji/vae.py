@@ -1,0 +1,94 @@
+"""Train the small AutoencoderKL of the emoji model: 64x64 pictures to 16x16x4 latents.
+
+    python examples/emoji/vae.py --data work/data --output work/vae
+
+Kill it and run the same command again: it goes on from the last checkpoint. The result is a diffusers folder.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from loop import add_training_options, train
+from safetensors.torch import load_file
+from text import read_rows
+from torchvision.utils import save_image
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 48, 96),
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
+    )
+
+
+def gradients(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differences of neighbouring pixels, across and down."""
+    return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+class AutoencoderLoss(torch.nn.Module):
+    """L1 on pixels and on their gradients (edges are what one sees in an emoji), and the KL term."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float):
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        posterior = self.vae.encode(images).latent_dist
+        decoded = self.vae.decode(posterior.sample(generator)).sample.float()
+        loss = F.l1_loss(decoded, images) + self.kl_weight * posterior.kl().mean() / images[0].numel()
+        for ours, theirs in zip(gradients(decoded), gradients(images), strict=True):
+            loss = loss + F.l1_loss(ours, theirs)
+        return loss
+
+
+@torch.no_grad()
+def save(vae: AutoencoderKL, images: torch.Tensor, held_out: torch.Tensor, output: Path) -> None:
+    """Write the VAE with its scaling factor, print its held-out error, and draw pictures beside their copies."""
+    device = vae.device
+    batches = [as_input(batch).to(device) for batch in images[:2048].split(64)]
+    latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    originals = as_input(held_out[:256])
+    copies = torch.cat([vae(batch.to(device)).sample.clamp(-1, 1).cpu() for batch in originals.split(64)])
+    error = F.mse_loss(copies / 2, originals / 2)
+    print(f"held-out PSNR {-10 * error.log10().item():.2f} dB, scaling factor {vae.config.scaling_factor}")
+    vae.save_pretrained(output)
+    sheet = torch.stack([originals[:64], copies[:64]], dim=1).flatten(0, 1)
+    save_image(sheet / 2 + 0.5, output / "reconstructions.png", nrow=16)
+
+
+def as_input(images: torch.Tensor) -> torch.Tensor:
+    """Bytes to floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
+    parser.add_argument("--kl-weight", type=float, default=1e-3)
+    add_training_options(parser, max_steps=6000, batch_size=16, learning_rate=1e-3)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    vae = build_vae()
+    images, rows = load_file(args.data / "images.safetensors")["images"], read_rows(args.data)
+    held_out = images[[i for i, row in enumerate(rows) if row["split"] != "train"]]
+    images = images[[i for i, row in enumerate(rows) if row["split"] == "train"]]
+
+    def loss_of_batch(module: torch.nn.Module, generator: torch.Generator, mine: slice) -> torch.Tensor:
+        chosen = torch.randint(len(images), (args.batch_size,), generator=generator)[mine]
+        return module(as_input(images[chosen]).to(vae.device), generator)
+
+    train(AutoencoderLoss(vae, args.kl_weight), loss_of_batch, lambda: save(vae, images, held_out, args.output), args)
+
+
+if __name__ == "__main__":
+    main()
