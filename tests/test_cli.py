@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from rectified_diffusers import cli
+from rectified_diffusers.cli import generate as generate_command
+from rectified_diffusers.cli import triplets as triplets_command
 from tests.tiny import make_tiny_pipeline
 
 SIZE = 32  # pixels of the tiny pipeline's pictures
@@ -72,7 +74,7 @@ def test_help_answers_without_torch(arguments):
         "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    source = str(Path(cli.__file__).parents[1])
+    source = str(Path(cli.__file__).parents[2])
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": source}
     )
@@ -213,7 +215,8 @@ def no_work(monkeypatch):
     def load(*_):
         pytest.fail("the output has to be checked before the work")
 
-    monkeypatch.setattr(cli, "_load_pipeline", load)
+    for module in (generate_command, triplets_command):
+        monkeypatch.setattr(module, "load_pipeline", load)
 
 
 @pytest.mark.parametrize("name", ["a.xyz", "a", "a.h5", "a.txt"])
@@ -313,14 +316,15 @@ def end_with(monkeypatch, error: BaseException, *arguments: str) -> int:
     def load(*_):
         raise error
 
-    monkeypatch.setattr(cli, "_load_pipeline", load)
+    for module in (generate_command, triplets_command):
+        monkeypatch.setattr(module, "load_pipeline", load)
     return cli.main(arguments)
 
 
 def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path, prompts):
     output = str(tmp_path / "out")
-    triplets = ["triplets", "--teacher", "x/y", "--prompts", prompts, "--output-dir", output, "--num-triplets", "4"]
-    assert end_with(monkeypatch, KeyboardInterrupt(), *triplets) == 130
+    command = ["triplets", "--teacher", "x/y", "--prompts", prompts, "--output-dir", output, "--num-triplets", "4"]
+    assert end_with(monkeypatch, KeyboardInterrupt(), *command) == 130
     assert capsys.readouterr().err == "\nstopped; run the same command to go on\n"
     assert (
         end_with(monkeypatch, KeyboardInterrupt(), "generate", "a fox", "-o", f"{output}.png", "--model", "x/y") == 130

@@ -1,0 +1,46 @@
+"""The command line: rectified-diffusers COMMAND; one module per command.
+
+Each command is one call of a public function, and its options are the fields of that function's config. torch and
+diffusers are imported by the commands that run, so that `--help` and mistakes in the arguments answer at once.
+
+What the user can mend (a bad argument, a missing file or package, a value that a config refuses, a run that diverged)
+ends in one line on stderr and exit code 2; `--debug` adds the traceback. Anything else is a bug and keeps it.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rectified_diffusers import __version__
+from rectified_diffusers.cli.generate import add_generate
+from rectified_diffusers.cli.shared import PROG, CommandError, Parser
+from rectified_diffusers.cli.training import add_distill, add_reflow
+from rectified_diffusers.cli.triplets import add_triplets
+
+COMMANDS = (add_generate, add_triplets, add_reflow, add_distill)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    arguments = argparse.Namespace(debug=False, resumable=False)
+    try:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+    except (CommandError, ValueError, OSError, ImportError, FloatingPointError) as error:
+        if arguments.debug:
+            raise
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command to go on" if arguments.resumable else "\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROG, description="Text-to-image in one step: draw pictures, and train models that can.")
+    parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in COMMANDS:
+        add(commands).add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    return parser

@@ -1,0 +1,7 @@
+"""`python -m rectified_diffusers.cli`, which `accelerate launch -m` needs."""
+
+import sys
+
+from rectified_diffusers.cli import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""rectified-diffusers generate: pictures from prompts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rectified_diffusers.cli.shared import (
+    CommandError,
+    add_device,
+    check_picture_file,
+    contact_sheet,
+    default_model,
+    load_pipeline,
+)
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
+
+
+def add_generate(commands: Any) -> argparse.ArgumentParser:
+    text = "Draw pictures from prompts."
+    parser = commands.add_parser("generate", help=text, description=text)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="What to draw; several make a contact sheet.")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="Picture file to write (required)")
+    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
+    parser.add_argument("--num-images", type=int, default=1, metavar="INT", help="Pictures per prompt (default: 1)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="INT", help="Picture i of every prompt has seed + i (default: 0)"
+    )
+    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="NUMBER",
+        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
+    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
+    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+    parser.add_argument(
+        "--columns",
+        type=int,
+        metavar="INT",
+        help="Columns of the contact sheet (default: a row per prompt if each has several pictures, else a square)",
+    )
+    add_device(parser)
+    parser.set_defaults(run=run_generate, resumable=False)
+    return parser
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """Draw `num_images` pictures of each prompt, one at a time, and write them to one file.
+
+    One at a time, because a picture is then the same, bit for bit, whatever else the command draws; and memory does
+    not grow with the number of pictures.
+    """
+    _check_generate(arguments)
+    check_picture_file(arguments.output)
+    model = default_model() if arguments.model is None else arguments.model
+    pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    began = time.perf_counter()
+    images = _draw(pipeline, arguments)
+    seconds = time.perf_counter() - began
+    per_row = arguments.num_images if len(arguments.prompts) > 1 and arguments.num_images > 1 else None
+    columns = arguments.columns or per_row or math.ceil(math.sqrt(len(images)))
+    picture = images[0] if len(images) == 1 else contact_sheet(images, columns)
+    picture.save(arguments.output)
+    count = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
+    print(f"{arguments.output}: {count} in {seconds:.2f} s")
+
+
+def _check_generate(arguments: argparse.Namespace) -> None:
+    for prompt in arguments.prompts:
+        if not prompt.strip():
+            raise CommandError("a prompt is empty; say what to draw")
+    for name in ("num_images", "steps", "height", "width", "columns"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if (arguments.height is None) != (arguments.width is None):  # diffusers would drop the one that is given
+        raise CommandError("--height and --width go together; give both or neither")
+    if not 0 <= arguments.seed <= MAX_SEED - arguments.num_images:
+        raise CommandError(f"--seed must be between 0 and 2^63 - 1 less the number of pictures, got {arguments.seed}")
+    if not 0 <= arguments.guidance_scale < math.inf:
+        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
+    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
+        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
+
+
+def _draw(pipeline: Any, arguments: argparse.Namespace) -> list[Image]:
+    """Return the pictures, those of the first prompt first."""
+    import torch
+    from tqdm import tqdm
+
+    jobs = [(prompt, index) for prompt in arguments.prompts for index in range(arguments.num_images)]
+    pipeline.set_progress_bar_config(disable=len(jobs) > 1 or arguments.steps == 1)
+    images = []
+    for prompt, index in tqdm(jobs, unit="picture", disable=len(jobs) == 1):
+        result = pipeline(
+            prompt,
+            negative_prompt=arguments.negative_prompt,
+            num_inference_steps=arguments.steps,
+            guidance_scale=arguments.guidance_scale,
+            height=arguments.height,
+            width=arguments.width,
+            # On the CPU: the same noise on every device.
+            generator=torch.Generator().manual_seed(arguments.seed + index),
+        )
+        images.append(result.images[0])
+    return images

@@ -1,0 +1,164 @@
+"""What the commands share: their errors, and the loading and checking of models, folders and pictures.
+
+torch and diffusers are imported inside the functions: the commands' `--help` must not wait for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+PROG = "rectified-diffusers"
+
+
+class CommandError(Exception):
+    """A mistake in the arguments; its text is the line that the user reads."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message)
+
+
+def check_picture_file(path: Path) -> None:
+    """Find out before the work whether the picture can be written."""
+    from PIL import Image
+
+    if path.is_dir():
+        raise CommandError(f"the output {str(path)!r} is a folder; give the name of a picture file")
+    try:
+        picture_format = Image.registered_extensions()[path.suffix.lower()]
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=picture_format)
+    except (KeyError, OSError) as error:
+        raise CommandError(
+            f"cannot write a picture with the suffix {path.suffix!r} ({str(path)!r}); use .png, .jpg or .webp"
+        ) from error
+    if path.exists():
+        with path.open("ab"):  # permission to write, without changing the file
+            return
+    check_folder_is_writable(path.parent)
+
+
+def contact_sheet(images: Sequence[Image], columns: int) -> Image:
+    """Lay pictures of one size out in rows; the last row is filled up with white."""
+    from diffusers.utils import make_image_grid
+    from PIL import Image
+
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    blank = Image.new("RGB", images[0].size, "white")
+    return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        help="Precision; auto is float16 on CUDA and float32 elsewhere (default: auto)",
+    )
+
+
+def check_output_dir(folder: Path) -> None:
+    """Make the folder, and find out before the work whether it can be written to."""
+    if folder.exists() and not folder.is_dir():
+        raise CommandError(f"the output {str(folder)!r} is a file; give the name of a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_folder_is_writable(folder)
+
+
+def check_folder_is_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CommandError(f"the folder {str(folder)!r} of the output does not exist; make it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write to the folder {str(folder)!r}: {error.strerror}") from error
+
+
+def default_model() -> str:
+    from rectified_diffusers import bundled_checkpoint
+
+    return str(bundled_checkpoint())
+
+
+def load_pipeline(model: str, device: str, dtype: str) -> Any:
+    """Load any diffusers pipeline, ours or not, from a folder or the Hub."""
+    _check_model(model)
+    resolved = _device(device)
+    import diffusers
+
+    from rectified_diffusers.registration import register
+
+    register()
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    dtype_argument = "dtype" if release >= (0, 40) else "torch_dtype"
+    with _without_loading_bars():
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **{dtype_argument: _dtype(dtype, resolved)})
+    return pipeline.to(resolved)
+
+
+@contextmanager
+def _without_loading_bars() -> Iterator[None]:
+    """Hide the bars about a second of reading files; those of a download belong to huggingface_hub and stay."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging in (diffusers_logging, transformers_logging):
+            logging.enable_progress_bar()
+
+
+def _check_model(model: str) -> None:
+    """Tell a folder that is not there from a Hub id, before diffusers asks the Hub for either."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise CommandError(f"the folder {model!r} holds no model_index.json, so it is no saved pipeline")
+        return
+    # Of the form owner/name; but work/model, where a folder work is, means a folder.
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not folder.parent.is_dir()
+    if not is_hub_id:
+        raise CommandError(f"no folder {model!r}, and it is no Hub id, which is owner/name")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not compiled in, not there
+        raise CommandError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    import torch
+
+    if name == "auto":
+        name = "float16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)

@@ -1,0 +1,50 @@
+"""rectified-diffusers reflow and distill: a trainer's config as options, and the trainer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rectified_diffusers.cli.shared import PROG, CommandError, check_output_dir, load_pipeline
+from rectified_diffusers.options import add_options, options_from
+from rectified_diffusers.training.config import DistillConfig, ReflowConfig
+
+
+def add_reflow(commands: Any) -> argparse.ArgumentParser:
+    text = "Straighten the flow of a model on the triplets of its teacher: one round of reflow."
+    return _add_training(commands, "reflow", text, ReflowConfig)
+
+
+def add_distill(commands: Any) -> argparse.ArgumentParser:
+    text = "Distill a rectified flow into one step, on triplets that it drew itself."
+    return _add_training(commands, "distill", text, DistillConfig)
+
+
+def _add_training(commands: Any, name: str, text: str, config_class: type) -> argparse.ArgumentParser:
+    epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
+    parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
+    parser.add_argument("--model", required=True, help="Pipeline folder or Hub id to start from (required)")
+    parser.add_argument("--triplets", type=Path, required=True, help="Folder that `triplets` wrote (required)")
+    add_options(parser, config_class)
+    parser.set_defaults(run=run_training, resumable=True, config_class=config_class)
+    return parser
+
+
+def run_training(arguments: argparse.Namespace) -> None:
+    config = options_from(arguments, arguments.config_class)
+    if not arguments.triplets.is_dir():
+        raise CommandError(f"no folder {str(arguments.triplets)!r}; make it with {PROG} triplets")
+    check_output_dir(config.output_dir)
+    pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
+    from rectified_diffusers.data.triplets import TripletDataset
+    from rectified_diffusers.training.distill import DistillTrainer
+    from rectified_diffusers.training.reflow import ReflowTrainer
+
+    trainer_class = {ReflowConfig: ReflowTrainer, DistillConfig: DistillTrainer}[arguments.config_class]
+    try:
+        trainer = trainer_class(pipeline, TripletDataset(arguments.triplets), config)
+    except TypeError as error:  # a pipeline that the trainers do not know
+        raise CommandError(str(error)) from error
+    trainer.train()
+    trainer.accelerator.print(f"{config.output_dir}: trained to step {config.max_steps}")
