@@ -4,13 +4,13 @@ What a step sees is drawn from a generator seeded with the step, so a killed run
 """
 
 import argparse
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import get_wsd_schedule
 
@@ -45,56 +45,70 @@ def train(
     """
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    ema = EMAModel(module.parameters(), decay=args.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
-    schedule = get_wsd_schedule(
+    parameters = list(module.to(accelerator.device).parameters())
+    ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    lr_factor = get_wsd_schedule(
         optimizer, args.warmup_steps, args.decay_steps, args.max_steps, decay_type="linear", min_lr_ratio=0.02
-    )
-    module, optimizer, schedule = accelerator.prepare(module, optimizer, schedule)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
+    ).lr_lambdas[0]  # a function of the step alone
+    checkpoints = args.output / "checkpoints"
+    done = load_newest(checkpoints, parameters, ema, optimizer)
+    module, prepared = accelerator.prepare(module, optimizer)
 
-    folder = args.output / "checkpoints"
-    done = max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
-    if done:
-        accelerator.load_state(str(folder / str(done)))
-    bar = tqdm(
-        range(done, args.max_steps),
-        initial=done,
-        total=args.max_steps,
-        mininterval=5,
-        disable=not accelerator.is_main_process,
-    )
+    main = accelerator.is_main_process
+    bar = tqdm(range(done, args.max_steps), initial=done, total=args.max_steps, mininterval=5, disable=not main)
     for step in bar:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         with accelerator.autocast():
             loss = loss_of_batch(module, generator, mine)
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(module.parameters())
+        accelerator.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * lr_factor(step)
+        prepared.step()
+        prepared.zero_grad()
+        ema.step(parameters)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % args.save_every_steps == 0 or step + 1 == args.max_steps:
-            save_checkpoint(accelerator, folder, step + 1)
-            if accelerator.is_main_process:
-                ema.store(module.parameters())
-                ema.copy_to(module.parameters())
-                save()
-                ema.restore(module.parameters())
+        if main and ((step + 1) % args.save_every_steps == 0 or step + 1 == args.max_steps):
+            save_checkpoint(checkpoints, step + 1, parameters, ema, optimizer)
+            ema.store(parameters)
+            ema.copy_to(parameters)
+            save()
+            ema.restore(parameters)
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int = 2) -> None:
-    """Write a checkpoint under a temporary name, rename it when whole, and drop all but the newest `keep`."""
-    accelerator.save_state(str(folder / "unfinished"))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (folder / "unfinished").rename(folder / str(step))
-        steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        for old in steps[:-keep]:
-            shutil.rmtree(folder / str(old))
-    accelerator.wait_for_everyone()
+def save_checkpoint(
+    folder: Path, step: int, parameters: list[torch.nn.Parameter], ema: EMAModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write weights, averages and optimizer to one file, renamed when whole, and drop all but the newest two."""
+    tensors = {}
+    for i, (parameter, average) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
+        tensors |= {f"{i}.weight": parameter.detach(), f"{i}.average": average}
+        tensors |= {f"{i}.{key}": value for key, value in optimizer.state[parameter].items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "unfinished")
+    (folder / "unfinished").rename(folder / f"{step}.safetensors")
+    for old in steps_of(folder)[:-2]:
+        (folder / f"{old}.safetensors").unlink()
+
+
+def load_newest(
+    folder: Path, parameters: list[torch.nn.Parameter], ema: EMAModel, optimizer: torch.optim.Optimizer
+) -> int:
+    """Take up the newest checkpoint, if there is one, and give the number of steps that are done."""
+    steps = steps_of(folder)
+    if not steps:
+        return 0
+    tensors = load_file(folder / f"{steps[-1]}.safetensors", device=str(parameters[0].device))
+    for i, (parameter, average) in enumerate(zip(parameters, ema.shadow_params, strict=True)):
+        parameter.data.copy_(tensors[f"{i}.weight"])
+        average.copy_(tensors[f"{i}.average"])
+        optimizer.state[parameter] = {key: tensors[f"{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    ema.optimization_step = steps[-1]
+    return steps[-1]
+
+
+def steps_of(folder: Path) -> list[int]:
+    """The steps that have a checkpoint, ascending."""
+    return sorted(int(path.stem) for path in folder.glob("*.safetensors"))

@@ -30,7 +30,7 @@ def describe(row: dict, generator: torch.Generator) -> str:
         caption = row["label"]
     elif kind < 0.6:
         caption = with_article(row["label"])
-    elif kind < 0.85:
+    elif kind < 0.9:
         caption = ", ".join([row["label"], *few_tags])
     else:
         caption = ", ".join(few_tags)
@@ -41,8 +41,10 @@ def with_article(label: str) -> str:
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
 
 
-def build_tokenizer(data: Path, folder: Path, vocabulary: int = 4096) -> CLIPTokenizer:
-    """Learn a byte-pair vocabulary on labels, tags and styles, in the file format of CLIP's tokenizer."""
+def build_tokenizer(data: Path, folder: Path, vocabulary: int = 6144) -> CLIPTokenizer:
+    """Learn a byte-pair vocabulary on labels, tags and styles, in the file format of CLIP's tokenizer; once."""
+    if (folder / "merges.txt").exists():
+        return CLIPTokenizer.from_pretrained(folder)
     rows = read_rows(data)
     lines = sorted({row["label"] for row in rows} | {tag for row in rows for tag in row["tags"]})
     lines += [f"a an in the of with and, {row['style']} style" for row in rows[::100]]
@@ -51,23 +53,21 @@ def build_tokenizer(data: Path, folder: Path, vocabulary: int = 4096) -> CLIPTok
     learner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    # Every byte, within a word and at its end. Listed first, they have fixed numbers: those decide between merges that
+    # occur equally often, and would otherwise differ from run to run.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(
-        vocab_size=vocabulary, initial_alphabet=alphabet, special_tokens=[BEGIN, END], end_of_word_suffix="</w>"
+    symbols = [BEGIN, END, *alphabet, *(symbol + "</w>" for symbol in alphabet)]
+    learner.train_from_iterator(
+        lines, BpeTrainer(vocab_size=vocabulary, special_tokens=symbols, end_of_word_suffix="</w>")
     )
-    learner.train_from_iterator(lines, trainer)
     learned = json.loads(learner.to_str())["model"]
-    # CLIP's tokenizer ends words with a symbol of their own: every byte needs its word-ending form.
-    vocab = dict(learned["vocab"])
-    for symbol in alphabet:
-        vocab.setdefault(symbol + "</w>", len(vocab))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in learned["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(learned["vocab"]), encoding="utf-8")
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_LENGTH, "do_lower_case": True}
     config |= {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in learned["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder)
 
 
