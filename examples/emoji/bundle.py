@@ -82,11 +82,19 @@ def describe_training(model: Path) -> str:
 
 
 def forget_paths(folder: Path) -> None:
-    """Take out of the parts' configs where they lay on the machine that trained them."""
-    for path in folder.glob("*/config.json"):
+    """Take out of the configs where the parts lay on the machine that trained them."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer_files(folder: Path) -> None:
+    """Write vocab.json and merges.txt, which transformers 4 reads, from the tokenizer.json of transformers 5."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def main() -> None:
@@ -101,6 +109,7 @@ def main() -> None:
     pipeline = RectifiedFlowPipeline.from_pretrained(args.model).to(torch.float16)
     pipeline.save_pretrained(args.output)
     forget_paths(args.output)
+    write_tokenizer_files(args.output / "tokenizer")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     card = CARD.format(
         version=__version__,
