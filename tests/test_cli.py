@@ -60,7 +60,14 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], *([name, "--help"] for name in ("generate", "triplets", "reflow", "distill"))],
+    [
+        ["--help"],
+        ["--version"],
+        *(
+            [name, "--help"]
+            for name in ("generate", "triplets", "reflow", "distill", "delta", "export", "interpolate")
+        ),
+    ],
     ids=" ".join,
 )
 def test_help_answers_without_torch(arguments):

@@ -26,7 +26,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
 )
-from tests.tiny import make_components, make_tiny_pipeline
+from tests.tiny import make_components, make_tiny_pipeline, sample
 
 PROMPTS = ["a red apple", "a cat"]
 STEPS = [1, 2, 3, 4, 7, 25]
@@ -54,12 +54,6 @@ def published(tmp_path_factory):
 
 def make(pipeline_class: Any, scheduler: Any) -> Any:
     return pipeline_class(**make_components(), scheduler=scheduler)
-
-
-def sample(pipeline: Any, seed=0, prompt: Any = "a red apple", **kwargs) -> Any:
-    kwargs = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(prompt, generator=torch.manual_seed(seed), **kwargs).images
 
 
 @torch.no_grad()

@@ -81,11 +81,16 @@ def describe_training(model: Path) -> str:
     return "Last stage: " + ", ".join(f"{name} {record[name]}" for name in kept if name in record) + "."
 
 
-def forget_paths(folder: Path) -> None:
-    """Take out of the configs where the parts lay on the machine that trained them."""
+def mend_configs(folder: Path) -> None:
+    """Take out where the parts lay on the machine that trained them, and have all of them loaded in one dtype.
+
+    Unasked, diffusers loads its models in float32, but transformers 5 loads its own in the dtype of their config.
+    """
     for path in (folder / "model_index.json", *folder.glob("*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
+        if "dtype" in config:
+            config["dtype"] = "float32"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,7 +113,7 @@ def main() -> None:
     shutil.rmtree(args.output, ignore_errors=True)
     pipeline = RectifiedFlowPipeline.from_pretrained(args.model).to(torch.float16)
     pipeline.save_pretrained(args.output)
-    forget_paths(args.output)
+    mend_configs(args.output)
     write_tokenizer_files(args.output / "tokenizer")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     card = CARD.format(

@@ -13,59 +13,141 @@ from rectified_diffusers.registration import register, register_unless_disabled
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
+    from rectified_diffusers.animation import interpolate, save_animation, slerp
     from rectified_diffusers.data.config import TripletConfig
+    from rectified_diffusers.data.prompts import read_prompts
     from rectified_diffusers.data.triplets import TripletDataset, Triplets, generate_triplets, verify_triplets
+    from rectified_diffusers.export import export_diffusers, export_onnx
+    from rectified_diffusers.inversion import edit, invert, round_trip_error
+    from rectified_diffusers.models import StackedUNet
     from rectified_diffusers.pipelines import (
+        RectifiedFlowAdapterPipeline,
+        RectifiedFlowControlNetImg2ImgPipeline,
+        RectifiedFlowControlNetInpaintPipeline,
+        RectifiedFlowControlNetPipeline,
         RectifiedFlowImg2ImgPipeline,
         RectifiedFlowInpaintPipeline,
         RectifiedFlowPipeline,
     )
+    from rectified_diffusers.pipelines_xl import (
+        RectifiedFlowXLControlNetImg2ImgPipeline,
+        RectifiedFlowXLControlNetInpaintPipeline,
+        RectifiedFlowXLControlNetPipeline,
+        RectifiedFlowXLImg2ImgPipeline,
+        RectifiedFlowXLInpaintPipeline,
+        RectifiedFlowXLPipeline,
+    )
+    from rectified_diffusers.portable import save_portable
     from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
     from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
     from rectified_diffusers.training.distill import DistillTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
     from rectified_diffusers.training.trainer import Trainer
+    from rectified_diffusers.weights.components import SwappedComponents, swap_components
+    from rectified_diffusers.weights.delta import (
+        AppliedDelta,
+        WeightDelta,
+        apply_weight_delta,
+        compute_weight_delta,
+        load_weight_delta,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AppliedDelta",
     "DistillConfig",
     "DistillTrainer",
     "ModelMixin",
+    "RectifiedFlowAdapterPipeline",
+    "RectifiedFlowControlNetImg2ImgPipeline",
+    "RectifiedFlowControlNetInpaintPipeline",
+    "RectifiedFlowControlNetPipeline",
     "RectifiedFlowEulerScheduler",
     "RectifiedFlowImg2ImgPipeline",
     "RectifiedFlowInpaintPipeline",
     "RectifiedFlowPipeline",
+    "RectifiedFlowXLControlNetImg2ImgPipeline",
+    "RectifiedFlowXLControlNetInpaintPipeline",
+    "RectifiedFlowXLControlNetPipeline",
+    "RectifiedFlowXLImg2ImgPipeline",
+    "RectifiedFlowXLInpaintPipeline",
+    "RectifiedFlowXLPipeline",
     "ReflowConfig",
     "ReflowTrainer",
     "SchedulerMixin",
+    "StackedUNet",
+    "SwappedComponents",
     "Trainer",
     "TrainerConfig",
     "TripletConfig",
     "TripletDataset",
     "Triplets",
+    "WeightDelta",
     "__version__",
+    "apply_weight_delta",
     "bundled_checkpoint",
+    "compute_weight_delta",
+    "edit",
+    "export_diffusers",
+    "export_onnx",
     "generate_triplets",
+    "interpolate",
+    "invert",
+    "load_weight_delta",
+    "read_prompts",
     "register",
+    "round_trip_error",
+    "save_animation",
+    "save_portable",
+    "slerp",
+    "swap_components",
     "verify_triplets",
 ]
 
 _MODULES = {
+    "AppliedDelta": "rectified_diffusers.weights.delta",
     "DistillConfig": "rectified_diffusers.training.config",
     "DistillTrainer": "rectified_diffusers.training.distill",
+    "RectifiedFlowAdapterPipeline": "rectified_diffusers.pipelines",
+    "RectifiedFlowControlNetImg2ImgPipeline": "rectified_diffusers.pipelines",
+    "RectifiedFlowControlNetInpaintPipeline": "rectified_diffusers.pipelines",
+    "RectifiedFlowControlNetPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowEulerScheduler": "rectified_diffusers.schedulers",
     "RectifiedFlowImg2ImgPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowInpaintPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowPipeline": "rectified_diffusers.pipelines",
+    "RectifiedFlowXLControlNetImg2ImgPipeline": "rectified_diffusers.pipelines_xl",
+    "RectifiedFlowXLControlNetInpaintPipeline": "rectified_diffusers.pipelines_xl",
+    "RectifiedFlowXLControlNetPipeline": "rectified_diffusers.pipelines_xl",
+    "RectifiedFlowXLImg2ImgPipeline": "rectified_diffusers.pipelines_xl",
+    "RectifiedFlowXLInpaintPipeline": "rectified_diffusers.pipelines_xl",
+    "RectifiedFlowXLPipeline": "rectified_diffusers.pipelines_xl",
     "ReflowConfig": "rectified_diffusers.training.config",
     "ReflowTrainer": "rectified_diffusers.training.reflow",
+    "StackedUNet": "rectified_diffusers.models",
+    "SwappedComponents": "rectified_diffusers.weights.components",
     "Trainer": "rectified_diffusers.training.trainer",
     "TrainerConfig": "rectified_diffusers.training.config",
     "TripletConfig": "rectified_diffusers.data.config",
     "TripletDataset": "rectified_diffusers.data.triplets",
     "Triplets": "rectified_diffusers.data.triplets",
+    "WeightDelta": "rectified_diffusers.weights.delta",
+    "apply_weight_delta": "rectified_diffusers.weights.delta",
+    "compute_weight_delta": "rectified_diffusers.weights.delta",
+    "edit": "rectified_diffusers.inversion",
+    "export_diffusers": "rectified_diffusers.export",
+    "export_onnx": "rectified_diffusers.export",
     "generate_triplets": "rectified_diffusers.data.triplets",
+    "interpolate": "rectified_diffusers.animation",
+    "invert": "rectified_diffusers.inversion",
+    "load_weight_delta": "rectified_diffusers.weights.delta",
+    "read_prompts": "rectified_diffusers.data.prompts",
+    "round_trip_error": "rectified_diffusers.inversion",
+    "save_animation": "rectified_diffusers.animation",
+    "save_portable": "rectified_diffusers.portable",
+    "slerp": "rectified_diffusers.animation",
+    "swap_components": "rectified_diffusers.weights.components",
     "verify_triplets": "rectified_diffusers.data.triplets",
     # diffusers' own, because a saved pipeline names this package: the loader looks for a component's base class in it.
     "ModelMixin": "diffusers",

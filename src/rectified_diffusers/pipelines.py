@@ -3,21 +3,30 @@
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from diffusers import (
     DiffusionPipeline,
     SchedulerMixin,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
+from rectified_diffusers.loading import remedies
+from rectified_diffusers.models import StackedUNet
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.weights.lora import cannot_be_saved, mend_kohya
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +71,24 @@ class RectifiedFlowMixin(DiffusionPipeline):
     """
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do."""
+        where = {name: kwargs.get(name) for name in ("variant", "cache_dir", "revision")}
+        with remedies(pretrained_model_name_or_path, **where):
+            made: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return made
+
+    @classmethod
     def extract_init_dict(
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Read a checkpoint's list of components, with our scheduler in place of a stored diffusion scheduler."""
         library, class_name = config_dict.get("scheduler") or (None, "")
+        ours = RectifiedFlowEulerScheduler.__name__
+        if class_name == ours:  # a portable save names the source that it ships, which is not needed here
+            config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
         # A stored flow scheduler is left alone, so that __setattr__ refuses it: its models predict noise - data.
         if library == "diffusers" and not class_name.startswith("FlowMatch"):
-            ours = RectifiedFlowEulerScheduler.__name__
             logger.info("The checkpoint's %s is a diffusion scheduler; %s takes its place.", class_name, ours)
             config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
         return super().extract_init_dict(config_dict, **kwargs)
@@ -77,11 +96,14 @@ class RectifiedFlowMixin(DiffusionPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """Build this pipeline on another's components; a diffusion scheduler among them is replaced by ours."""
-        theirs = pipeline.components.get("scheduler")
+        theirs: Any = pipeline.components.get("scheduler")
         if "scheduler" not in kwargs and not isinstance(theirs, RectifiedFlowEulerScheduler):
-            ours = RectifiedFlowEulerScheduler()
+            # By its config: our scheduler from a portable save keeps its settings, and a flow's is refused.
+            ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
             logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
             kwargs["scheduler"] = ours
+        if isinstance(unet := pipeline.components.get("unet"), StackedUNet):
+            kwargs.setdefault("unet", unet)  # diffusers carries over what has the very class of the annotation
         made: Any = super().from_pipe(pipeline, **kwargs)
         return made
 
@@ -102,30 +124,127 @@ class RectifiedFlowMixin(DiffusionPipeline):
             )
         super().__setattr__(name, value)
 
+    @classmethod
+    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Read a LoRA as diffusers does, and mend what it makes of a file in kohya's layout."""
+        stock: Any = super()
+        weights, alphas, *metadata = stock.lora_state_dict(*args, **kwargs)
+        if alphas is not None:
+            weights, alphas = mend_kohya(weights, alphas)
+        return weights, alphas, *metadata
 
-class RectifiedFlowPipeline(RectifiedFlowMixin, StableDiffusionPipeline):
-    """Text to image by a rectified flow such as InstaFlow (arXiv:2309.06380): StableDiffusionPipeline, in one step.
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, but refuse a model with a LoRA attached, which could not be loaded again."""
+        for name, model in self.components.items():
+            if isinstance(model, nn.Module) and cannot_be_saved(model):
+                raise ValueError(
+                    f"A LoRA is attached to the {name}, expected plain weights: saved like this, they could not be "
+                    f"loaded. To keep the LoRA in the weights, fuse_lora(components=[{name!r}]) and then "
+                    "unload_lora_weights(); to save without it, unload_lora_weights(). save_lora_weights() saves a "
+                    "LoRA by itself."
+                )
+        super().save_pretrained(save_directory, *args, **kwargs)
 
-    Every feature of StableDiffusionPipeline is inherited. Use `guidance_scale` in [1, 2] and a few steps for a
-    2-Rectified Flow; the distilled one-step model runs unguided, as is the default here.
+
+@contextmanager
+def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
+    """Let a CLIP text model answer from `clip_skip` layers before its last one, through its final norm."""
+
+    def ask_for_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def answer_from_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
+        layers = len(output.hidden_states) - 1  # the first is the embedding
+        if not 0 <= clip_skip <= layers:
+            raise ValueError(
+                f"clip_skip must be in [0, {layers}], the text encoder having {layers} layers, got {clip_skip}."
+            )
+        return (model.final_layer_norm(output.hidden_states[layers - clip_skip]),)
+
+    hooks = [
+        text_encoder.register_forward_pre_hook(ask_for_layers, with_kwargs=True),
+        text_encoder.register_forward_hook(answer_from_layer),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _OneTextEncoder(RectifiedFlowMixin):
+    """Mend `clip_skip`, for which diffusers reads `text_encoder.text_model`, gone since transformers 5.
+
+    Giving the model that attribute instead would mislead the LoRA loader, which keys off it.
     """
 
-    __call__ = one_step_by_default(StableDiffusionPipeline.__call__)
+    text_encoder: Any
+
+    def encode_prompt(
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> Any:
+        """Encode as diffusers does; where it cannot skip layers, the prompt is encoded first and passed to it."""
+        stock: Any = super()
+        broken = self.text_encoder is not None and not hasattr(self.text_encoder, "text_model")
+        if broken and clip_skip is not None and prompt_embeds is None:
+            with _skipping_last_layers(self.text_encoder, clip_skip):
+                prompt_embeds, _ = stock.encode_prompt(prompt, device, 1, False, lora_scale=lora_scale)
+        return stock.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
 
 
-class _StartFromImage(RectifiedFlowMixin):
+class StartFromImage(RectifiedFlowMixin):
     """Begin at t = 1 - strength, with every one of the requested steps spent after it."""
 
     scheduler: RectifiedFlowEulerScheduler
 
     def get_timesteps(
-        self, num_inference_steps: int, strength: float, device: str | torch.device
+        self,
+        num_inference_steps: int,
+        strength: float,
+        device: str | torch.device,
+        denoising_start: float | None = None,
     ) -> tuple[Tensor, int]:
         """Give the grid from t = 1 - strength to 1, in place of the one that `__call__` has just laid from 0.
 
         The flow is continuous in t. Skipping the first steps of a full grid, as diffusion does, leaves a one-step
         model with no step at all.
+
+        Args:
+            num_inference_steps: N, spent between 1 - strength and 1; with `denoising_start`, between 0 and 1.
+            strength: share of the flow that is run again, in (0, 1].
+            device: of the timesteps.
+            denoising_start: Stable Diffusion XL's, in place of `strength`: take over latents that another pipeline
+                brought to this t by `denoising_end`. Both then walk one grid of N steps, and the cut is diffusers'.
         """
+        if denoising_start is not None:
+            stock: Any = super()
+            timesteps, left = stock.get_timesteps(num_inference_steps, strength, device, denoising_start)
+            if left < 1:
+                raise ValueError(
+                    f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}: "
+                    "the pipeline before has taken them all, and its latents are done. Take more steps in both, or "
+                    "pass strength instead, after which every step is spent."
+                )
+            return timesteps, left
         if not 0 < strength <= 1:
             raise ValueError(f"strength is the share of the flow that is run again, in (0, 1], got {strength}.")
         laid = self.scheduler.sigmas[:-1]
@@ -136,13 +255,55 @@ class _StartFromImage(RectifiedFlowMixin):
         return self.scheduler.timesteps, num_inference_steps
 
 
-class RectifiedFlowImg2ImgPipeline(_StartFromImage, StableDiffusionImg2ImgPipeline):
+class RectifiedFlowPipeline(_OneTextEncoder, StableDiffusionPipeline):
+    """Text to image by a rectified flow such as InstaFlow (arXiv:2309.06380): StableDiffusionPipeline, in one step.
+
+    Every feature of StableDiffusionPipeline is inherited. Use `guidance_scale` in [1, 2] and a few steps for a
+    2-Rectified Flow; the distilled one-step model runs unguided, as is the default here.
+    """
+
+    __call__ = one_step_by_default(StableDiffusionPipeline.__call__)
+
+
+class RectifiedFlowImg2ImgPipeline(StartFromImage, _OneTextEncoder, StableDiffusionImg2ImgPipeline):
     """Image to image by a rectified flow: StableDiffusionImg2ImgPipeline, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionImg2ImgPipeline.__call__)
 
 
-class RectifiedFlowInpaintPipeline(_StartFromImage, StableDiffusionInpaintPipeline):
+class RectifiedFlowInpaintPipeline(StartFromImage, _OneTextEncoder, StableDiffusionInpaintPipeline):
     """Inpainting by a rectified flow: StableDiffusionInpaintPipeline, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionInpaintPipeline.__call__)
+
+
+class RectifiedFlowControlNetPipeline(_OneTextEncoder, StableDiffusionControlNetPipeline):
+    """Text and conditioning pictures to image by a rectified flow: StableDiffusionControlNetPipeline, in one step.
+
+    `guess_mode` works as in diffusers; the authors' pipeline accepts it and leaves it off. A ControlNet acts in a step
+    that lies wholly between `control_guidance_start` and `control_guidance_end`: in a single step, only from 0 to 1.
+    """
+
+    __call__ = one_step_by_default(StableDiffusionControlNetPipeline.__call__)
+
+
+class RectifiedFlowControlNetImg2ImgPipeline(
+    StartFromImage, _OneTextEncoder, StableDiffusionControlNetImg2ImgPipeline
+):
+    """Image to image under a ControlNet: StableDiffusionControlNetImg2ImgPipeline, at any strength in one step."""
+
+    __call__ = one_step_by_default(StableDiffusionControlNetImg2ImgPipeline.__call__)
+
+
+class RectifiedFlowControlNetInpaintPipeline(
+    StartFromImage, _OneTextEncoder, StableDiffusionControlNetInpaintPipeline
+):
+    """Inpainting under a ControlNet: StableDiffusionControlNetInpaintPipeline, at any strength in one step."""
+
+    __call__ = one_step_by_default(StableDiffusionControlNetInpaintPipeline.__call__)
+
+
+class RectifiedFlowAdapterPipeline(_OneTextEncoder, StableDiffusionAdapterPipeline):
+    """Text to image under T2I-Adapters: StableDiffusionAdapterPipeline, in one step."""
+
+    __call__ = one_step_by_default(StableDiffusionAdapterPipeline.__call__)

@@ -21,13 +21,24 @@ from typing import Any
 ENVIRONMENT_VARIABLE = "RECTIFIED_DIFFUSERS_REGISTER"
 
 # Pipeline classes by the AutoPipeline mapping that serves their task, under the key that ties one family together.
+_FAMILIES = {
+    "rectified-flow": "RectifiedFlow",
+    "rectified-flow-controlnet": "RectifiedFlowControlNet",
+    "rectified-flow-xl": "RectifiedFlowXL",
+    "rectified-flow-xl-controlnet": "RectifiedFlowXLControlNet",
+}
 _AUTO_PIPELINES = {
-    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {"rectified-flow": "RectifiedFlowPipeline"},
-    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {"rectified-flow": "RectifiedFlowImg2ImgPipeline"},
-    "AUTO_INPAINT_PIPELINES_MAPPING": {"rectified-flow": "RectifiedFlowInpaintPipeline"},
+    "AUTO_TEXT2IMAGE_PIPELINES_MAPPING": {key: f"{family}Pipeline" for key, family in _FAMILIES.items()},
+    "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {key: f"{family}Img2ImgPipeline" for key, family in _FAMILIES.items()},
+    "AUTO_INPAINT_PIPELINES_MAPPING": {key: f"{family}InpaintPipeline" for key, family in _FAMILIES.items()},
 }
 _SCHEDULERS = ("RectifiedFlowEulerScheduler",)
-_CLASSES = {*_SCHEDULERS, *(name for mapping in _AUTO_PIPELINES.values() for name in mapping.values())}
+_OTHER_PIPELINES = ("RectifiedFlowAdapterPipeline",)  # AutoPipeline has no task for it
+_CLASSES = {
+    *_SCHEDULERS,
+    *_OTHER_PIPELINES,
+    *(name for mapping in _AUTO_PIPELINES.values() for name in mapping.values()),
+}
 
 
 def register() -> None:

@@ -87,10 +87,13 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         and its prediction type must not come along, neither as arguments nor as left-over keys of our config.
         """
         if "velocity_direction" not in config_dict:
-            if "shift" in config_dict and "velocity_direction" not in kwargs:
+            # DPM-Solver++, UniPC and others are flow schedulers by a setting, which `export_diffusers` makes.
+            of_a_flow = "shift" in config_dict or config_dict.get("use_flow_sigmas")
+            if of_a_flow and "velocity_direction" not in kwargs:
                 raise ValueError(
                     "The config is of a flow scheduler that does not say velocity_direction; those of diffusers "
-                    "(FlowMatchEulerDiscreteScheduler ...) serve models that predict noise - data. "
+                    "(FlowMatchEulerDiscreteScheduler, or any with use_flow_sigmas) serve models that predict "
+                    "noise - data. "
                     f"Say so: {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}

@@ -12,12 +12,15 @@ import sys
 from collections.abc import Sequence
 
 from rectified_diffusers import __version__
+from rectified_diffusers.cli.delta import add_delta
+from rectified_diffusers.cli.export import add_export
 from rectified_diffusers.cli.generate import add_generate
+from rectified_diffusers.cli.interpolate import add_interpolate
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser
 from rectified_diffusers.cli.training import add_distill, add_reflow
 from rectified_diffusers.cli.triplets import add_triplets
 
-COMMANDS = (add_generate, add_triplets, add_reflow, add_distill)
+COMMANDS = (add_generate, add_interpolate, add_triplets, add_reflow, add_distill, add_export, add_delta)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
+REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
+REFINE_STRENGTH, REFINE_STEPS = 0.3, 50  # diffusers' own defaults: 15 steps are run
+UPSCALING = 2  # from the 512 pixels of InstaFlow to the 1024 of the refiner
 
 
 def add_generate(commands: Any) -> argparse.ArgumentParser:
@@ -50,9 +53,30 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
         metavar="INT",
         help="Columns of the contact sheet (default: a row per prompt if each has several pictures, else a square)",
     )
+    _add_refine(parser)
     add_device(parser)
     parser.set_defaults(run=run_generate, resumable=False)
     return parser
+
+
+def _add_refine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--refine",
+        nargs="?",
+        const=REFINER,
+        metavar="MODEL",
+        help=f"Enlarge each picture {UPSCALING} times and refine it with an SDXL refiner, a pipeline folder or Hub id "
+        f"({REFINER} if none is named); write it after the prompts",
+    )
+    parser.add_argument(
+        "--refine-strength",
+        type=float,
+        metavar="NUMBER",
+        help=f"Share of the refiner's steps that is run, more changes more (default: {REFINE_STRENGTH})",
+    )
+    parser.add_argument(
+        "--refine-steps", type=int, metavar="INT", help=f"Steps of the refiner at strength 1 (default: {REFINE_STEPS})"
+    )
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -62,11 +86,13 @@ def run_generate(arguments: argparse.Namespace) -> None:
     not grow with the number of pictures.
     """
     _check_generate(arguments)
+    _check_refine(arguments)
     check_picture_file(arguments.output)
     model = default_model() if arguments.model is None else arguments.model
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    refiner = None if arguments.refine is None else _load_refiner(arguments)
     began = time.perf_counter()
-    images = _draw(pipeline, arguments)
+    images = _draw(pipeline, refiner, arguments)
     seconds = time.perf_counter() - began
     per_row = arguments.num_images if len(arguments.prompts) > 1 and arguments.num_images > 1 else None
     columns = arguments.columns or per_row or math.ceil(math.sqrt(len(images)))
@@ -94,15 +120,66 @@ def _check_generate(arguments: argparse.Namespace) -> None:
         raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
 
 
-def _draw(pipeline: Any, arguments: argparse.Namespace) -> list[Image]:
+def _check_refine(arguments: argparse.Namespace) -> None:
+    given = [name for name in ("refine_strength", "refine_steps") if getattr(arguments, name) is not None]
+    if arguments.refine is None and given:
+        raise CommandError(f"--{given[0].replace('_', '-')} has no effect without --refine")
+    strength, steps = _refine_settings(arguments)
+    if not 0 < strength <= 1:
+        raise CommandError(f"--refine-strength must be above 0 and at most 1, got {strength}")
+    if int(steps * strength) < 1:  # the arithmetic of diffusers, which fails on none
+        raise CommandError(
+            f"--refine-strength {strength} of --refine-steps {steps} is less than one step; raise either"
+        )
+
+
+def _refine_settings(arguments: argparse.Namespace) -> tuple[float, int]:
+    """Give strength and steps of the refiner, with the defaults filled in."""
+    strength, steps = arguments.refine_strength, arguments.refine_steps
+    return REFINE_STRENGTH if strength is None else strength, REFINE_STEPS if steps is None else steps
+
+
+def _load_refiner(arguments: argparse.Namespace) -> Any:
+    refiner = load_pipeline(arguments.refine, arguments.device, arguments.dtype)
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    if not isinstance(refiner, StableDiffusionXLImg2ImgPipeline):
+        raise CommandError(
+            f"--refine needs a StableDiffusionXLImg2ImgPipeline such as {REFINER}, "
+            f"but {arguments.refine!r} is a {type(refiner).__name__}"
+        )
+    return refiner
+
+
+def _refine(refiner: Any, image: Image, prompt: str, seed: int, arguments: argparse.Namespace) -> Image:
+    """Enlarge a picture and let the refiner run the last part of its diffusion on it."""
+    import torch
+    from PIL.Image import Resampling
+
+    strength, steps = _refine_settings(arguments)
+    result = refiner(
+        prompt,
+        image=image.resize((UPSCALING * image.width, UPSCALING * image.height), Resampling.LANCZOS),
+        negative_prompt=arguments.negative_prompt,
+        strength=strength,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return result.images[0]
+
+
+def _draw(pipeline: Any, refiner: Any, arguments: argparse.Namespace) -> list[Image]:
     """Return the pictures, those of the first prompt first."""
     import torch
     from tqdm import tqdm
 
     jobs = [(prompt, index) for prompt in arguments.prompts for index in range(arguments.num_images)]
     pipeline.set_progress_bar_config(disable=len(jobs) > 1 or arguments.steps == 1)
+    if refiner is not None:
+        refiner.set_progress_bar_config(disable=len(jobs) > 1)
     images = []
     for prompt, index in tqdm(jobs, unit="picture", disable=len(jobs) == 1):
+        seed = arguments.seed + index
         result = pipeline(
             prompt,
             negative_prompt=arguments.negative_prompt,
@@ -111,7 +188,8 @@ def _draw(pipeline: Any, arguments: argparse.Namespace) -> list[Image]:
             height=arguments.height,
             width=arguments.width,
             # On the CPU: the same noise on every device.
-            generator=torch.Generator().manual_seed(arguments.seed + index),
+            generator=torch.Generator().manual_seed(seed),
         )
-        images.append(result.images[0])
+        image = result.images[0]
+        images.append(image if refiner is None else _refine(refiner, image, prompt, seed, arguments))
     return images

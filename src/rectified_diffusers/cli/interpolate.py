@@ -1,0 +1,117 @@
+"""rectified-diffusers interpolate: the way from picture to picture, as an animation or a contact sheet."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rectified_diffusers.cli.shared import (
+    CommandError,
+    add_device,
+    check_folder_is_writable,
+    check_picture_file,
+    contact_sheet,
+    default_model,
+    load_pipeline,
+)
+
+
+def add_interpolate(commands: Any) -> argparse.ArgumentParser:
+    text = "Animate the way from prompt to prompt and seed to seed."
+    parser = commands.add_parser("interpolate", help=text, description=text)
+    parser.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="What to draw; one is held while the seed changes"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        action="append",
+        required=True,
+        help=".gif, .mp4, or another picture for a contact sheet; may be given several times (required)",
+    )
+    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="INT", help="One for all, or one per prompt (default: 0)"
+    )
+    parser.add_argument(
+        "--frames", type=int, default=15, metavar="INT", help="Pictures from one key to the next (default: 15)"
+    )
+    parser.add_argument("--loop", action="store_true", help="Go back from the last to the first, without a seam")
+    parser.add_argument("--fps", type=float, default=15, metavar="NUMBER", help="Pictures per second (default: 15)")
+    parser.add_argument("--columns", type=int, metavar="INT", help="Of the contact sheet (default: a square)")
+    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="NUMBER",
+        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
+    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
+    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+    add_device(parser)
+    parser.set_defaults(run=run_interpolate, resumable=False)
+    return parser
+
+
+def run_interpolate(arguments: argparse.Namespace) -> None:
+    """Draw the pictures once, and write them to each of the outputs."""
+    _check(arguments)
+    from rectified_diffusers.animation import ANIMATIONS, check_animation, check_keys, interpolate, save_animation
+
+    check_keys(arguments.prompts, arguments.seeds)
+    for output in arguments.output:
+        if output.suffix.lower() in ANIMATIONS:
+            check_animation(output)
+        if output.suffix.lower() == ".mp4":  # the one that is no picture file
+            _check_file(output)
+        else:
+            check_picture_file(output)
+    model = default_model() if arguments.model is None else arguments.model
+    pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    began = time.perf_counter()
+    images = interpolate(
+        pipeline,
+        arguments.prompts,
+        arguments.seeds,
+        arguments.frames,
+        loop=arguments.loop,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        negative_prompt=arguments.negative_prompt,
+        height=arguments.height,
+        width=arguments.width,
+    )
+    seconds = time.perf_counter() - began
+    for output in arguments.output:
+        if output.suffix.lower() in ANIMATIONS:
+            save_animation(images, output, arguments.fps)
+        else:
+            contact_sheet(images, arguments.columns or math.ceil(math.sqrt(len(images)))).save(output)
+        print(f"{output}: {len(images)} pictures in {seconds:.2f} s")
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CommandError(f"the output {str(path)!r} is a folder; give the name of a file")
+    check_folder_is_writable(path.parent)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not all(prompt.strip() for prompt in arguments.prompts):
+        raise CommandError("a prompt is empty; say what to draw")
+    for name in ("frames", "steps", "height", "width", "columns"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name} must be at least 1, got {value}")
+    if not 0 < arguments.fps <= 50:
+        raise CommandError(f"--fps must be above 0 and at most 50, got {arguments.fps}")
+    if not 0 <= arguments.guidance_scale < math.inf:
+        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
+    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
+        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")

@@ -1,0 +1,62 @@
+"""A fine-tune's VAE and text encoder in place of a pipeline's: the other half of taking over its style."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from rectified_diffusers.weights.lora import refuse_lora
+from rectified_diffusers.weights.stored import check_same_shapes
+
+
+@dataclass(frozen=True)
+class SwappedComponents:
+    """The components that `swap_components` took out of a pipeline, to be put back."""
+
+    pipeline: DiffusionPipeline
+    originals: dict[str, nn.Module]
+
+    def take_back(self) -> None:
+        """Put the original components back: the very objects, on whatever device they are."""
+        for name, original in self.originals.items():
+            setattr(self.pipeline, name, original)
+
+
+def swap_components(
+    pipeline: DiffusionPipeline, fine_tune: str | Path, components: Sequence[str] = ("vae", "text_encoder")
+) -> SwappedComponents:
+    """Put a fine-tune's models in the place of a pipeline's, on their device and in their dtype.
+
+    The originals stay in memory, in the result, for as long as it is kept.
+
+    Args:
+        fine_tune: folder or Hub id of a pipeline; the named components alone are read.
+        components: names of models in the pipeline; the U-Net takes a delta instead (`apply_weight_delta`).
+    """
+    models = {name: value for name, value in pipeline.components.items() if isinstance(value, nn.Module)}
+    replaced: dict[str, Any] = {}
+    for name in components:
+        if name not in models:
+            raise ValueError(f"{type(pipeline).__name__} has no model {name!r}; its models: {', '.join(models)}.")
+        replaced[name] = _load_like(models[name], fine_tune, name)
+    for name, model in replaced.items():
+        setattr(pipeline, name, model)
+    return SwappedComponents(pipeline, {name: models[name] for name in replaced})
+
+
+def _load_like(old: Any, fine_tune: str | Path, name: str) -> Any:
+    refuse_lora(old.state_dict(), f"the pipeline's {name}")
+    new = type(old).from_pretrained(fine_tune, subfolder=name, use_safetensors=True)
+    whose, whose_expected = f"the fine-tune's {name}", f"the pipeline's {name}"
+    shapes, expected = ({key: tuple(weight.shape) for key, weight in m.state_dict().items()} for m in (new, old))
+    check_same_shapes(shapes, expected, whose, whose_expected)
+    scale, expected_scale = (getattr(model.config, "scaling_factor", None) for model in (new, old))
+    if scale != expected_scale:  # of latents: the U-Net was trained with one of them
+        raise ValueError(
+            f"The scaling_factor of {whose} is {scale}, expected {expected_scale} as in {whose_expected}. Leave "
+            f"{name!r} out of `components`."
+        )
+    return new.to(old.device, old.dtype).train(old.training)

@@ -1,0 +1,258 @@
+"""Weight deltas: the difference of a fine-tuned U-Net to its base, made, saved, added to another model, taken back.
+
+InstaFlow's authors give their model the style of a fine-tune of Stable Diffusion by adding the weight difference
+dW = U-Net(fine-tune) - U-Net(SD 1.5), with the fine-tune's VAE and text encoder in place of its own (their scripts;
+arXiv:2309.06380). PeRFlow (arXiv:2405.07510) is published as such differences.
+
+Weights are read one tensor at a time, subtracted and added in float32 and then cast: beside the U-Net, memory holds a
+few copies of one tensor. All of it is done on the CPU, wherever the U-Net is: the bits are the same everywhere.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rectified_diffusers.weights.lora import refuse_lora
+from rectified_diffusers.weights.stored import (
+    StorageDtype,
+    StoredWeights,
+    WeightSource,
+    check_same_shapes,
+    open_weights,
+    write_weights,
+)
+
+FORMAT_VERSION = 1
+_METADATA_KEY = "rectified_diffusers"  # one JSON text, as in the shards of triplets
+_MODEL_COSINE = (
+    0.5  # between a U-Net and a file's tensors: about 0 for a difference, about 1 for a related model's own
+)
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """A weight difference to apply; its tensors stay in their file until they are asked for.
+
+    Args:
+        weights: the differences, under the names of the U-Net's weights.
+        metadata: what `compute_weight_delta` recorded: kind, format_version, fine_tune, base and dtype. Empty for a
+            plain file such as PeRFlow's.
+    """
+
+    weights: StoredWeights
+    metadata: dict[str, Any]
+
+
+AnyDelta = WeightDelta | WeightSource
+
+
+def compute_weight_delta(
+    fine_tune: WeightSource, base: WeightSource, output: str | Path, *, dtype: StorageDtype = "float32"
+) -> WeightDelta:
+    """Write the difference fine_tune - base, taken in float32 and cast to `dtype`, as one safetensors file.
+
+    Neither model is loaded: memory is a few copies of one tensor. Equal inputs give equal files.
+
+    Args:
+        fine_tune: Hub id or folder of a pipeline or of its U-Net, a safetensors file, or a state dict.
+        base: what it was made from, likewise; for most fine-tunes, Stable Diffusion 1.5.
+        output: file to write, `*.safetensors`; it is there as a whole or not at all.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"A delta is saved as *.safetensors, got {output.name!r}. Change the suffix.")
+    if dtype not in get_args(StorageDtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(StorageDtype))}, got {dtype!r}.")
+    tuned, origin = open_weights(fine_tune), open_weights(base)
+    check_same_shapes(tuned.shapes, origin.shapes, f"the fine-tune ({tuned.name})", f"the base ({origin.name})")
+    stored = getattr(torch, dtype)
+
+    def difference(name: str) -> Tensor:
+        delta = (tuned.read(name).float() - origin.read(name).float()).to(stored)
+        if not delta.isfinite().all():
+            raise ValueError(
+                f"The difference of {name!r} is not finite in {dtype}: {tuned.name} or {origin.name} holds NaN or "
+                "infinity, or they differ too much. Check the models, or use dtype='float32'."
+            )
+        return delta
+
+    header = {"kind": "weight_delta", "format_version": FORMAT_VERSION, "dtype": dtype}
+    header = {**header, "fine_tune": tuned.name, "base": origin.name}
+    metadata = {"format": "pt", _METADATA_KEY: json.dumps(header, sort_keys=True)}
+    write_weights(output, dict(sorted(origin.shapes.items())), dtype, metadata, difference)
+    return load_weight_delta(output)
+
+
+def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> WeightDelta:
+    """Open a delta: a file of `compute_weight_delta`, or a plain one such as PeRFlow's.
+
+    Args:
+        source: safetensors file, folder or Hub id of a U-Net whose weights are differences, or a dict of tensors.
+        variant: part of the file name in a folder or on the Hub; PeRFlow's are "v0-0" and "v0-1".
+    """
+    weights = open_weights(source, variant)
+    text = weights.metadata.get(_METADATA_KEY)
+    if text is None:
+        foreign = sorted(weights.metadata.keys() - {"format"})
+        if foreign:
+            raise ValueError(
+                f"{weights.name} is no weight delta: expected our metadata or none, got another program's "
+                f"({foreign[0]!r}). Load a LoRA with pipeline.load_lora_weights(); make a delta with "
+                "compute_weight_delta(fine_tune, base, output)."
+            )
+        return WeightDelta(weights, {})
+    header: dict[str, Any] = {}
+    try:
+        header = json.loads(text)
+        found = header["kind"], header["format_version"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        found = "something else", None
+    if found != ("weight_delta", FORMAT_VERSION):
+        raise ValueError(
+            f"{weights.name}: expected a weight_delta of format version {FORMAT_VERSION}, got {found[0]} of version "
+            f"{found[1]}. Upgrade rectified_diffusers, or make it with compute_weight_delta(fine_tune, base, output)."
+        )
+    return WeightDelta(weights, header)
+
+
+class AppliedDelta:
+    """What `apply_weight_delta` did to a U-Net, to be taken back."""
+
+    def __init__(
+        self, unet: nn.Module, terms: Sequence[tuple[WeightDelta, float]], undo: dict[str, Tensor] | None
+    ) -> None:
+        self._unet = unet
+        self._terms = terms
+        self._undo = undo
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Restore the weights that were there before, bit for bit, and free their copy.
+
+        Refused unless the weights are as the delta left them: what came after it (another delta, training, a change
+        of dtype) goes first. That is found out by adding the delta to the copy once more.
+        """
+        if self._undo is None:
+            raise ValueError(
+                "There is no copy of the weights: the delta was taken back already, or applied with keep_undo=False. "
+                "Load the model again."
+            )
+        weights = _weights_of(self._unet)
+        for name, before in self._undo.items():
+            now = weights[name].to("cpu")
+            if now.dtype != before.dtype or not torch.equal(now, _sum(before, self._terms, name)):
+                raise ValueError(
+                    f"{name!r} changed after this delta was applied: expected the values that it left, in "
+                    f"{before.dtype}, got others, in {now.dtype}. Take back first what came later: deltas in reverse "
+                    "order, conversions of dtype."
+                )
+        for name, before in self._undo.items():
+            weights[name].copy_(before)
+        self._undo = None
+
+
+@torch.no_grad()
+def apply_weight_delta(
+    unet: nn.Module,
+    delta: AnyDelta | Sequence[AnyDelta],
+    scale: float | Sequence[float] = 1.0,
+    *,
+    keep_undo: bool = True,
+) -> AppliedDelta:
+    """Add scale * delta to a U-Net's weights in place; of several deltas, the sum. In float32, cast once at the end.
+
+    Keys and shapes, and that the deltas and the results are finite, are checked before anything is changed.
+
+    Args:
+        unet: with no LoRA attached, and not offloaded; it stays on its device and in its dtype.
+        delta: what `load_weight_delta` gives or takes, or a list of them.
+        scale: one for all, or one for each.
+        keep_undo: keep the weights as they were, on the CPU, for `take_back()`: as much memory as the U-Net. Without,
+            a delta costs a few copies of one tensor, and loading the model again takes it back.
+    """
+    terms = _terms(delta, scale)
+    weights = _weights_of(unet)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for term, _ in terms:
+        check_same_shapes(term.weights.shapes, shapes, f"the delta ({term.weights.name})", type(unet).__name__)
+    _check_values(weights, terms)
+    undo: dict[str, Tensor] | None = {} if keep_undo else None
+    for name, weight in weights.items():
+        if undo is not None:
+            undo[name] = weight.to("cpu", copy=True)
+        weight.copy_(_sum(weight, terms, name))
+    return AppliedDelta(unet, terms, undo)
+
+
+def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float]) -> list[tuple[WeightDelta, float]]:
+    single = isinstance(delta, (str, Path, Mapping, WeightDelta))
+    deltas = [cast(AnyDelta, delta)] if single else list(cast("Sequence[AnyDelta]", delta))
+    scales = [float(scale)] * len(deltas) if isinstance(scale, (int, float)) else [float(value) for value in scale]
+    if not deltas or len(scales) != len(deltas):
+        raise ValueError(
+            f"Expected at least one delta, and one scale for all or one for each, got {len(deltas)} "
+            f"deltas and {len(scales)} scales."
+        )
+    for value in scales:
+        if not math.isfinite(value):
+            raise ValueError(f"The scale of a delta must be finite, got {value}; 1 is the whole difference.")
+    opened = [item if isinstance(item, WeightDelta) else load_weight_delta(item) for item in deltas]
+    return list(zip(opened, scales, strict=True))
+
+
+def _weights_of(unet: nn.Module) -> dict[str, Tensor]:
+    """Give the weights themselves, not copies; refuse a LoRA, whose layers rename them, and weights that are away."""
+    weights = unet.state_dict()
+    refuse_lora(weights, type(unet).__name__)
+    for name, weight in weights.items():
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                f"Expected the weights of {type(unet).__name__} in memory and in floating point, got {name!r} on "
+                f"{weight.device} in {weight.dtype}. Do it before offloading or quantizing the model."
+            )
+    return weights
+
+
+def _sum(weight: Tensor, terms: Sequence[tuple[WeightDelta, float]], name: str) -> Tensor:
+    """Return weight + sum of scale * delta, in the weight's dtype, on the CPU."""
+    work = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to("cpu", work)
+    for delta, scale in terms:
+        term = delta.weights.read(name).to(work) * scale
+        total = term.add_(total)
+    return total.to(weight.dtype)
+
+
+def _check_values(weights: Mapping[str, Tensor], terms: Sequence[tuple[WeightDelta, float]]) -> None:
+    for delta, _ in terms:
+        # A file without metadata may hold a whole model, which would be added to the other without a word.
+        inner = mine = theirs = 0.0
+        for name, weight in weights.items():
+            values = delta.weights.read(name).float()
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"The delta {delta.weights.name} holds NaN or infinity in {name!r}, expected finite numbers. It "
+                    "is damaged: download it again, or make it with compute_weight_delta(fine_tune, base, output)."
+                )
+            if not delta.metadata:
+                flat, other = weight.to("cpu", torch.float32).flatten(), values.flatten()
+                inner += float(flat @ other)
+                mine += float(flat @ flat)
+                theirs += float(other @ other)
+        if inner > _MODEL_COSINE * math.sqrt(mine * theirs) > 0:
+            raise ValueError(
+                f"{delta.weights.name} holds the weights of a model, expected a difference of two: their cosine with "
+                f"the model's own is {inner / math.sqrt(mine * theirs):.2f}. Make the difference with "
+                "compute_weight_delta(fine_tune, base, output)."
+            )
+    for name, weight in weights.items():
+        if not _sum(weight, terms, name).isfinite().all():
+            raise ValueError(
+                f"{name!r} would not be finite in {weight.dtype}. Use a smaller scale, or a model in float32."
+            )

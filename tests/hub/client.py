@@ -1,0 +1,164 @@
+"""What the tests let other processes do: use huggingface_hub and diffusers as a user's program does.
+
+Both read their settings once, when they are imported, and the tests' own process has them set to offline. So a server
+process imports them with the settings that count, and each client is forked from it: the imports are paid for once.
+"""
+
+import atexit
+import importlib
+import logging
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+from unittest import mock
+
+import diffusers
+import huggingface_hub
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline  # noqa: F401 (warms up)
+
+from tests.hub.server import Hub
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What came of loading and sampling a pipeline: class names, latents as nested lists, messages of our package."""
+
+    pipeline: str
+    scheduler: str
+    module: str
+    latents: Any
+    messages: list[str]
+
+
+class HubError(Exception):
+    """What loading raised in the other process, with its causes: their types and texts, the outermost first."""
+
+    def __init__(self, types: list[str], texts: list[str]) -> None:
+        super().__init__(types, texts)
+        self.types, self.texts = types, texts
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name}: {text}" for name, text in zip(self.types, self.texts, strict=True))
+
+
+def sample(pipeline: Any, **arguments: Any) -> torch.Tensor:
+    """Sample two unguided steps from seed 0, as latents `(1, 4, 8, 8)`."""
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent", **arguments}
+    return pipeline("a red apple", generator=torch.manual_seed(0), **arguments).images
+
+
+def load(
+    loader: str, source: str, scheduler: str | None = None, method: str = "from_pretrained", **arguments: Any
+) -> Loaded:
+    """Call `loader.from_pretrained(source, ...)` and sample; `scheduler` is the name of a class to pass one of."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(f"{record.levelname}: {record.getMessage()}")
+    logger = logging.getLogger("rectified_diffusers")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        if scheduler is not None:
+            arguments["scheduler"] = getattr(diffusers, scheduler)()
+        pipeline = getattr(getattr(diffusers, loader), method)(source, **arguments)
+        theirs = type(pipeline.scheduler)
+        return Loaded(type(pipeline).__name__, theirs.__name__, theirs.__module__, sample(pipeline).tolist(), messages)
+    except Exception as error:  # noqa: BLE001 (whatever a loader raises goes back to the test)
+        raise _without_objects(error) from None
+    finally:
+        logger.removeHandler(handler)
+
+
+def save_again(source: str, target: str) -> None:
+    """Load a portable folder and save it by diffusers' own means."""
+    DiffusionPipeline.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+
+
+def can_import(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+def _without_objects(error: BaseException) -> HubError:
+    """Give what can travel between processes of an error and its causes."""
+    types, texts, seen = [], [], error
+    while seen is not None:
+        types.append(type(seen).__name__)
+        texts.append(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    return HubError(types, texts)
+
+
+def _begin(with_us: bool) -> None:
+    """Begin a client process: with our package imported, or with one where it is not installed."""
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the Hub's client waits a second before it tries again
+    if with_us:
+        import rectified_diffusers  # noqa: F401
+    else:
+        sys.modules["rectified_diffusers"] = None  # pyright: ignore[reportArgumentType]
+
+
+class Client(NamedTuple):
+    """A process that is online: `client.load("DiffusionPipeline", repo_id)` runs `load` there."""
+
+    pool: ProcessPoolExecutor
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.pool.submit(function, *args, **kwargs).result(timeout=300)
+
+    def load(self, *args: Any, **kwargs: Any) -> Loaded:
+        return self.call(load, *args, **kwargs)
+
+
+@cache
+def the_hub() -> Hub:
+    """Give the one Hub of this run of the tests; its clients know its address from their start."""
+    hub = Hub()
+    hub.__enter__()
+    return hub
+
+
+@contextmanager
+def start_client(with_us: bool) -> Iterator[Client]:
+    """Start a process for which `the_hub()` is the Hub, and our package is installed or not."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    home = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    settings = {
+        "HF_ENDPOINT": the_hub().url,
+        "HF_HOME": home,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
+    }
+    without = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_TOKEN_PATH")
+    with mock.patch.dict(os.environ, settings), ProcessPoolExecutor(1, context, _begin, (with_us,)) as pool:
+        for name in without:
+            os.environ.pop(name, None)
+        # The first client starts the server that they are all forked from, with the settings of this moment.
+        endpoint = pool.submit(_endpoint).result(timeout=300)
+        if endpoint != the_hub().url:
+            raise RuntimeError(f"the processes' Hub is {endpoint}, not ours: something else uses the fork server")
+        yield Client(pool)
+
+
+def _endpoint() -> str:
+    return huggingface_hub.constants.ENDPOINT

@@ -1,0 +1,229 @@
+"""A Hub on this machine: as much of the protocol as huggingface_hub speaks to load a model, and faults on demand.
+
+Weights are kept as the Hub keeps them, outside git: their metadata names a sha256, and their content is elsewhere,
+behind a redirect. Everything else is served where it is asked for, named by its git hash.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+WEIGHTS = (".safetensors", ".bin")
+DATE = "2023-09-13T00:00:00.000Z"
+
+Files = Mapping[str, bytes]
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Read what a repository made from a folder holds: contents by path."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+@dataclass
+class Repository:
+    """Commits by their hash, and the names of some of them: a branch, `main`, and tags.
+
+    Args:
+        token: what a reader must send for the files, as for a gated model; its listing stays public.
+    """
+
+    commits: dict[str, Files] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    token: str | None = None
+
+    def commit(self, files: Files, *names: str) -> str:
+        """Store a version, let `main` and the given names point at it, and return its hash."""
+        parent = self.names.get("main", "")
+        sha = hashlib.sha1(parent.encode() + b"".join(name.encode() + files[name] for name in files)).hexdigest()
+        self.commits[sha] = dict(files)
+        self.names |= dict.fromkeys(("main", *names), sha)
+        return sha
+
+    def find(self, revision: str) -> str | None:
+        """Give the hash that a branch, a tag or a hash stands for."""
+        sha = self.names.get(revision, revision)
+        return sha if sha in self.commits else None
+
+
+def entry_of(path: str, content: bytes) -> dict[str, Any]:
+    """Describe a file as the Hub's listing does."""
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
+    if path.endswith(WEIGHTS):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return entry
+
+
+def git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class Hub(ThreadingHTTPServer):
+    """Serve `repositories` on a free port of this machine from `with` on; `requests` records what was asked for.
+
+    `cuts` counts, by the end of a file's path, how often its content shall break off in the middle. A break is not
+    clean: the length was announced, and the connection goes away. With `out_of_order` every answer is 503.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.cuts: dict[str, int] = {}
+        self.out_of_order = False
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def take_cut(self, path: str) -> bool:
+        """Say whether this answer shall break off, and count it."""
+        with self.lock:
+            for name, count in self.cuts.items():
+                if path.endswith(name) and count > 0:
+                    self.cuts[name] = count - 1
+                    return True
+        return False
+
+    def downloads(self) -> list[str]:
+        """Give the files whose content was asked for, by path; once more for each further part of a broken-off one."""
+        pattern = re.compile(r"(?:/[^/]+/[^/]+/resolve/[^/]+|/weights/[^/]+/[^/]+/[0-9a-f]{40})/(.+)")
+        found = [pattern.fullmatch(path) for method, path in self.requests if method == "GET"]
+        return sorted(match[1] for match in found if match)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride] (the base class knows no other)
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        with self.server.lock:
+            self.server.requests.append((self.command, path))
+        if self.server.out_of_order:
+            self._refuse(503, None, "Service unavailable")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self._send_info(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            self._send_tree(match[1], match[2])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._send_file(match[1], match[2], match[3])
+        elif match := re.fullmatch(r"/weights/(.+)/([0-9a-f]{40})/(.+)", path):
+            self._send_content(self.server.repositories[match[1]].commits[match[2]][match[3]], match[3])
+        else:
+            self._refuse(404, None, "Not found")
+
+    do_HEAD = do_GET
+
+    def _find(self, repo_id: str, revision: str) -> tuple[Repository, str] | None:
+        """Find a version, or answer that there is none, as the Hub does."""
+        repository = self.server.repositories.get(repo_id)
+        if repository is None:  # it does not tell strangers which repositories exist
+            known = "Authorization" in self.headers
+            self._refuse(404 if known else 401, "RepoNotFound", "Repository not found")
+            return None
+        sha = repository.find(revision)
+        if sha is None:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repository, sha
+
+    def _send_info(self, repo_id: str, revision: str) -> None:
+        if found := self._find(repo_id, revision):
+            repository, sha = found
+            info = {
+                "id": repo_id,
+                "modelId": repo_id,
+                "sha": sha,
+                "private": False,
+                "gated": "manual" if repository.token else False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": ["diffusers"],
+                "lastModified": DATE,
+                "createdAt": DATE,
+                "siblings": [{"rfilename": path} for path in repository.commits[sha]],
+            }
+            self._send_json(info, {"X-Repo-Commit": sha})
+
+    def _send_tree(self, repo_id: str, revision: str) -> None:
+        if found := self._find(repo_id, revision):
+            repository, sha = found
+            tree = [entry_of(path, content) for path, content in repository.commits[sha].items()]
+            self._send_json(tree, {"X-Repo-Commit": sha})
+
+    def _send_file(self, repo_id: str, revision: str, path: str) -> None:
+        found = self._find(repo_id, revision)
+        if found is None:
+            return
+        repository, sha = found
+        sent = self.headers.get("Authorization")
+        if repository.token and sent != f"Bearer {repository.token}":
+            self._refuse(403 if sent else 401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+        elif path not in repository.commits[sha]:
+            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
+        elif path.endswith(WEIGHTS):
+            content = repository.commits[sha][path]
+            self._send(
+                302,
+                {
+                    # Another host, as the Hub's storage is: the client does not ask this one for metadata.
+                    "Location": f"http://localhost:{self.server.server_port}/weights/{repo_id}/{sha}/{path}",
+                    "X-Repo-Commit": sha,
+                    "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
+                    "X-Linked-Size": str(len(content)),
+                },
+            )
+        else:
+            content = repository.commits[sha][path]
+            self._send_content(content, path, {"X-Repo-Commit": sha, "ETag": f'"{git_hash(content)}"'})
+
+    def _send_content(self, content: bytes, path: str, headers: Mapping[str, str] | None = None) -> None:
+        """Send a file, or what of it is asked for from a byte on."""
+        status, headers = 200, dict(headers or {})
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            status, content = 206, content[start:]
+        cut = self.command == "GET" and self.server.take_cut(path)
+        self._send(status, headers, content, len(content) // 2 if cut else None)
+
+    def _send_json(self, value: Any, headers: Mapping[str, str]) -> None:
+        self._send(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
+
+    def _refuse(self, status: int, code: str | None, message: str, headers: Mapping[str, str] | None = None) -> None:
+        codes = {"X-Error-Code": code} if code else {}
+        self._send(status, {**codes, "X-Error-Message": message, **(headers or {})}, message.encode())
+
+    def _send(self, status: int, headers: Mapping[str, str], body: bytes = b"", length: int | None = None) -> None:
+        """Answer; with `length`, go away after that many bytes of a body announced as longer."""
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:length])
+        if length is not None:
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Keep quiet: what was asked for is in `requests`."""
