@@ -16,7 +16,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
 )
-from rectified_diffusers.loading import remedies
+from rectified_diffusers.loading import dtype_option, remedies
 from tests.hub.client import sample
 from tests.original_layout import original_layout
 from tests.tiny import make_components, make_tiny_pipeline
@@ -155,3 +155,13 @@ def test_other_errors_stay_what_they_are(ours, tmp_path):
     ours.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got FlowMatchEulerDiscreteScheduler"):
         RectifiedFlowPipeline.from_pretrained(tmp_path, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_half_precision_folder_is_loaded_in_float32_throughout_unless_asked(tmp_path):
+    make_tiny_pipeline("flow").to(torch.float16).save_pretrained(tmp_path)
+    pipeline = RectifiedFlowPipeline.from_pretrained(tmp_path)
+    parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert sample(pipeline).dtype == torch.float32
+    half = RectifiedFlowPipeline.from_pretrained(tmp_path, **dtype_option(torch.float16))
+    assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.float16}

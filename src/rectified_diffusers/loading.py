@@ -5,8 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
+import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name the dtype as `from_pretrained` of this diffusers release wants it: 0.40 renamed `torch_dtype`."""
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
 
 @contextmanager

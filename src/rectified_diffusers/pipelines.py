@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from rectified_diffusers.loading import remedies
+from rectified_diffusers.loading import dtype_option, remedies
 from rectified_diffusers.models import StackedUNet
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import cannot_be_saved, mend_kohya
@@ -72,7 +72,13 @@ class RectifiedFlowMixin(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do."""
+        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do.
+
+        Unasked, every part is loaded in float32: transformers 5 would take a half precision text encoder as it is
+        stored, beside diffusers' U-Net in float32.
+        """
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs |= dtype_option(torch.float32)
         where = {name: kwargs.get(name) for name in ("variant", "cache_dir", "revision")}
         with remedies(pretrained_model_name_or_path, **where):
             made: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)

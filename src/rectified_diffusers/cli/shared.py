@@ -103,15 +103,14 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     """Load any diffusers pipeline, ours or not, from a folder or the Hub."""
     _check_model(model)
     resolved = _device(device)
-    import diffusers
+    from diffusers import DiffusionPipeline
 
+    from rectified_diffusers.loading import dtype_option
     from rectified_diffusers.registration import register
 
     register()
-    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
-    dtype_argument = "dtype" if release >= (0, 40) else "torch_dtype"
     with _without_loading_bars():
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **{dtype_argument: _dtype(dtype, resolved)})
+        pipeline = DiffusionPipeline.from_pretrained(model, **dtype_option(_dtype(dtype, resolved)))
     return pipeline.to(resolved)
 
 
