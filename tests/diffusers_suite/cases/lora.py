@@ -1,0 +1,18 @@
+"""LoRA through the standard methods: load, stack, weigh, fuse, delete, save."""
+# pyright: reportMissingImports=false
+
+from typing import ClassVar
+
+from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowPipeline
+
+from ..lora import test_lora_layers_sd as sd
+
+
+class TestLoraStock(sd.StableDiffusionLoRATests):
+    pass
+
+
+class TestLoraOurs(sd.StableDiffusionLoRATests):
+    pipeline_class = RectifiedFlowPipeline
+    scheduler_cls = RectifiedFlowEulerScheduler
+    scheduler_kwargs: ClassVar[dict] = {}
