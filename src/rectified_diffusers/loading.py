@@ -36,8 +36,9 @@ def remedies(
     except (OSError, ValueError, SafetensorError) as error:
         if variant is not None and f"variant={variant}" in str(error):
             raise ValueError(
-                f"{source} has no weights of variant {variant!r}; the published InstaFlow checkpoints have no variant "
-                "at all. Leave variant out; for half precision, call .to(torch.float16) on the pipeline."
+                f"You are trying to load the model files of the `variant={variant}`, but {source} has none; the "
+                "published InstaFlow checkpoints have no variant at all. Leave variant out; for half precision, call "
+                ".to(torch.float16) on the pipeline."
             ) from error
         if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
             for file, damage in _damaged_files(_folder_of(source, cache_dir, revision)):

@@ -70,8 +70,10 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 "scheduler integrates a velocity; use a diffusion scheduler for a model that predicts something else."
             )
         # Not a default, so that `DDIMScheduler.from_config(ours.config)` is told and refuses, not left with epsilon.
-        defaults = [name for name in self.config.get("_use_default_values", ()) if name != "prediction_type"]
-        self.register_to_config(prediction_type="flow_prediction", _use_default_values=defaults)
+        self.register_to_config(prediction_type="flow_prediction")
+        if "_use_default_values" in self.config:
+            defaults = [name for name in self.config["_use_default_values"] if name != "prediction_type"]
+            self.register_to_config(_use_default_values=defaults)
         self.init_noise_sigma = 1.0
         self._set_grid(_uniform_sigmas(num_train_timesteps), device=None)
         # The grid above is for code that reads `timesteps` without sampling; sampling asks for its own.
@@ -97,8 +99,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     f"Say so: {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
-        init_dict, unused, _ = super().extract_init_dict(config_dict, **kwargs)
-        return init_dict, unused, {}
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def step_index(self) -> int | None:

@@ -1,7 +1,7 @@
 """Run diffusers' own test classes on our classes, and on the stock ones beside them.
 
     git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers
-    python -m pip install parameterized torchsde pytest-timeout
+    python -m pip install parameterized torchsde pytest-timeout requests_mock
     python -m tests.diffusers_suite.run --diffusers diffusers
 
 The tests are not part of diffusers' wheel; they are copied out of a checkout, which stays as it is, with `cases/` as

@@ -15,3 +15,8 @@ TestInpaintStock = judged(inpaint.TestStableDiffusionInpaintPipeline)
 TestInpaintOurs = judged(inpaint.TestStableDiffusionInpaintPipeline, RectifiedFlowInpaintPipeline)
 TestInpaintFourChannelsStock = judged(inpaint.TestStableDiffusionSimpleInpaintPipeline)
 TestInpaintFourChannelsOurs = judged(inpaint.TestStableDiffusionSimpleInpaintPipeline, RectifiedFlowInpaintPipeline)
+
+# It wants an error at strength 0.01, where Stable Diffusion is left with no step: a flow spends all of them there.
+for ours in (TestInpaintOurs, TestInpaintFourChannelsOurs):
+    ours.test_stable_diffusion_inpaint_strength_zero_test = None
+del ours
