@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from rectified_diffusers.cli.shared import (
     CommandError,
     add_device,
+    add_sampling,
     check_picture_file,
+    check_sampling,
     contact_sheet,
     default_model,
     load_pipeline,
@@ -36,17 +38,7 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="INT", help="Picture i of every prompt has seed + i (default: 0)"
     )
-    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=1.0,
-        metavar="NUMBER",
-        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
-    )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
-    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
-    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+    add_sampling(parser)
     parser.add_argument(
         "--columns",
         type=int,
@@ -103,21 +95,11 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def _check_generate(arguments: argparse.Namespace) -> None:
-    for prompt in arguments.prompts:
-        if not prompt.strip():
-            raise CommandError("a prompt is empty; say what to draw")
-    for name in ("num_images", "steps", "height", "width", "columns"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_sampling(arguments, counts=("num_images", "columns"))
     if (arguments.height is None) != (arguments.width is None):  # diffusers would drop the one that is given
         raise CommandError("--height and --width go together; give both or neither")
     if not 0 <= arguments.seed <= MAX_SEED - arguments.num_images:
         raise CommandError(f"--seed must be between 0 and 2^63 - 1 less the number of pictures, got {arguments.seed}")
-    if not 0 <= arguments.guidance_scale < math.inf:
-        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
-    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
-        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
 
 
 def _check_refine(arguments: argparse.Namespace) -> None:

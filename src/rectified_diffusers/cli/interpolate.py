@@ -11,8 +11,10 @@ from typing import Any
 from rectified_diffusers.cli.shared import (
     CommandError,
     add_device,
+    add_sampling,
     check_folder_is_writable,
     check_picture_file,
+    check_sampling,
     contact_sheet,
     default_model,
     load_pipeline,
@@ -43,17 +45,7 @@ def add_interpolate(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--loop", action="store_true", help="Go back from the last to the first, without a seam")
     parser.add_argument("--fps", type=float, default=15, metavar="NUMBER", help="Pictures per second (default: 15)")
     parser.add_argument("--columns", type=int, metavar="INT", help="Of the contact sheet (default: a square)")
-    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=1.0,
-        metavar="NUMBER",
-        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
-    )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
-    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
-    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+    add_sampling(parser)
     add_device(parser)
     parser.set_defaults(run=run_interpolate, resumable=False)
     return parser
@@ -103,15 +95,6 @@ def _check_file(path: Path) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if not all(prompt.strip() for prompt in arguments.prompts):
-        raise CommandError("a prompt is empty; say what to draw")
-    for name in ("frames", "steps", "height", "width", "columns"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise CommandError(f"--{name} must be at least 1, got {value}")
+    check_sampling(arguments, counts=("frames", "columns"))
     if not 0 < arguments.fps <= 50:
         raise CommandError(f"--fps must be above 0 and at most 50, got {arguments.fps}")
-    if not 0 <= arguments.guidance_scale < math.inf:
-        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
-    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
-        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")

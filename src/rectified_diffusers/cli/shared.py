@@ -63,6 +63,35 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
     return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
 
 
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add how a picture is drawn: steps, guidance and size."""
+    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        metavar="NUMBER",
+        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
+    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
+    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+
+
+def check_sampling(arguments: argparse.Namespace, counts: Sequence[str]) -> None:
+    """Refuse what cannot be drawn: an empty prompt, a size or one of the named `counts` below 1, a wrong guidance."""
+    if not all(prompt.strip() for prompt in arguments.prompts):
+        raise CommandError("a prompt is empty; say what to draw")
+    for name in ("steps", "height", "width", *counts):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= arguments.guidance_scale < math.inf:
+        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
+    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
+        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default: auto)"
