@@ -177,7 +177,9 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         """Store the grid `sigmas`, `(N,)` float64 on the CPU, and what follows from it; begin at its start."""
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         timesteps = time_to_timestep(1 - sigmas, self.config["num_train_timesteps"])
-        self.timesteps = timesteps.to(torch.float32).to(device)
+        # On CUDA without waiting: the copy from the CPU's memory is staged before the call returns.
+        on_cuda = device is not None and torch.device(device).type == "cuda"
+        self.timesteps = timesteps.to(torch.float32).to(device, non_blocking=on_cuda)
         self._steps_per_unit_time: list[float] = (-1 / self.sigmas.diff()).tolist()
         self.num_inference_steps = len(sigmas)
         self._step_index: int | None = None
@@ -188,7 +190,13 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Find the position of a timestep on the grid."""
+        """Find the position of a timestep on the grid.
+
+        An element of `timesteps`, which is what a pipeline's loop passes, tells it by its place in memory. Only
+        another tensor is compared by value, for which one has to wait for the device.
+        """
+        if isinstance(timestep, Tensor) and timestep.ndim == 0 and _share_memory(timestep, self.timesteps):
+            return int(timestep.storage_offset() - self.timesteps.storage_offset())
         distance = (self.timesteps - timestep).abs()
         index = int(distance.argmin())
         if not distance[index] <= 1e-6 * self.config["num_train_timesteps"]:
@@ -268,3 +276,7 @@ def _uniform_sigmas(num_steps: int) -> Tensor:
     if count < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {count}.")
     return 1 - torch.arange(count, dtype=torch.float64) / count
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.untyped_storage()._cdata == other.untyped_storage()._cdata

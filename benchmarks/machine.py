@@ -1,0 +1,75 @@
+"""What the speed benchmarks share: where and when they ran, how fast that machine is, medians of times."""
+
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def provenance(device: str = "cpu") -> dict[str, str]:
+    """Command, commit, hardware, date, versions."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    cpu = re.search(r"model name\s*: (.*)", info)
+    flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
+    processor = f"{cpu[1] if cpu else platform.processor()} {' '.join(flags)}, {os.cpu_count()} CPUs"
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": (git("rev-parse", "--verify", "--quiet", "HEAD") or "none")
+        + (" with changes" if git("status", "--porcelain") else ""),
+        "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
+        "threads": str(torch.get_num_threads()),
+        "load at the start": f"{os.getloadavg()[0]:.1f}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")),
+    }
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Wall time of one call, with what it queued on a GPU."""
+    synchronize(device)
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def median(times: Sequence[float]) -> float:
+    return statistics.median(times)
+
+
+def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """Measure the best of this machine: FLOP/s of a matrix product, bytes/s of a copy, read and written."""
+    size, length = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    source = torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def best(call: Callable[[], object]) -> float:
+        call()
+        return min(seconds(call, device) for _ in range(7))
+
+    return 2 * size**3 / best(lambda: torch.mm(a, b, out=out)), 2 * length / best(lambda: target.copy_(source))
+
+
+def peak_memory(device: str) -> float:
+    """Most GB that this process has held so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

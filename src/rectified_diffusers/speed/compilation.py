@@ -1,0 +1,55 @@
+"""torch.compile for the models of a pipeline: with CUDA graphs by default, and few recompilations."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from rectified_diffusers.speed.replacing import replaced
+
+
+class Compiled:
+    """A compiled function of tensors that is compiled once more, not more often, when their sizes change.
+
+    The first sizes are compiled for as they are, which is fastest. When others come, height, width and the number of
+    pictures become variables of one second version. A single picture is a case of its own to torch.compile: going from
+    one picture to several is a compilation apart from going from one size to others.
+    """
+
+    def __init__(self, function: Any, **options: Any) -> None:
+        self._compiled = torch.compile(function, **options)
+        self._first: tuple[int, ...] | None = None
+
+    def __call__(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._first is None:
+            self._first = tuple(sample.shape)
+        if tuple(sample.shape) != self._first:
+            batch = len(sample)
+            for value in (sample, *args, *kwargs.values()):
+                if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+                    torch._dynamo.maybe_mark_dynamic(value, 0)
+            for dimension in range(2, sample.ndim):
+                torch._dynamo.maybe_mark_dynamic(sample, dimension)
+        torch.compiler.cudagraph_mark_step_begin()
+        # A CUDA graph writes its result to the same place every time, so the result is copied out at once.
+        return tree_map_only(Tensor, torch.clone, self._compiled(sample, *args, **kwargs))
+
+
+@contextmanager
+def compiled(pipeline: Any, **options: Any) -> Iterator[None]:
+    """Compile the U-Net, the decoder of the VAE and the text encoders, at their first calls.
+
+    Args:
+        pipeline: with `unet` and `vae`.
+        options: of `torch.compile`: mode, backend.
+    """
+    models: list[nn.Module] = [pipeline.unet, pipeline.vae.decoder]
+    models += [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]  # pyright: ignore
+    with ExitStack() as stack:
+        for model in models:
+            if model is not None:
+                stack.enter_context(replaced(model, "forward", Compiled(model.forward, **options)))
+        yield

@@ -1,0 +1,232 @@
+"""A pipeline made fast, and made again what it was: every switch is one context manager of this folder."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from torch import nn
+from typing_extensions import Self
+
+from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
+from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
+from rectified_diffusers.speed.compilation import compiled
+from rectified_diffusers.speed.images import pictures_on_device
+from rectified_diffusers.speed.memory import can_keep_memory, kept_memory
+from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
+from rectified_diffusers.speed.projections import can_fuse, fused_projections
+from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.upsampling import folded_upsampling
+
+Switch = bool | Literal["auto"]
+_MARK = "_optimized_by_rectified_diffusers"
+
+
+@dataclass
+class Optimized:
+    """What `optimize` did to a pipeline, to be taken back; also a context manager that takes it back at its end.
+
+    Args:
+        pipeline: that was optimized, in place.
+        switches: what each switch was set to.
+    """
+
+    pipeline: Any
+    switches: dict[str, Any]
+    _undo: ExitStack = field(default_factory=ExitStack, repr=False)
+    _forget: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def forget(self) -> None:
+        """Drop all that was computed ahead from weights: after writing to them through `parameter.data`."""
+        for each in self._forget:
+            each()
+
+    def restore(self) -> None:
+        """Make the pipeline what it was, bit for bit; a second call does nothing.
+
+        Weights come back as they were: what was fused into them since (`fuse_lora`, a weight delta) is lost where
+        `dtype` or `channels_last` had put others in their place.
+        """
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+def optimize(
+    pipeline: DiffusionPipeline,
+    *,
+    lossless: bool = False,
+    dtype: torch.dtype | Literal["auto"] | None = "auto",
+    channels_last: Switch = "auto",
+    blockwise_attention: Switch = "auto",
+    fold_upsampling: Switch = "auto",
+    fuse_qkv: Switch = "auto",
+    compile: Switch = "auto",
+    compile_mode: str = "reduce-overhead",
+    decoder: AutoencoderTiny | str | os.PathLike[str] | None = None,
+    cache_prompts: bool = True,
+    cache_times: Switch = "auto",
+    keep_memory: Switch = "auto",
+) -> Optimized:
+    """Make a pipeline fast, in place, on the device that it is on; `docs/speed.md` has each switch's gain and price.
+
+    "auto" follows the device. What draws on pictures already (ControlNets, LoRAs, callbacks) goes on working; load
+    and fuse weights before where you can. The original weights are kept in memory, for `restore`.
+
+    Args:
+        pipeline: in the shape of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
+        lossless: leave off what "auto" would turn on and what changes a bit of a picture.
+        dtype: of the models; auto is float16 on CUDA (bfloat16 for SDXL) and MPS, bfloat16 on a CPU with instructions
+            for it, else none. None keeps each as it is. The latents stay in float32.
+        channels_last: of the convolutions; auto is on for CUDA and CPUs.
+        blockwise_attention: our own order of attention's operations; auto is on for bfloat16 on a CPU.
+        fold_upsampling: enlargement and convolution in one, with 4/9 of the products; auto is on.
+        fuse_qkv: query, key and value in one multiplication; auto is on for CUDA, where a LoRA allows it.
+        compile: U-Net, decoder and text encoders by torch.compile, minutes at the first picture; auto is on for CUDA.
+        compile_mode: of torch.compile; this one makes CUDA graphs.
+        decoder: an AutoencoderTiny, or its folder or Hub id ("madebyollin/taesd" for Stable Diffusion 1.5), in place
+            of the VAE: much faster and a little less exact.
+        cache_prompts: keep the embeddings of the last 64 prompts.
+        cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
+        keep_memory: no memory goes back to the system before `restore`; auto is on for CPUs with glibc. It is a
+            setting of the whole process.
+    """
+    pipe = _checked(pipeline)
+    asked = {
+        "dtype": dtype,
+        "compile": compile,
+        "channels_last": channels_last,
+        "blockwise_attention": blockwise_attention,
+        "fold_upsampling": fold_upsampling,
+        "fuse_qkv": fuse_qkv,
+        "cache_prompts": cache_prompts,
+        "cache_times": cache_times,
+        "keep_memory": keep_memory,
+    }
+    switches = _choose(pipe, lossless, asked) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
+    result = Optimized(pipe, switches)
+    try:
+        _turn_on(result, compile_mode)
+    except BaseException:
+        result.restore()
+        raise
+    return result
+
+
+def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
+    """Replace each "auto" by what suits the pipeline's device."""
+    device = pipeline.unet.device
+    on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
+    dtype = asked["dtype"]
+    if dtype == "auto":
+        dtype = None if lossless else fast_dtype(device, wide_range="text_encoder_2" in pipeline.components)
+    computed_in = pipeline.unet.dtype if dtype is None else dtype
+    compiles = (on_cuda and not lossless) if asked["compile"] == "auto" else asked["compile"]
+    automatic = {
+        "compile": compiles,
+        "channels_last": not lossless and (on_cpu or on_cuda),
+        "blockwise_attention": not lossless and on_cpu and computed_in == torch.bfloat16 and not compiles,
+        "fold_upsampling": not lossless,
+        "fuse_qkv": not lossless and on_cuda and can_fuse(pipeline.unet),
+        "cache_times": on_cpu and not compiles,
+        "keep_memory": on_cpu and can_keep_memory(),
+    }
+    chosen = {**asked, "dtype": dtype}
+    return {name: automatic[name] if value == "auto" else value for name, value in chosen.items()}
+
+
+def _checked(pipeline: Any) -> Any:
+    components = getattr(pipeline, "components", {})
+    missing = [name for name in ("unet", "vae") if not isinstance(components.get(name), nn.Module)]
+    if missing:
+        raise TypeError(
+            f"optimize needs a pipeline with a unet and a vae, got {type(pipeline).__name__} without "
+            f"{' and '.join(missing)}. Compile a transformer with torch.compile(pipeline.transformer)."
+        )
+    if _MARK in vars(pipeline):
+        raise ValueError("This pipeline is optimized already: call restore() on that result before another optimize.")
+    offloaded = [
+        name for name, each in components.items() if isinstance(each, nn.Module) and hasattr(each, "_hf_hook")
+    ]
+    if offloaded:
+        raise ValueError(
+            f"CPU offload moves the weights of {', '.join(offloaded)} on every call. Call remove_all_hooks() on the "
+            "pipeline and move it to one device, then optimize."
+        )
+    return pipeline
+
+
+def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> AutoencoderTiny:
+    """Load the small decoder if need be, and see that it reads the same latents as the VAE."""
+    tiny: Any = decoder
+    if isinstance(decoder, (str, os.PathLike)):
+        tiny = AutoencoderTiny.from_pretrained(decoder)
+    if not isinstance(tiny, AutoencoderTiny):
+        raise TypeError(f"decoder must be an AutoencoderTiny, its folder or its Hub id, got {type(tiny).__name__}.")
+    vae = pipeline.vae
+    found, expected = (
+        (each.config["latent_channels"], 2 ** (len(each.config[blocks]) - 1))
+        for each, blocks in ((tiny, "decoder_block_out_channels"), (vae, "block_out_channels"))
+    )
+    if found != expected:
+        raise ValueError(
+            f"The decoder reads latents of {found[0]} channels at 1/{found[1]} of the size, expected {expected[0]} at "
+            f"1/{expected[1]} as the pipeline's VAE makes them. Take the AutoencoderTiny of this family of models."
+        )
+    return tiny.to(vae.device, vae.dtype).eval()
+
+
+def _turn_on(result: Optimized, compile_mode: str) -> None:
+    """Enter the contexts of the switches that are on; they are left in reverse order."""
+    pipe, on, stack = result.pipeline, result.switches, result._undo
+    stack.enter_context(replaced(pipe, _MARK, result))
+    if on["decoder"] is not None:
+        stack.callback(pipe.register_modules, vae=pipe.vae)
+        pipe.register_modules(vae=on["decoder"])
+    models = {name: each for name, each in pipe.components.items() if isinstance(each, nn.Module)}
+    for name, model in models.items():
+        layout = on["channels_last"] and name in ("unet", "vae", "controlnet")
+        stack.enter_context(converted(model, on["dtype"], layout))
+    if pipe.unet.dtype.itemsize == 2:
+        stack.enter_context(latents_in_float32(pipe))
+    for model in (pipe.unet, pipe.vae):
+        if on["blockwise_attention"]:
+            stack.enter_context(use_blockwise_attention(model))
+        if on["fold_upsampling"]:
+            result._forget.append(stack.enter_context(folded_upsampling(model)))
+    if on["fuse_qkv"]:
+        result._forget.append(stack.enter_context(fused_projections(pipe.unet)))
+    if on["cache_prompts"]:
+        result._forget.append(stack.enter_context(cached_prompts(pipe)))
+    if on["cache_times"]:
+        result._forget.append(stack.enter_context(cached_times(pipe.unet)))
+    if on["compile"]:
+        stack.enter_context(compiled(pipe, mode=compile_mode))
+    if getattr(pipe, "image_processor", None) is not None:
+        stack.enter_context(pictures_on_device(pipe))
+    if on["keep_memory"]:
+        stack.enter_context(kept_memory())
+    stack.enter_context(watched(pipe, result.forget))
+    stack.enter_context(_guarded(pipe, models))
+
+
+def _guarded(pipeline: Any, models: dict[str, nn.Module]) -> Any:
+    """Refuse to draw with a model that came after `optimize` and knows nothing of its switches."""
+    stock = pipeline.check_inputs
+
+    def check_inputs(*args: Any, **kwargs: Any) -> Any:
+        for name, model in models.items():
+            if getattr(pipeline, name) is not model:
+                raise ValueError(
+                    f"{name} was exchanged after optimize. Call restore() first, then exchange it and optimize again."
+                )
+        return stock(*args, **kwargs)
+
+    return replaced(pipeline, "check_inputs", check_inputs)

@@ -1,0 +1,76 @@
+"""Query, key and value of an attention layer as one matrix multiplication: diffusers' fused projections, made safe.
+
+The fused matrices are copies, which a LoRA or a weight delta put on later would not reach. Here they are made anew
+when the weights changed, and left aside while a LoRA is attached.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from rectified_diffusers.speed.caches import weights_state
+
+_COPIES = ("to_qkv", "to_kv", "to_added_qkv")
+
+
+def can_fuse(unet: Any) -> bool:
+    """Tell whether every attention layer is stock: a processor of another kind (IP-Adapter's) would be lost."""
+    return all(type(processor).__name__ == "AttnProcessor2_0" for processor in unet.attn_processors.values())
+
+
+@contextmanager
+def fused_projections(unet: Any) -> Iterator[Callable[[], None]]:
+    """Fuse the projections of a U-Net; give a function that has them fused anew."""
+    if not can_fuse(unet):
+        kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
+        raise ValueError(
+            f"fuse_qkv needs attention layers with AttnProcessor2_0, got {', '.join(kinds)}. Pass fuse_qkv=False."
+        )
+    layers = [layer for layer in unet.modules() if isinstance(layer, Attention)]
+    made_of: list[Any] = [None]
+
+    def refresh(model: nn.Module, args: Any) -> None:
+        if made_of[0] != _state(layers):
+            _unfuse(unet, layers)
+            if not _has_lora(unet) and can_fuse(unet):
+                unet.fuse_qkv_projections()
+            made_of[0] = _state(layers)
+
+    def forget() -> None:
+        made_of[0] = None
+
+    hook = unet.register_forward_pre_hook(refresh)
+    try:
+        yield forget
+    finally:
+        hook.remove()
+        _unfuse(unet, layers)
+
+
+def _state(layers: list[Any]) -> tuple[Any, ...]:
+    projections = (getattr(layer, name, None) for layer in layers for name in ("to_q", "to_k", "to_v"))
+    return tuple(weights_state(each) for each in projections if each is not None)
+
+
+def _has_lora(unet: nn.Module) -> bool:
+    return any(name.endswith(".base_layer") for name, _ in unet.named_modules())
+
+
+def _unfuse(unet: Any, layers: list[Any]) -> None:
+    """Take the fused copies away, and give stock processors back to the layers that are fused still."""
+    if not any(hasattr(layer, name) for layer in layers for name in _COPIES):
+        return
+    stock = unet.original_attn_processors
+    now = unet.attn_processors
+    unet.set_attn_processor(
+        {name: stock[name] if type(each).__name__.startswith("Fused") else each for name, each in now.items()}
+    )
+    for layer in layers:
+        layer.fused_projections = False
+        for name in _COPIES:
+            if hasattr(layer, name):
+                delattr(layer, name)
+    unet.original_attn_processors = None

@@ -1,0 +1,116 @@
+"""Nearest-neighbour enlargement and the 3x3 convolution after it, as one transposed convolution.
+
+Of the nine pixels under the kernel, several are copies of one source pixel. Adding up the weights that meet the same
+source pixel first leaves four products of nine per output pixel, and no enlarged picture is written. In the 4x4 kernel
+of the transposed convolution, with stride 2 and padding 1, row u collects the kernel rows a with u = a' + 2 - a, a' in
+{0, 1}: it is the 3x3 kernel, mirrored, spread by a 2x2 box. Equal but for the rounding of those sums.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from rectified_diffusers.speed.replacing import replaced
+
+Forget = Callable[[], None]
+
+
+def folded_weight(weight: Tensor) -> Tensor:
+    """Fold an enlargement by 2 into the kernel after it: `(out, in, 3, 3)` to `(in, out, 4, 4)`, added in float32."""
+    box = torch.ones(1, 1, 2, 2, device=weight.device)
+    kernels = weight.detach().float().flip(-2, -1).transpose(0, 1)
+    spread = F.conv2d(kernels.reshape(-1, 1, 3, 3), box, padding=1)
+    layout = (
+        torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    )
+    return spread.reshape(*kernels.shape[:2], 4, 4).to(weight.dtype, memory_format=layout)
+
+
+class _Folded:
+    """A convolution with the enlargement before it, its kernel folded when first needed and after it changed."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.convolution = convolution
+        self.made_of: tuple[Any, ...] = ()
+        self.weight: Tensor | None = None
+
+    def forget(self) -> None:
+        self.weight = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        weight = self.convolution.weight
+        state = (weight.data_ptr(), weight.dtype, weight.device, None if weight.is_inference() else weight._version)
+        if self.weight is None or self.made_of != state:
+            self.weight, self.made_of = folded_weight(weight), state
+        return F.conv_transpose2d(features, self.weight, self.convolution.bias, stride=2, padding=1)
+
+
+@contextmanager
+def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
+    """Fold every enlargement of a U-Net or a VAE; give a function that has the kernels folded anew.
+
+    Layers with another kernel, with a LoRA on them, or asked for another size than twice theirs, run as they are; so
+    does all of it while gradients are wanted.
+    """
+    folds: list[_Folded] = []
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, Upsample2D) and _is_foldable(layer):
+                folds.append(_Folded(layer.conv))  # pyright: ignore[reportArgumentType]
+                stack.enter_context(replaced(layer, "forward", _forward(layer, layer.forward, folds[-1])))
+            elif isinstance(layer, nn.Sequential):
+                folds += _fold_sequence(layer, stack)
+
+        def forget() -> None:
+            for fold in folds:
+                fold.forget()
+
+        yield forget
+
+
+def _is_plain(convolution: Any) -> bool:
+    expected = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return type(convolution) is nn.Conv2d and tuple(getattr(convolution, name) for name in names) == expected
+
+
+def _is_foldable(layer: Upsample2D) -> bool:
+    return layer.norm is None and layer.interpolate and layer.name == "conv" and _is_plain(layer.conv)
+
+
+def _forward(layer: Upsample2D, stock: Any, fold: _Folded) -> Any:
+    def forward(hidden_states: Tensor, output_size: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        if output_size is not None or layer.conv is not fold.convolution or torch.is_grad_enabled():
+            return stock(hidden_states, output_size, *args, **kwargs)
+        return fold(hidden_states)
+
+    return forward
+
+
+def _fold_sequence(sequence: nn.Sequential, stack: ExitStack) -> list[_Folded]:
+    """Fold the pairs (nn.Upsample, nn.Conv2d) of AutoencoderTiny, whose layers stand in one sequence."""
+    folds: list[_Folded] = []
+    for before, after in itertools.pairwise(sequence):
+        doubles = isinstance(before, nn.Upsample) and before.scale_factor == 2 and before.mode == "nearest"
+        if doubles and _is_plain(after):
+            folds.append(_Folded(after))  # pyright: ignore[reportArgumentType]
+            stack.enter_context(replaced(before, "forward", _unless_training(before.forward, _pass_on)))
+            stack.enter_context(replaced(after, "forward", _unless_training(after.forward, folds[-1])))
+    return folds
+
+
+def _unless_training(stock: Any, fast: Any) -> Any:
+    def forward(features: Tensor) -> Tensor:
+        return stock(features) if torch.is_grad_enabled() else fast(features)
+
+    return forward
+
+
+def _pass_on(features: Tensor) -> Tensor:
+    return features
