@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,19 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     T2IAdapter,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
@@ -27,9 +36,13 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 MAX_TOKENS = 77
+MAX_T5_TOKENS = 512
 MERGES = ["t h", "th e</w>", "r e", "re d</w>"]
 
 
@@ -48,6 +61,33 @@ def make_tokenizer() -> CLIPTokenizer:
         Path(folder, "vocab.json").write_text(json.dumps(vocabulary()))
         Path(folder, "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]))
         return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
+
+
+@cache
+def make_t5_tokenizer() -> T5TokenizerFast:
+    """Build a T5 tokenizer of single characters, as files of `tokenizers`, which transformers 4 and 5 share."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(ord("!"), ord("~") + 1)]
+    tokenizer: Any = Tokenizer(Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(str(Path(folder, "tokenizer.json")))
+        return T5TokenizerFast.from_pretrained(folder, extra_ids=0, model_max_length=MAX_T5_TOKENS)
+
+
+def make_t5_encoder(width: int = 16) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(make_t5_tokenizer()),
+        d_model=width,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    return T5EncoderModel(config).eval()
 
 
 def make_text_config() -> CLIPTextConfig:
@@ -92,15 +132,45 @@ def make_xl_unet() -> UNet2DConditionModel:
     return make_unet(cross_attention_dim=32, projection_class_embeddings_input_dim=16 + 6 * 8, **added)
 
 
-def make_vae() -> AutoencoderKL:
+def make_sd3_transformer() -> SD3Transformer2DModel:
+    return SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    ).eval()
+
+
+def make_flux_transformer(*, guidance_embeds: bool = True) -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 2, 2),
+    ).eval()
+
+
+def make_vae(**changes: Any) -> AutoencoderKL:
     """Build a VAE with 4 latent channels, 4 times smaller than its pictures: 8x8 latents for 32x32 pixels."""
     blocks: dict[str, Any] = {
         "block_out_channels": (8, 8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 3,
         "up_block_types": ("UpDecoderBlock2D",) * 3,
     }
-    vae = AutoencoderKL(**blocks, latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=32)
-    return vae.eval()
+    blocks |= {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
+    return AutoencoderKL(**{**blocks, **changes}).eval()
 
 
 def make_components(seed: int = 0) -> dict[str, Any]:
@@ -125,6 +195,32 @@ def make_xl_components(seed: int = 0) -> dict[str, Any]:
         text_encoder_2 = CLIPTextModelWithProjection(make_text_config()).eval()
     tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer()}
     return {**models, **tokenizers, "text_encoder_2": text_encoder_2}
+
+
+def make_sd3_components(seed: int = 0) -> dict[str, Any]:
+    """Build every component of a Stable Diffusion 3 pipeline but the scheduler."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = {
+            "text_encoder": CLIPTextModelWithProjection(make_text_config()).eval(),
+            "text_encoder_2": CLIPTextModelWithProjection(make_text_config()).eval(),
+            "text_encoder_3": make_t5_encoder(width=32),
+        }
+        vae = make_vae(scaling_factor=1.5, shift_factor=0.06)
+        transformer = make_sd3_transformer()
+    tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_tokenizer(), "tokenizer_3": make_t5_tokenizer()}
+    return {"transformer": transformer, "vae": vae, **encoders, **tokenizers}
+
+
+def make_flux_components(seed: int = 0, *, guidance_embeds: bool = True) -> dict[str, Any]:
+    """Build every component of a FLUX.1 pipeline but the scheduler; dev's takes guidance as an input."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = {"text_encoder": make_text_encoder(), "text_encoder_2": make_t5_encoder()}
+        vae = make_vae(scaling_factor=0.36, shift_factor=0.12)
+        transformer = make_flux_transformer(guidance_embeds=guidance_embeds)
+    tokenizers = {"tokenizer": make_tokenizer(), "tokenizer_2": make_t5_tokenizer()}
+    return {"transformer": transformer, "vae": vae, **encoders, **tokenizers}
 
 
 def make_tiny_controlnet(unet: UNet2DConditionModel, seed: int = 0) -> ControlNetModel:
@@ -229,26 +325,73 @@ def make_tiny_xl_pipeline(seed: int = 0) -> Any:
     return pipeline
 
 
-def make_tiny_pipeline(kind: Literal["flow", "diffusion"] = "flow", seed: int = 0) -> StableDiffusionPipeline:
-    """Build a text-to-image pipeline of 32x32 pictures, 4x8x8 latents; `diffusion` predicts epsilon as SD 1.5 does."""
-    components = make_components(seed)
-    if kind == "flow":
-        from rectified_diffusers.pipelines import RectifiedFlowPipeline
-        from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+def make_diffusion_scheduler(**changes: Any) -> DDIMScheduler:
+    """Build Stable Diffusion's schedule."""
+    settings: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+    }
+    return DDIMScheduler(**{**settings, **changes})
 
-        components["scheduler"] = RectifiedFlowEulerScheduler()
-        pipeline = RectifiedFlowPipeline(**components)
-    elif kind == "diffusion":
-        components["scheduler"] = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            clip_sample=False,
-            set_alpha_to_one=False,
-        )
-        pipeline = StableDiffusionPipeline(**components)
-    else:
-        raise ValueError(f"kind must be 'flow' or 'diffusion', got {kind!r}.")
+
+Kind = Literal["flow", "diffusion", "v_prediction", "zero_snr", "xl", "xl_flow", "sd3", "flux", "flux_schnell"]
+
+
+def _make_flow(seed: int) -> Any:
+    from rectified_diffusers.pipelines import RectifiedFlowPipeline
+    from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+
+    return RectifiedFlowPipeline(**make_components(seed), scheduler=RectifiedFlowEulerScheduler())
+
+
+def _make_diffusion(seed: int, **changes: Any) -> Any:
+    return StableDiffusionPipeline(**make_components(seed), scheduler=make_diffusion_scheduler(**changes))
+
+
+def _make_xl(seed: int) -> Any:
+    scheduler = make_diffusion_scheduler()
+    return StableDiffusionXLPipeline(**make_xl_components(seed), scheduler=scheduler, add_watermarker=False)
+
+
+def _make_sd3(seed: int) -> Any:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return StableDiffusion3Pipeline(**make_sd3_components(seed), scheduler=scheduler)
+
+
+def _make_flux(seed: int, *, guidance_embeds: bool = True) -> Any:
+    """Give its picture the tests' size: Flux' own default is 128 latents, whatever its networks say."""
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds)
+    pipeline = FluxPipeline(**make_flux_components(seed, guidance_embeds=guidance_embeds), scheduler=scheduler)
+    pipeline.default_sample_size = 8
+    return pipeline
+
+
+def make_tiny_pipeline(kind: Kind = "flow", seed: int = 0) -> Any:
+    """Build a text-to-image pipeline of 32x32 pictures, 4x8x8 latents.
+
+    Args:
+        kind: `flow` is our pipeline, `diffusion` predicts epsilon as SD 1.5 does, `v_prediction` v as SD 2.1 does and
+            `zero_snr` v on a schedule that ends in pure noise; `xl` is a diffusion model, `xl_flow` our pipeline;
+            `flux` takes guidance as FLUX.1-dev does.
+    """
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    makers: dict[str, Callable[[int], Any]] = {
+        "flow": _make_flow,
+        "diffusion": _make_diffusion,
+        "v_prediction": lambda seed: _make_diffusion(seed, prediction_type="v_prediction"),
+        "zero_snr": lambda seed: _make_diffusion(seed, prediction_type="v_prediction", **zero_snr),
+        "xl": _make_xl,
+        "xl_flow": make_tiny_xl_pipeline,
+        "sd3": _make_sd3,
+        "flux": _make_flux,
+        "flux_schnell": lambda seed: _make_flux(seed, guidance_embeds=False),
+    }
+    if kind not in makers:
+        raise ValueError(f"kind must be one of {', '.join(makers)}, got {kind!r}.")
+    pipeline = makers[kind](seed)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -19,12 +19,12 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from rectified_diffusers.loading import dtype_option, remedies
-from rectified_diffusers.models import StackedUNet
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import cannot_be_saved, mend_kohya
 
@@ -108,8 +108,8 @@ class RectifiedFlowMixin(DiffusionPipeline):
             ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
             logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
             kwargs["scheduler"] = ours
-        if isinstance(unet := pipeline.components.get("unet"), StackedUNet):
-            kwargs.setdefault("unet", unet)  # diffusers carries over what has the very class of the annotation
+        if isinstance(unet := pipeline.components.get("unet"), UNet2DConditionModel):
+            kwargs.setdefault("unet", unet)  # diffusers carries over only what has the very class of the annotation
         made: Any = super().from_pipe(pipeline, **kwargs)
         return made
 

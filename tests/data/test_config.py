@@ -20,7 +20,8 @@ from rectified_diffusers.data.config import TripletConfig
         ("seed", -1, "at least 0"),
         ("guidance_scale", float("nan"), "finite"),
         ("guidance_scale", -1.0, "finite number of at least 0"),
-        ("solver", "dpm", "one of 'auto', 'dpm_solver\\+\\+', 'teacher', got 'dpm'"),
+        ("solver", "dpm", "one of 'auto', 'teacher', 'dpm_solver\\+\\+', 'DDIMScheduler', .*, got 'dpm'"),
+        ("solver", "DDPMScheduler", "'UniPCMultistepScheduler', .*, got 'DDPMScheduler'"),
         ("storage_dtype", "fp16", "one of 'float16', 'bfloat16', 'float32', got 'fp16'"),
     ],
 )

@@ -1,12 +1,23 @@
 """Shards: equal bytes for equal content, whole or absent, damage found."""
 
+import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from rectified_diffusers.data.shards import Shard, remove_partial_files, shard_path, write_atomically, write_shard
+from rectified_diffusers.data import shards as module
+from rectified_diffusers.data.shards import (
+    Shard,
+    remove_partial_files,
+    require_space,
+    shard_number,
+    shard_path,
+    write_atomically,
+    write_shard,
+)
 
 HEADER = {"prompts": ["a red apple", "", "café \u2028"], "shard": 3, "more": 1, "keys": 2}
 
@@ -29,15 +40,21 @@ def test_read_back(path, tensors):
     assert shard.layout() == {"data": ("BF16", (3, 4, 2, 2)), "noise": ("BF16", (3, 4, 2, 2))}
     for name, tensor in tensors.items():
         assert torch.equal(shard.row(name, 2), tensor[2])
+        assert torch.equal(shard.checked_row(2)[name], tensor[2])
     shard.verify()
 
 
 def test_names_are_wide_enough_to_sort(tmp_path):
-    assert [shard_path(tmp_path, shard).name for shard in (0, 99_999, 123_456)] == [
-        "shard-00000.safetensors",
-        "shard-99999.safetensors",
-        "shard-123456.safetensors",
-    ]
+    names = [shard_path(tmp_path, shard).name for shard in (0, 99_999, 123_456)]
+    assert names == ["shard-00000.safetensors", "shard-99999.safetensors", "shard-123456.safetensors"]
+    assert [shard_number(name) for name in names] == [0, 99_999, 123_456]
+    for name in (
+        "shard-1.safetensors",
+        ".shard-00001.safetensors.partial",
+        "shard-00001.safetensors~",
+        "a.safetensors",
+    ):
+        assert shard_number(name) is None
 
 
 def test_equal_content_is_equal_bytes(path, tensors):
@@ -67,26 +84,76 @@ def test_a_foreign_safetensors_file_raises(path, tensors):
         Shard.open(path)
 
 
-@pytest.mark.parametrize("place", [-1, 120])
-def test_one_changed_byte_fails_the_checksum(path, place):
+FAILS = r"fails its checksum: expected \w+, got \w+\..*make it again"
+
+
+def flip(path, place):
     content = bytearray(path.read_bytes())
-    assert b"prompts" in content[:place] or place == 120
-    content[content.index(b"apple") if place == 120 else place] ^= 1
+    content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"fails its checksum: expected SHA-256 \w{64}, got \w{64}.*make it again"):
-        Shard.open(path).verify()
+
+
+def test_one_changed_byte_of_a_row_fails_when_that_row_is_read(path):
+    flip(path, -1)  # of the last row
+    shard = Shard.open(path)
+    for row in (0, 1):
+        shard.checked_row(row)
+    with pytest.raises(ValueError, match=rf"Row 2 of .*shard-00003.safetensors {FAILS}"):
+        shard.checked_row(2)
+    with pytest.raises(ValueError, match=FAILS):
+        shard.verify()
+
+
+@pytest.mark.parametrize("text", [b"apple", b"rows_crc32", b"sha256"])
+def test_one_changed_byte_of_the_header_fails_when_the_shard_is_opened(path, text):
+    flip(path, path.read_bytes().index(text))
+    with pytest.raises(ValueError, match=rf"The header of .*shard-00003.safetensors {FAILS}"):
+        Shard.open(path)
+
+
+def test_every_changed_bit_is_found(path):
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        flip(path, place)
+        with pytest.raises(ValueError, match=r"fails its checksum|is no whole shard|has other"):
+            read_everything(path)
+        path.write_bytes(content)
+
+
+def read_everything(path):
+    """Read as training does; names and shapes of tensors are what a manifest says."""
+    shard = Shard.open(path)
+    if shard.layout() != {"data": ("BF16", (3, 4, 2, 2)), "noise": ("BF16", (3, 4, 2, 2))}:
+        raise ValueError("has other tensors")
+    for row in range(3):
+        shard.checked_row(row)
+
+
+def test_shards_of_the_previews_are_read_without_the_checksums_they_lack(path, tensors, monkeypatch):
+    from safetensors.torch import save
+
+    header = {**HEADER, "sha256": module._checksum(tensors, HEADER)}
+    path.write_bytes(save(tensors, {"rectified_diffusers": json.dumps(header, sort_keys=True)}))
+    shard = Shard.open(path)
+    assert torch.equal(shard.checked_row(1)["data"], tensors["data"][1])
+    shard.verify()
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
 
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        OSError, match=r"No space left on the disk of .*: file of 3 bytes was not written, [\d,]+ bytes"
+    ) as e:
         write_atomically(path, b"new")
+    assert e.value.errno == 28
+    assert "Whole files are kept: make room, then run the same again to go on" in str(e.value)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -96,3 +163,40 @@ def test_partial_files_are_removed_and_others_kept(tmp_path):
         (tmp_path / name).touch()
     remove_partial_files(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial"]
+
+
+def test_room_is_asked_for_before_the_work(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    require_space(tmp_path, free // 2)
+    with pytest.raises(
+        OSError, match=r"No space left on the disk of .*bytes are to be written, [\d,]+ bytes are free"
+    ):
+        require_space(tmp_path, 2 * free + 2**40)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
+def test_a_file_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
+    """Another process may clean up at any moment of the writing; here, it does so at two."""
+    cleaned = []
+    lock, fsync = module._lock, os.fsync
+
+    def lock_late(file, wait=False):
+        if wait and not cleaned:  # before the writer has its lock: taken for a leftover
+            cleaned.append("early")
+            monkeypatch.setattr(module, "_lock", lock)
+            remove_partial_files(tmp_path)
+            assert not list(tmp_path.iterdir())
+            monkeypatch.setattr(module, "_lock", lock_late)
+        return lock(file, wait)
+
+    def fsync_amid(descriptor):
+        cleaned.append("amid")
+        remove_partial_files(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+        fsync(descriptor)
+
+    monkeypatch.setattr(module, "_lock", lock_late)
+    monkeypatch.setattr(os, "fsync", fsync_amid)
+    write_atomically(tmp_path / "file", b"content")
+    assert cleaned == ["early", "amid"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"content"}

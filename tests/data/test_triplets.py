@@ -3,16 +3,21 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.triplet_memory import write_synthetic
 from safetensors.torch import load_file
 
 from rectified_diffusers.data import triplets as module
 from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.manifest import first_difference, identity
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.data.teacher import Teacher
 from rectified_diffusers.data.triplets import TripletDataset, Triplets, draw_noise, generate_triplets, verify_triplets
@@ -169,6 +174,14 @@ def test_triplets_of_unequal_lengths_raise():
         ({"num_triplets": 11}, "expected num_triplets = 10, got 11"),
         ({"prompts": ["a", "b", "c"]}, "expected prompts_sha256"),
         ({"solver": "teacher"}, "expected solver = 'DPMSolverMultistepScheduler', got 'DDIMScheduler'"),
+        ({"solver": "UniPCMultistepScheduler"}, "expected solver = .*, got 'UniPCMultistepScheduler'"),
+        ({"num_inference_steps": 3}, "expected num_inference_steps = 2, got 3"),
+        ({"triplets_per_shard": 5}, "expected triplets_per_shard = 4, got 5"),
+        ({"storage_dtype": "float32"}, "expected storage_dtype = 'float16', got 'float32'"),
+        ({"mixed_precision": "bf16"}, "expected mixed_precision = 'no', got 'bf16'"),
+        ({"height": 64}, r"expected latent_shape = \[4, 8, 8\], got \[4, 16, 8\]"),
+        ({"width": 64}, r"expected latent_shape = \[4, 8, 8\], got \[4, 8, 16\]"),
+        ({"store_text_embeddings": True}, r"expected text_embeddings = None, got \{'encoder_hidden_states': \[77, 16"),
     ],
     ids=str,
 )
@@ -176,6 +189,13 @@ def test_other_settings_raise(folder, reference, options, message):
     with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to go on"):
         generate(folder, **options)
     assert contents(folder) == reference
+
+
+def test_every_option_is_held_to_but_the_batch_size():
+    """The test above changes all of them; this one tells whoever adds an option to add it there."""
+    held = {"guidance_scale", "seed", "num_triplets", "solver", "num_inference_steps", "triplets_per_shard"}
+    held |= {"storage_dtype", "mixed_precision", "height", "width", "store_text_embeddings"}
+    assert {field.name for field in fields(TripletConfig)} == held | {"batch_size"}
 
 
 def test_another_teacher_or_schedule_raises(folder):
@@ -196,9 +216,9 @@ def test_another_release_is_a_warning_and_new_solver_options_are_none(folder, re
         generate(folder)
     assert "begun with versions.torch = '1.0'" in caplog.text
     assert (folder / "manifest.json").read_bytes() == content
-    difference = module._first_difference({"solver_config": {"a": 1}}, {"solver_config": {"a": 1, "b": 2}})
+    difference = first_difference({"solver_config": {"a": 1}}, {"solver_config": {"a": 1, "b": 2}})
     assert difference is None
-    assert module._first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
+    assert first_difference({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
 
 
 @pytest.mark.parametrize("function", [generate, verify_triplets])
@@ -246,7 +266,6 @@ def test_verify_names_every_damaged_shard(folder):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    TripletDataset(folder)  # opening does not read everything
     (folder / "shard-00002.safetensors").unlink()
     with pytest.raises(ValueError, match=r"2 of 3 shards .* not sound:\n.*00000.* fails its checksum.*\n.*00002"):
         verify_triplets(folder)
@@ -274,7 +293,7 @@ def test_noise_that_is_not_noise_raises(folder, noise, data, match):
         shape = (rows, 4, 8, 8)
         white = torch.randn(shape, generator=generator).half()
         made = {"white": white, "loud": 2 * white, "zero": 0 * white, "smooth": smooth(shape, generator).half()}
-        header = {"shard": shard, "manifest": module._identity(manifest), "prompts": [""] * rows}
+        header = {"shard": shard, "manifest": identity(manifest), "prompts": [""] * rows}
         write_shard(shard_path(folder, shard), {"noise": made[noise], "data": made[data].clone()}, header)
     with pytest.raises(ValueError, match=match):
         TripletDataset(folder)
@@ -359,3 +378,103 @@ def test_a_run_killed_again_and_again_ends_in_the_same_files(tmp_path):
     exit_codes = result.stdout.split()
     assert set(exit_codes) <= {"-9", "0"}
     assert exit_codes[:2] == ["-9", "-9"]
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_bit_that_flipped_is_found_when_its_row_is_read(folder):
+    dataset = TripletDataset(folder)
+    path = folder / "shard-00001.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    dataset.rows([0, 4, 5, 6, 8])
+    with pytest.raises(ValueError, match=r"Row 3 of .*shard-00001.safetensors fails its checksum.*make it again"):
+        dataset.rows([0, 7])
+
+
+def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 2 * 4 * 8 * 8 * 2 - 1))
+    with pytest.raises(OSError, match=r"No space left .*: 10,240 bytes are to be written, 10,239 bytes are free"):
+        generate(tmp_path)
+    assert contents(tmp_path).keys() == {"manifest.json"}
+
+
+def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, reference, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(None)
+        if len(calls) == 3:  # after the manifest and one shard
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left .*shard-00001.safetensors of [\d,]+ bytes was not written"):
+        generate(tmp_path)
+    assert contents(tmp_path).keys() == {"manifest.json", "shard-00000.safetensors"}
+    monkeypatch.undo()
+    generate(tmp_path)
+    assert contents(tmp_path) == reference
+
+
+def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch):
+    """When the first shard is begun, another run makes all: the first run makes that one again and no more."""
+    make, made = module._make_shard, []
+
+    def interrupted(*args):
+        monkeypatch.setattr(module, "_make_shard", lambda *args: (made.append(args[4]), make(*args)))
+        generate(tmp_path)
+        make(*args)
+
+    monkeypatch.setattr(module, "_make_shard", interrupted)
+    generate(tmp_path)
+    assert made == [0, 1, 2]
+    assert contents(tmp_path) == reference
+
+
+# ---------------------------------------------------------------------------------------------- text embeddings
+
+
+def test_stored_text_embeddings_are_those_of_the_text_encoder(tmp_path, folder):
+    teacher: Any = make_tiny_pipeline("diffusion")
+    dataset = generate(tmp_path / "stored", teacher, store_text_embeddings=True)
+    assert dataset.manifest["text_embeddings"] == {"encoder_hidden_states": [77, 16]}
+    rows, plain = dataset.rows([9, 0, 5]), TripletDataset(folder).rows([9, 0, 5])
+    expected, _ = teacher.encode_prompt(rows.prompts, "cpu", 1, False)
+    assert rows.text_embeddings["encoder_hidden_states"].dtype == torch.float32
+    torch.testing.assert_close(
+        rows.text_embeddings["encoder_hidden_states"], expected.detach(), rtol=2**-10, atol=1e-3
+    )
+    assert torch.equal(rows.noise, plain.noise)
+    assert torch.equal(rows.data, plain.data)
+    assert plain.text_embeddings == {}
+    assert len(verify_triplets(tmp_path / "stored")) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_teachers(tmp_path, dtype):
+    dataset = generate(tmp_path, make_tiny_pipeline("flow").to(dtype), store_text_embeddings=True)
+    assert dataset.manifest["teacher_dtype"] == str(dtype).removeprefix("torch.")
+    assert dataset.rows(range(10)).data.isfinite().all()
+
+
+def test_the_dataset_holds_nothing_per_triplet(tmp_path, monkeypatch):
+    """Peak memory of opening and reading, in 50 and in 1000 shards; `benchmarks/triplet_memory.py` has 10 million."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 16)
+    peaks = []
+    for shards in (50, 1000):
+        folder = tmp_path / str(shards)
+        write_synthetic(folder, num_triplets=shards * 4, triplets_per_shard=4)
+        tracemalloc.start()
+        dataset = TripletDataset(folder)
+        for start in range(0, 64, 8):
+            dataset.rows([index * len(dataset) // 64 for index in range(start, start + 8)])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]

@@ -1,9 +1,10 @@
-"""A Hub on this machine: as much of the protocol as huggingface_hub speaks to load a model, and faults on demand.
+"""A Hub on this machine: as much of the protocol as huggingface_hub speaks to load and upload a model, and faults.
 
 Weights are kept as the Hub keeps them, outside git: their metadata names a sha256, and their content is elsewhere,
 behind a redirect. Everything else is served where it is asked for, named by its git hash.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -79,6 +80,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.cuts: dict[str, int] = {}
+        self.uploads: dict[str, bytes] = {}
         self.out_of_order = False
         self.lock = threading.Lock()
 
@@ -132,6 +134,74 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, None, "Not found")
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Take what an upload says: make a repository, which files are weights, where they go, the commit itself."""
+        path, body = unquote(urlsplit(self.path).path), self._read()
+        with self.server.lock:
+            self.server.requests.append((self.command, path))
+        if self.server.out_of_order:
+            self._refuse(503, None, "Service unavailable")
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []}, {})
+        elif "Authorization" not in self.headers:
+            self._refuse(401, None, "Invalid username or password.")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
+            self._sort_files(json.loads(body))
+        elif re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._take_weights(json.loads(body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", path):
+            self._commit(match[1], [json.loads(line) for line in body.splitlines()])
+        else:
+            self._refuse(404, None, "Not found")
+
+    def do_PUT(self) -> None:
+        content = self._read()
+        with self.server.lock:
+            self.server.requests.append((self.command, self.path))
+            self.server.uploads[hashlib.sha256(content).hexdigest()] = content
+        self._send(200, {})
+
+    def _read(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _create(self, asked: Mapping[str, Any]) -> None:
+        repo_id = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
+        url = {"url": f"{self.server.url}/{repo_id}", "id": repo_id}
+        if repo_id in self.server.repositories:
+            self._send(409, {"Content-Type": "application/json"}, json.dumps(url).encode())
+            return
+        self.server.repositories[repo_id] = Repository()
+        self.server.repositories[repo_id].commit({})
+        self._send_json(url, {})
+
+    def _sort_files(self, asked: Mapping[str, Any]) -> None:
+        modes = [
+            {"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(WEIGHTS) else "regular"}
+            for file in asked["files"]
+        ]
+        self._send_json({"files": [{**mode, "shouldIgnore": False} for mode in modes]}, {})
+
+    def _take_weights(self, asked: Mapping[str, Any]) -> None:
+        objects = [
+            {**item, "actions": {"upload": {"href": f"{self.server.url}/uploads/{item['oid']}"}}}
+            for item in asked["objects"]
+        ]
+        self._send_json({"transfer": "basic", "objects": objects}, {})
+
+    def _commit(self, repo_id: str, lines: list[dict[str, Any]]) -> None:
+        repository = self.server.repositories[repo_id]
+        files = dict(repository.commits[repository.names["main"]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.uploads[value["oid"]]
+        sha = repository.commit(files)
+        self._send_json({"commitUrl": f"{self.server.url}/{repo_id}/commit/{sha}", "commitOid": sha}, {})
 
     def _find(self, repo_id: str, revision: str) -> tuple[Repository, str] | None:
         """Find a version, or answer that there is none, as the Hub does."""

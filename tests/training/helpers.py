@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from rectified_diffusers.data.manifest import MANIFEST_NAME, identity
 from rectified_diffusers.data.shards import shard_path, write_shard
-from rectified_diffusers.data.triplets import MANIFEST_NAME, TripletDataset, _identity
+from rectified_diffusers.data.triplets import TripletDataset
 from rectified_diffusers.pipelines import RectifiedFlowPipeline
 from rectified_diffusers.training import checkpoint
-from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
 from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.trainer import Trainer
 from tests.tiny import make_tiny_pipeline
@@ -47,7 +49,7 @@ def write_dataset(folder: Path, noise: Tensor, data: Tensor, prompts: list[str])
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    header = {"shard": 0, "manifest": _identity(manifest), "prompts": prompts}
+    header = {"shard": 0, "manifest": identity(manifest), "prompts": prompts}
     write_shard(shard_path(folder, 0), {"noise": noise, "data": data}, header)
     return TripletDataset(folder)
 
@@ -68,15 +70,24 @@ SHORT: dict[str, Any] = {
 TRAINERS: dict[str, tuple[type[Trainer[Any]], type[TrainerConfig]]] = {
     "reflow": (ReflowTrainer, ReflowConfig),
     "distill": (DistillTrainer, DistillConfig),
+    "progressive": (ProgressiveTrainer, ProgressiveConfig),
 }
+ROUNDS: dict[str, Any] = {"teacher_steps": 8, "steps_per_round": 2}  # 8 -> 4 -> 2 -> 1
 
 
 def make_trainer(
     method: str, dataset: TripletDataset, output_dir: Path, kind: Any = "flow", **options: Any
 ) -> Trainer[Any]:
-    """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time."""
+    """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time.
+
+    The 6 steps of a progressive distillation are three rounds of two.
+    """
     trainer_class, config_class = TRAINERS[method]
-    config = config_class(output_dir=output_dir, **{**SHORT, **options})
+    options = {**SHORT, **options}
+    if config_class is ProgressiveConfig:
+        options = {**ROUNDS, **options}
+        del options["max_steps"]  # follows from the rounds
+    config = config_class(output_dir=output_dir, **options)
     return trainer_class(make_tiny_pipeline(kind), dataset, config)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.checkpoint import config_to_json, recorded_options, require_same_run
+from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_unknown_choices_list_the_known_ones() -> None:
         ValueError, match="time_density must be one of 'uniform', 'logit_normal', 'u_shaped', got 'cos'"
     ):
         ReflowConfig(output_dir=Path("run"), time_density="cos")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="loss must be one of 'l2', 'pseudo_huber', 'lpips', got 'l1'"):
+    with pytest.raises(ValueError, match="loss must be one of 'l2', 'pseudo_huber', 'lpips', 'lpips_huber', got 'l1'"):
         DistillConfig(output_dir=Path("run"), loss="l1")  # pyright: ignore[reportArgumentType]
 
 
@@ -57,11 +58,59 @@ def test_validation_needs_prompts() -> None:
 
 
 def test_every_option_has_its_text() -> None:
-    for config_class in (ReflowConfig, DistillConfig):
+    for config_class in (ReflowConfig, DistillConfig, ProgressiveConfig):
         for field in dataclasses.fields(config_class):
-            assert field.metadata["help"].endswith("."), field.name
+            assert not field.init or field.metadata["help"].endswith("."), field.name
 
 
 def test_importing_the_options_does_not_import_torch() -> None:
     code = "import sys, rectified_diffusers.training.config; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("config_class", [ReflowConfig, DistillConfig])
+@pytest.mark.parametrize("name", ["instaflow", "modern"])
+def test_a_preset_sets_defaults_and_options_win(name: Any, config_class: Any) -> None:
+    values = config_class.presets[name]
+    config = config_class.preset(name, output_dir=Path("run"))
+    assert {key: getattr(config, key) for key in values} == dict(values)
+    assert config == config_class(output_dir=Path("run"), **values)
+    other = config_class.preset(name, output_dir=Path("run"), loss="pseudo_huber", learning_rate=3e-5)
+    assert (other.loss, other.learning_rate) == ("pseudo_huber", 3e-5)
+    assert other.ema_decay == values["ema_decay"]
+
+
+def test_presets_are_what_the_papers_say() -> None:
+    """As docs/papers.md has it, with the sources."""
+    reflow, distill = (config.preset("instaflow", output_dir=Path("run")) for config in (ReflowConfig, DistillConfig))
+    assert (reflow.batch_size, reflow.max_steps, reflow.time_density, reflow.loss) == (1024, 25_000, "uniform", "l2")
+    assert (distill.batch_size, distill.max_steps, distill.loss) == (1024, 21_500, "l2")
+    for config in (reflow, distill):
+        assert (config.warmup_steps, config.max_grad_norm, config.ema_decay) == (1000, 1.0, 0.9999)
+    reflow, distill = (config.preset("modern", output_dir=Path("run")) for config in (ReflowConfig, DistillConfig))
+    assert (reflow.time_density, reflow.loss, distill.loss) == ("u_shaped", "pseudo_huber", "lpips_huber")
+
+
+def test_an_unknown_preset_or_option_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected a preset of ReflowConfig out of 'instaflow', 'modern', got 'old'"):
+        ReflowConfig.preset("old", output_dir=Path("run"))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="Expected a preset of ProgressiveConfig out of none, got 'modern'"):
+        ProgressiveConfig.preset("modern", output_dir=Path("run"))
+    with pytest.raises(TypeError, match="learning_rat"):
+        ReflowConfig.preset("modern", output_dir=Path("run"), learning_rat=1.0)
+
+
+def test_a_run_of_an_earlier_release_may_be_resumed() -> None:
+    """Its checkpoints say nothing about options that came later, and their defaults change nothing."""
+    config = ReflowConfig(output_dir=Path("run"))
+    recorded = {**config_to_json(config), "trainer": "ReflowTrainer"}
+    for name in ("lora_rank", "optimizer", "lora_target_modules"):
+        del recorded[name]
+    found = {**config_to_json(config), "trainer": "ReflowTrainer"}
+    require_same_run(recorded_options(recorded, config), found, Path("run"))
+    other = ReflowConfig(output_dir=Path("run"), lora_rank=4)
+    with pytest.raises(ValueError, match="holds a run with lora_rank=None, got lora_rank=4"):
+        require_same_run(recorded_options(recorded, other), {**found, **config_to_json(other)}, Path("run"))
+    missing = {name: value for name, value in found.items() if name != "trainer"}
+    with pytest.raises(ValueError, match="trainer='ReflowTrainer', got trainer=None"):
+        require_same_run(recorded_options(recorded, config), missing, Path("run"))

@@ -22,8 +22,9 @@ def stop() -> None:
     raise Stop
 
 
-# In the middle of writing the second checkpoint (the fifth file) and the finished pipeline (the ninth rename).
-KILLS = {"reflow": ("save_file", "5"), "distill": ("replace", "9")}
+# In the middle of writing the second checkpoint (the fifth file), the finished pipeline (the ninth rename), and the
+# checkpoint after the third step, the first one of the second round, with its teacher.
+KILLS = {"reflow": ("save_file", "5"), "distill": ("replace", "9"), "progressive": ("save_file", "7")}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def killed(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) ->
         )
         for method in KILLS
     ]
-    assert [process.wait(timeout=300) for process in processes] == [-9, -9]
+    assert [process.wait(timeout=300) for process in processes] == [-9] * len(KILLS)
     return folders
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import re
 import tempfile
@@ -102,6 +103,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         help="Precision; auto is float16 on CUDA and float32 elsewhere (default: auto)",
     )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="Print each result as a line of JSON")
+
+
+def print_result(arguments: argparse.Namespace, text: str, **facts: Any) -> None:
+    """Say what came of a command: a line for people, or with --json the same as an object for programs.
+
+    Args:
+        facts: what the line says, by names that stay: programs read them. Paths are written as text.
+    """
+    print(json.dumps(facts, default=str, ensure_ascii=False) if arguments.json else text, flush=True)
 
 
 def check_output_dir(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""rectified-diffusers reflow and distill: a trainer's config as options, and the trainer."""
+"""rectified-diffusers reflow, distill and progressive: a trainer's config as options, and the trainer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.cli.shared import PROG, CommandError, check_output_dir, load_pipeline
+from rectified_diffusers.cli.shared import PROG, CommandError, add_json, check_output_dir, load_pipeline, print_result
 from rectified_diffusers.options import add_options, options_from
-from rectified_diffusers.training.config import DistillConfig, ReflowConfig
+from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
 
 
 def add_reflow(commands: Any) -> argparse.ArgumentParser:
@@ -21,30 +21,53 @@ def add_distill(commands: Any) -> argparse.ArgumentParser:
     return _add_training(commands, "distill", text, DistillConfig)
 
 
-def _add_training(commands: Any, name: str, text: str, config_class: type) -> argparse.ArgumentParser:
+def add_progressive(commands: Any) -> argparse.ArgumentParser:
+    text = "Distill a flow by halving its steps again and again: the baseline that InstaFlow is compared with."
+    return _add_training(commands, "progressive", text, ProgressiveConfig)
+
+
+def _add_training(commands: Any, name: str, text: str, config_class: type[TrainerConfig]) -> argparse.ArgumentParser:
     epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id to start from (required)")
     parser.add_argument("--triplets", type=Path, required=True, help="Folder that `triplets` wrote (required)")
+    if config_class.presets:
+        parser.add_argument(
+            "--preset",
+            choices=list(config_class.presets),
+            help="Other defaults, over which the options below win: instaflow has the paper's values, modern some of "
+            "the later literature, provisional until measured here (default: none)",
+        )
     add_options(parser, config_class)
+    add_json(parser)
     parser.set_defaults(run=run_training, resumable=True, config_class=config_class)
     return parser
 
 
 def run_training(arguments: argparse.Namespace) -> None:
-    config = options_from(arguments, arguments.config_class)
+    config = options_from(_with_preset(arguments), arguments.config_class)
     if not arguments.triplets.is_dir():
         raise CommandError(f"no folder {str(arguments.triplets)!r}; make it with {PROG} triplets")
     check_output_dir(config.output_dir)
     pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
     from rectified_diffusers.data.triplets import TripletDataset
     from rectified_diffusers.training.distill import DistillTrainer
+    from rectified_diffusers.training.progressive import ProgressiveTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
 
-    trainer_class = {ReflowConfig: ReflowTrainer, DistillConfig: DistillTrainer}[arguments.config_class]
+    trainers = {ReflowConfig: ReflowTrainer, DistillConfig: DistillTrainer, ProgressiveConfig: ProgressiveTrainer}
+    trainer_class = trainers[arguments.config_class]
     try:
         trainer = trainer_class(pipeline, TripletDataset(arguments.triplets), config)
     except TypeError as error:  # a pipeline that the trainers do not know
         raise CommandError(str(error)) from error
     trainer.train()
-    trainer.accelerator.print(f"{config.output_dir}: trained to step {config.max_steps}")
+    if trainer.accelerator.is_main_process:
+        text = f"{config.output_dir}: trained to step {config.max_steps}"
+        print_result(arguments, text, output_dir=config.output_dir, step=config.max_steps)
+
+
+def _with_preset(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Give the arguments with the values of the preset for what was not given."""
+    presets, name = arguments.config_class.presets, getattr(arguments, "preset", None)
+    return argparse.Namespace(**{**(presets[name] if name else {}), **vars(arguments)})

@@ -9,6 +9,27 @@ from rectified_diffusers.options import option
 _AT_LEAST_ONE = ("num_triplets", "num_inference_steps", "batch_size", "triplets_per_shard")
 
 
+# After the words, the schedulers of diffusers that solve the ODE of a noise schedule or of a flow.
+Solver = Literal[
+    "auto",
+    "teacher",
+    "dpm_solver++",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig:
     """Options of `generate_triplets`; steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
@@ -19,14 +40,19 @@ class TripletConfig:
         5.0,
         "Classifier-free guidance of the teacher: 5 for Stable Diffusion, 1.5 for its 2-Rectified Flow; 1 is none.",
     )
-    solver: Literal["auto", "dpm_solver++", "teacher"] = option(
-        "auto", "ODE solver: auto is dpm_solver++ for diffusion teachers and the teacher's own scheduler for flows."
+    solver: Solver = option(
+        "auto",
+        "ODE solver: auto is dpm_solver++ for diffusion teachers and the teacher's own scheduler for flows; "
+        "a class of diffusers is made from the teacher's schedule. Samplers that add noise are not among them.",
     )
     batch_size: int = option(16, "Triplets asked of the teacher at once; the noise does not depend on it.")
-    triplets_per_shard: int = option(256, "Triplets in a file, and what a killed run loses at most.")
+    triplets_per_shard: int = option(256, "Triplets in a file, and what a killed process loses at most.")
     seed: int = option(0, "The noise of shard k is drawn from (seed, k).")
     storage_dtype: Literal["float16", "bfloat16", "float32"] = option(
         "float16", "Number format of stored noise and data; the noise is rounded to it before the teacher sees it."
+    )
+    store_text_embeddings: bool = option(
+        False, "Store the prompts' embeddings, too: training runs no text encoder, shards are larger."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "Precision of the teacher's forward passes; its latents keep the number format it was loaded in."

@@ -7,26 +7,17 @@ import math
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from rectified_diffusers import __version__
 from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.solvers import make_solver
+from rectified_diffusers.denoiser import Conditioning, Denoiser, latent_shape, pack, packs_latents, unpack
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
-# Samplers that add noise of their own on the way. `sde` variants of other classes are told by their config.
-_STOCHASTIC = (
-    "DDPMParallelScheduler",
-    "DDPMScheduler",
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "LCMScheduler",
-    "TCDScheduler",
-)
 _SAMPLED_VALUES = 1024  # of each tensor, in the fingerprint of a teacher
 
 
@@ -54,9 +45,9 @@ class Teacher:
                     f"call pipeline.{name}.eval() first."
                 )
         adapted = copy.copy(pipeline)
-        adapted.scheduler = _make_solver(pipeline.scheduler, config.solver)
+        adapted.scheduler = make_solver(pipeline.scheduler, config.solver)
         adapted.set_progress_bar_config(disable=True)
-        return cls(adapted, denoiser, config, _latent_shape(pipeline, denoiser, config))
+        return cls(adapted, denoiser, config, latent_shape(pipeline, config.height, config.width))
 
     def round(self, noise: Tensor) -> Tensor:
         """Round noise to the storage dtype so that the teacher's dtype, too, holds every value exactly.
@@ -70,8 +61,9 @@ class Teacher:
         """Solve from noise, `(B, C, H, W)` with unit variance, to data as VAE-scaled latents in the storage dtype.
 
         Pipelines multiply the latents they are given by the scheduler's init_noise_sigma themselves. Latents out
-        means that neither the VAE nor a safety checker runs.
+        means that neither the VAE nor a safety checker runs. Flux' tokens are turned into latents here.
         """
+        packed = packs_latents(self.pipeline)
         factor, precision = self.pipeline.vae_scale_factor, self.config.mixed_precision
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         with torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None):
@@ -81,16 +73,24 @@ class Teacher:
                 width=self.latent_shape[2] * factor,
                 num_inference_steps=self.config.num_inference_steps,
                 guidance_scale=self.config.guidance_scale,
-                latents=noise.to(self.denoiser.dtype),
+                latents=(pack(noise) if packed else noise).to(self.denoiser.dtype),
                 output_type="latent",
                 return_dict=False,
             )[0]
+        if packed:
+            data = unpack(data, *noise.shape[-2:])
         if data.shape != noise.shape:
             raise ValueError(
                 f"{type(self.pipeline).__name__} answered latents of shape {tuple(data.shape)} to noise of shape "
                 f"{tuple(noise.shape)}; triplets need a pipeline whose latents are (B, C, H, W) throughout."
             )
         return data.to("cpu", noise.dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Run the text encoders; give what a network is told of the prompts, in the storage dtype on the CPU."""
+        encoded = Denoiser.of(self.pipeline).encode(prompts, self.pipeline._execution_device)
+        return {name: part.to("cpu", getattr(torch, self.config.storage_dtype)) for name, part in encoded.items()}
 
     def settings(self) -> dict[str, Any]:
         """Say everything about the teacher and its solver that decides which data belongs to a noise."""
@@ -114,7 +114,7 @@ class Teacher:
         origin = str(self.denoiser.config.get("_name_or_path", ""))
         revision = re.search(r"snapshots[/\\]([0-9a-f]{40})", origin)  # the cache of the Hub has it in its paths
         return {
-            "teacher": self.pipeline.name_or_path or None,
+            "teacher": str(self.pipeline.name_or_path or "") or None,
             "revision": revision[1] if revision else None,
             "versions": {"rectified_diffusers": __version__, **{package: version(package) for package in _PACKAGES}},
         }
@@ -135,42 +135,6 @@ def _models(pipeline: Any) -> dict[str, nn.Module]:
     """Return the networks that take part in making latents from a prompt."""
     components = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return {name: part for name, part in components.items() if name not in ("vae", "safety_checker", "image_encoder")}
-
-
-def _latent_shape(pipeline: Any, denoiser: Any, config: TripletConfig) -> tuple[int, int, int]:
-    """Return channels, height and width of the latents that the config asks for."""
-    own = denoiser.config.get("sample_size")
-    own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
-    sizes = []
-    for name, pixels, default in (("height", config.height, own_height), ("width", config.width, own_width)):
-        if pixels is None and default is None:
-            raise ValueError(f"{type(denoiser).__name__} does not say its sample_size; set {name} in the config.")
-        if pixels is not None and pixels % pipeline.vae_scale_factor:
-            raise ValueError(f"{name} must be a multiple of {pipeline.vae_scale_factor} for this VAE, got {pixels}.")
-        sizes.append(default if pixels is None else pixels // pipeline.vae_scale_factor)
-    return denoiser.config.in_channels, sizes[0], sizes[1]
-
-
-def _make_solver(scheduler: Any, solver: Literal["auto", "dpm_solver++", "teacher"]) -> Any:
-    """Make the scheduler that solves the teacher's ODE; the teacher's own is copied, never touched."""
-    config = scheduler.config
-    name = type(scheduler).__name__
-    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
-    diffusion = "beta_schedule" in config and not flow
-    if solver == "dpm_solver++" and not diffusion:
-        raise ValueError(
-            f"solver 'dpm_solver++' is for diffusion teachers, and the teacher's {name} is a flow's; "
-            "use solver 'teacher' or 'auto'."
-        )
-    if diffusion and solver != "teacher":
-        return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
-    sde = str(config.get("algorithm_type")).startswith("sde") or config.get("stochastic_sampling", False)
-    if name in _STOCHASTIC or sde:
-        raise ValueError(
-            f"{name} adds noise on the way, so that its data does not follow from the noise it started from; "
-            "use solver 'dpm_solver++', or give the teacher a scheduler that solves the ODE."
-        )
-    return copy.deepcopy(scheduler)
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:

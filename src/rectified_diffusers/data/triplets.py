@@ -5,40 +5,58 @@ manifest and its number alone, so a run that was stopped goes on with the shards
 """
 
 import hashlib
-import json
-import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.prompts import check_prompts
-from rectified_diffusers.data.shards import Shard, remove_partial_files, shard_path, write_atomically, write_shard
+from rectified_diffusers.data.manifest import (
+    STORAGE_DTYPES,
+    identity,
+    new_manifest,
+    num_shards,
+    read_manifest,
+    rows_of,
+    settle_manifest,
+)
+from rectified_diffusers.data.processes import join_processes
+from rectified_diffusers.data.prompts import check_prompts, prompts_sha256
+from rectified_diffusers.data.shards import (
+    Shard,
+    remove_partial_files,
+    require_space,
+    shard_number,
+    shard_path,
+    write_shard,
+)
 from rectified_diffusers.data.teacher import Teacher
 
-logger = logging.getLogger(__name__)
-
-MANIFEST_NAME = "manifest.json"
-_FORMAT = 1
-_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # ours -> safetensors'
+_PROMPT = "prompt."  # before the names of stored text embeddings in a shard
 _OPEN_SHARDS = 64  # files and mappings that a dataset holds at once
 _INSPECTED_ROWS = 32  # in the check of a dataset when it is opened
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Prompts with the noise and the data that a teacher coupled: `(B, C, H, W)` each, VAE-scaled latents."""
+    """Prompts with the noise and the data that a teacher coupled: `(B, C, H, W)` each, VAE-scaled latents.
+
+    `text_embeddings` are the prompts' as `Denoiser.encode` gives them, `(B, ...)` by name, or empty if not stored.
+    """
 
     prompts: list[str]
     noise: Tensor
     data: Tensor
+    text_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.noise.shape != self.data.shape or len(self.noise) != len(self.prompts):
@@ -60,25 +78,53 @@ def generate_triplets(
     same settings, it goes on with the shards that are missing; with other settings it raises. The batch size is no
     such setting: it changes the data by rounding errors of the teacher at most, and the noise not at all.
 
+    Under `accelerate launch` the missing shards are divided among the processes, and the files are the same whatever
+    their number. Other processes may write to the same folder at the same time: what is made twice is made equal.
+
     Args:
-        teacher: a diffusers text-to-image pipeline, epsilon, v or flow; it is not changed.
+        teacher: a diffusers text-to-image pipeline, epsilon, v or flow, on the device of this process; it is not
+            changed.
+        prompts: a list, or what `open_prompts` opened.
     """
     prompts = check_prompts(prompts)
     adapted = Teacher.of(teacher, config)
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(folder)
-    manifest = _settle_manifest(folder, _make_manifest(adapted, prompts, config))
-    missing = [shard for shard in range(_num_shards(manifest)) if not _is_there(folder, manifest, shard)]
-    done = config.num_triplets - sum(_rows_of(manifest, shard) for shard in missing)
-    with tqdm(
-        total=config.num_triplets, initial=done, desc="Triplets", unit="image", disable=not progress
-    ) as progress_bar:
-        for shard in missing:
-            triplets = _make_shard(adapted, prompts, manifest, shard, progress_bar)
-            header = {"shard": shard, "manifest": _identity(manifest), "prompts": triplets.prompts}
-            write_shard(shard_path(folder, shard), {"noise": triplets.noise, "data": triplets.data}, header)
+    manifest = _make_manifest(adapted, prompts, config)
+    processes = join_processes()
+    with processes.main_process_first():
+        if processes.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial_files(folder)
+        manifest = settle_manifest(folder, manifest)  # which holds every process to it
+    missing = _missing_shards(folder, manifest, processes)
+    mine = missing[processes.process_index :: processes.num_processes]
+    done = config.num_triplets - sum(rows_of(manifest, shard) for shard in missing)
+    total = done + sum(rows_of(manifest, shard) for shard in mine)
+    several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
+    hidden = not (progress and processes.is_main_process)
+    with tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden) as progress_bar:
+        for shard in mine:
+            if _is_there(folder, manifest, shard):  # by another process meanwhile
+                progress_bar.update(rows_of(manifest, shard))
+            else:
+                _make_shard(folder, adapted, prompts, manifest, shard, progress_bar)
+    processes.wait_for_everyone()
     return TripletDataset(folder)
+
+
+def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialState) -> list[int]:
+    """List what is to be made, as the main process sees it; raise if there is no room for it."""
+    count = num_shards(manifest)
+    there = torch.zeros(count, dtype=torch.uint8)
+    if processes.is_main_process:
+        there = torch.tensor([_is_there(folder, manifest, shard) for shard in range(count)], dtype=torch.uint8)
+    flags: Any = broadcast(there.to(processes.device))
+    missing = (flags == 0).nonzero().flatten().tolist()
+    if processes.is_main_process:
+        values = sum(math.prod(shape) for shape in _row_shapes(manifest).values())
+        size = values * getattr(torch, manifest["storage_dtype"]).itemsize
+        require_space(folder, size * sum(rows_of(manifest, shard) for shard in missing))
+    return missing
 
 
 def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
@@ -89,141 +135,79 @@ def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _make_shard(
-    teacher: Teacher, prompts: Sequence[str], manifest: dict[str, Any], shard: int, progress_bar: Any
-) -> Triplets:
+    folder: Path, teacher: Teacher, prompts: Sequence[str], manifest: dict[str, Any], shard: int, progress_bar: Any
+) -> None:
     """Make the triplets of one shard. The noise of a short last shard is the beginning of a whole one's."""
-    first, rows = shard * manifest["triplets_per_shard"], _rows_of(manifest, shard)
+    first, rows = shard * manifest["triplets_per_shard"], rows_of(manifest, shard)
     shape = (manifest["triplets_per_shard"], *manifest["latent_shape"])
     noise = teacher.round(draw_noise(manifest["seed"], shard, shape)[:rows])
     own_prompts = [prompts[index % len(prompts)] for index in range(first, first + rows)]
-    data = torch.empty_like(noise)
+    tensors = {name: noise.new_empty(rows, *row_shape) for name, row_shape in _row_shapes(manifest).items()}
+    tensors["noise"] = noise
     for start in range(0, rows, teacher.config.batch_size):
         batch = slice(start, start + teacher.config.batch_size)
-        data[batch] = teacher(own_prompts[batch], noise[batch])
-        _check_finite(data[batch], own_prompts[batch], shard)
+        made = {"data": teacher(own_prompts[batch], noise[batch])}
+        if teacher.config.store_text_embeddings:
+            made |= {f"{_PROMPT}{name}": part for name, part in teacher.encode(own_prompts[batch]).items()}
+        for name, part in made.items():
+            tensors[name][batch] = part
+            _check_finite(name, part, own_prompts[batch], shard)
         progress_bar.update(len(own_prompts[batch]))
-    return Triplets(own_prompts, noise, data)
+    header = {"shard": shard, "manifest": identity(manifest), "prompts": own_prompts}
+    write_shard(shard_path(folder, shard), tensors, header)
 
 
-def _check_finite(data: Tensor, prompts: Sequence[str], shard: int) -> None:
-    for prompt, latents in zip(prompts, data, strict=True):
-        if not latents.isfinite().all():
+def _check_finite(name: str, values: Tensor, prompts: Sequence[str], shard: int) -> None:
+    for prompt, row in zip(prompts, values, strict=True):
+        if not row.isfinite().all():
             raise ValueError(
-                f"The teacher's data for prompt {prompt!r} in shard {shard} is not finite in {data.dtype}. "
+                f"The teacher's {name} for prompt {prompt!r} in shard {shard} is not finite in {values.dtype}. "
                 "Load the teacher in float32 or bfloat16, or set another storage_dtype; finished shards are kept."
             )
 
 
 def _make_manifest(teacher: Teacher, prompts: Sequence[str], config: TripletConfig) -> dict[str, Any]:
     """Write down all that decides the triplets, and under `made_with` what helps to find it again."""
-    prompts_digest = hashlib.sha256()
-    for prompt in prompts:
-        prompts_digest.update(json.dumps(prompt).encode() + b"\n")
-    return {
-        "format": _FORMAT,
-        "num_triplets": config.num_triplets,
-        "triplets_per_shard": config.triplets_per_shard,
-        "seed": config.seed,
-        "storage_dtype": config.storage_dtype,
-        "num_prompts": len(prompts),
-        "prompts_sha256": prompts_digest.hexdigest(),
+    embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
+    return new_manifest(
+        num_triplets=config.num_triplets,
+        triplets_per_shard=config.triplets_per_shard,
+        seed=config.seed,
+        storage_dtype=config.storage_dtype,
+        num_prompts=len(prompts),
+        prompts_sha256=prompts_sha256(prompts),
+        text_embeddings={name: list(part.shape[1:]) for name, part in embeddings.items()} or None,
         **teacher.settings(),
-        "made_with": teacher.provenance(),
-    }
-
-
-def _settle_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a new folder, or hold this run to the one that is there and return that."""
-    path = folder / MANIFEST_NAME
-    if not path.exists():
-        write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
-        return manifest
-    found = read_manifest(folder)
-    differing = _first_difference(
-        {key: value for key, value in found.items() if key != "made_with"},
-        {key: value for key, value in manifest.items() if key != "made_with"},
+        made_with=teacher.provenance(),
     )
-    if differing:
-        key, there, here = differing
-        raise ValueError(
-            f"The triplets in {folder} were made with other settings: expected {key} = {there!r}, got {here!r}. "
-            f"Use the settings in {path} to go on, or choose another output_dir."
-        )
-    # Every triplet is what its teacher answered, whatever release computed it: releases differ in rounding, and
-    # refusing would cost a long run its shards for an upgrade. A moved teacher folder is the same teacher.
-    differing = _first_difference(found["made_with"], manifest["made_with"])
-    if differing:
-        key, there, here = differing
-        logger.warning("The triplets in %s were begun with %s = %r, now it is %r; going on.", folder, key, there, here)
-    return found
 
 
-def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the dotted key, the value found and the one expected where two manifests first differ.
-
-    Inside a nested object, such as a solver's config, keys that one side lacks are options of another release.
-    """
-    for key in [*found, *(key for key in expected if key not in found)]:
-        there, here = found.get(key), expected.get(key)
-        if isinstance(there, dict) and isinstance(here, dict):
-            nested = _first_difference(
-                {name: there[name] for name in there if name in here},
-                {name: here[name] for name in there if name in here},
-            )
-            if nested:
-                return f"{key}.{nested[0]}", nested[1], nested[2]
-        elif there != here:
-            return key, there, here
-    return None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what made the triplets in a folder."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no {path}; give a folder that generate_triplets has written.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        written = manifest["format"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no manifest of triplets ({error!r}); restore it or make the folder again."
-        ) from error
-    if written != _FORMAT:
-        raise ValueError(f"{path} has format {written!r}, expected {_FORMAT}; read it with the release that wrote it.")
-    return manifest
-
-
-def _identity(manifest: dict[str, Any]) -> str:
-    """Return a SHA-256 that ties shards to the settings of their manifest."""
-    settings = {key: value for key, value in manifest.items() if key != "made_with"}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _num_shards(manifest: dict[str, Any]) -> int:
-    return math.ceil(manifest["num_triplets"] / manifest["triplets_per_shard"])
-
-
-def _rows_of(manifest: dict[str, Any], shard: int) -> int:
-    return min(manifest["triplets_per_shard"], manifest["num_triplets"] - shard * manifest["triplets_per_shard"])
+def _row_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Give the shape of a row of every tensor in a shard."""
+    latents = tuple(manifest["latent_shape"])
+    embeddings = manifest.get("text_embeddings") or {}
+    return {"noise": latents, "data": latents, **{f"{_PROMPT}{name}": tuple(s) for name, s in embeddings.items()}}
 
 
 def _is_there(folder: Path, manifest: dict[str, Any], shard: int) -> bool:
-    """Tell whether a shard is present and complete; a damaged one raises."""
+    """Tell whether a shard is present and as it was written, which is all read for; a damaged one raises."""
     if not shard_path(folder, shard).exists():
         return False
-    _open_shard(folder, manifest, shard)
+    _open_shard(folder, manifest, shard).verify()
     return True
 
 
 def _open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
     """Open a shard and check that it is the one that the manifest speaks of, without reading its rows."""
     opened = Shard.open(shard_path(folder, shard))
-    rows = _rows_of(manifest, shard)
-    layout = (_DTYPES[manifest["storage_dtype"]], (rows, *manifest["latent_shape"]))
-    expected = (shard, _identity(manifest), rows, {"noise": layout, "data": layout})
+    rows = rows_of(manifest, shard)
+    dtype = STORAGE_DTYPES[manifest["storage_dtype"]]
+    layout = {name: (dtype, (rows, *shape)) for name, shape in _row_shapes(manifest).items()}
+    expected = (shard, identity(manifest), rows, layout)
     header = opened.header
-    found = (header.get("shard"), header.get("manifest"), len(header.get("prompts", ())), opened.layout())
+    prompts = header.get("prompts")
+    texts = len(prompts) if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts) else None
+    found = (header.get("shard"), header.get("manifest"), texts, opened.layout())
     for name, here, there in zip(("number", "manifest", "number of prompts", "layout"), expected, found, strict=True):
         if here != there:
             raise ValueError(
@@ -234,30 +218,43 @@ def _open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
 
 
 class TripletDataset:
-    """Triplets in a folder, read when asked for; memory does not grow with their number."""
+    """Triplets in a folder, read when asked for; memory does not grow with their number.
+
+    Opening one reads a few rows only; `verify_triplets` reads all.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        names = {path.name for path in self.folder.iterdir()}
-        shards = range(_num_shards(self.manifest))
-        missing = [shard for shard in shards if shard_path(self.folder, shard).name not in names]
-        if missing:
+        count = num_shards(self.manifest)
+        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than there can be
+        present = 0
+        for entry in os.scandir(self.folder):
+            number = shard_number(entry.name)
+            if number is not None and number < count:
+                present += 1
+                if number < len(there):
+                    there[number] = 1
+        if present < count:
             raise ValueError(
-                f"{len(missing)} of {len(shards)} shards are missing in {self.folder}, first: "
-                f"{shard_path(self.folder, missing[0]).name}. Run the same `rectified-diffusers triplets` command or "
-                "generate_triplets call again: it makes what is missing."
+                f"{count - present} of {count} shards are missing in {self.folder}, first: "
+                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` command "
+                "or generate_triplets call again: it makes what is missing."
             )
         self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: _open_shard(self.folder, self.manifest, shard))
+        self._shard(0)  # holds the shapes of the manifest to those of a file
         self._check_orientation()
 
     def __len__(self) -> int:
         return self.manifest["num_triplets"]
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
-        """Read the triplets with the given indices, in that order, as float32."""
-        shape = (len(indices), *self.manifest["latent_shape"])
-        noise, data, prompts = torch.empty(shape), torch.empty(shape), [""] * len(indices)
+        """Read the triplets with the given indices, in that order, as float32.
+
+        Each is compared with its checksum, so that a file that changed on the disk is an error and no training data.
+        """
+        parts = {name: torch.empty(len(indices), *shape) for name, shape in _row_shapes(self.manifest).items()}
+        prompts = [""] * len(indices)
         for position in sorted(range(len(indices)), key=lambda position: indices[position]):
             index = int(indices[position])
             if not 0 <= index < len(self):
@@ -266,9 +263,11 @@ class TripletDataset:
                 )
             number, row = divmod(index, self.manifest["triplets_per_shard"])
             shard = self._shard(number)
-            noise[position], data[position] = shard.row("noise", row), shard.row("data", row)
+            for name, values in shard.checked_row(row).items():
+                parts[name][position] = values
             prompts[position] = shard.header["prompts"][row]
-        return Triplets(prompts, noise, data)
+        noise, data = parts.pop("noise"), parts.pop("data")
+        return Triplets(prompts, noise, data, {name.removeprefix(_PROMPT): part for name, part in parts.items()})
 
     def _check_orientation(self) -> None:
         """Raise if the stored noise is not spatially white with unit variance, which swapped ends would show."""
@@ -293,14 +292,14 @@ def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDatase
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = []
-    for shard in tqdm(range(_num_shards(manifest)), desc="Verifying", unit="shard", disable=not progress):
+    for shard in tqdm(range(num_shards(manifest)), desc="Verifying", unit="shard", disable=not progress):
         try:
             _open_shard(folder, manifest, shard).verify()
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
         listed = "\n".join(problems[:10])
-        raise ValueError(f"{len(problems)} of {_num_shards(manifest)} shards in {folder} are not sound:\n{listed}")
+        raise ValueError(f"{len(problems)} of {num_shards(manifest)} shards in {folder} are not sound:\n{listed}")
     return TripletDataset(folder)
 
 

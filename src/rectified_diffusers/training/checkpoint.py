@@ -4,6 +4,8 @@ A checkpoint is written under a temporary name, flushed to the disk and renamed.
 every other file, so a damaged one is noticed and the one before it taken. There is no pickle in it.
 """
 
+import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -14,16 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.optim import Optimizer
+from torch import Tensor
 
-from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.config import ProgressiveConfig, TrainerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +31,22 @@ FREE_OPTIONS = frozenset(
         "micro_batch_size",
         "gradient_checkpointing",
         "lpips_weights",
+        "student_steps",
         "save_every_steps",
         "keep_checkpoints",
         "validate_every_steps",
         "validation_prompts",
         "validation_guidance_scale",
         "log_every_steps",
+        "report_to",
+        "push_to_hub",
+        "hub_model_id",
+        "straightness_paths",
     }
 )
 """Options that may differ when a run is resumed: they change neither the loss nor the path of the weights."""
 
 TEMPORARY = ".tmp-"
-WHOLE_STATE = StateDictOptions(full_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,54 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         state = {"step": checkpoint.step, **checkpoint.state, "files": files}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
-    write_atomically(path, write)
+    try:
+        write_atomically(path, write)
+    except (OSError, SafetensorError) as error:
+        if not _is_lack_of_space(error):
+            raise
+        needed = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
+        remove(path.with_name(TEMPORARY + path.name))  # what there is of it would be in the way of everything else
+        raise no_space(folder, needed, f"the checkpoint of step {checkpoint.step}") from error
     older = [step for step in checkpoint_steps(folder) if step < checkpoint.step]
     newer = [step for step in checkpoint_steps(folder) if step > checkpoint.step]
     for step in [*newer, *(older[: -(keep - 1)] if keep > 1 else older)]:
         shutil.rmtree(checkpoint_path(folder, step))
     return path
+
+
+def require_space(folder: Path, size: int, keep: int) -> None:
+    """Raise if the disk cannot take the checkpoints that will be there at once: the `keep` newest and a new one.
+
+    Args:
+        size: of one checkpoint, in bytes. Those that are there already need no more room.
+    """
+    needed = size * max(1, keep + 1 - len(checkpoint_steps(folder)))
+    if _free_space(folder) < needed:
+        raise no_space(folder, needed, f"the {keep} checkpoints to keep and the one being written")
+
+
+def no_space(folder: Path, needed: int, what: str) -> OSError:
+    """Make the error of a full disk: what is safe, what is missing, how to go on."""
+    steps = checkpoint_steps(folder)
+    last = f"{checkpoint_path(folder, steps[-1])} is whole" if steps else "there is none yet"
+    free = _free_space(folder)
+    return OSError(
+        errno.ENOSPC,
+        f"No space left in {folder} for {what}: it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free. "
+        f"Last good checkpoint: {last}. Make room or lower keep_checkpoints, and run the same again to go on from it.",
+    )
+
+
+def _free_space(folder: Path) -> int:
+    """Give the free bytes of the disk that a folder is on, or will be on."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _is_lack_of_space(error: Exception) -> bool:
+    """Tell a full disk or quota; safetensors reports one in words alone: `Os { code: 28, kind: StorageFull, ... }`."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"code: {code}," in str(error) for code in codes)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -112,6 +155,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; one that is damaged raises a `ValueError` that says in what way."""
     try:
         state = json.loads((path / "state.json").read_text())
+        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+            raise ValueError("state.json does not list its files")
         files, step = state.pop("files"), state.pop("step")
         for name, expected in files.items():
             found = _fingerprint(path / name)
@@ -143,9 +188,16 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def config_to_json(config: TrainerConfig) -> dict[str, Any]:
     """Give the options that a checkpoint records: all but those of the machine and of how the run is watched."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
-    if config.lr_schedule != "constant_with_warmup":
+    if config.lr_schedule != "constant_with_warmup" and not isinstance(config, ProgressiveConfig):
         options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
     return json.loads(json.dumps(options))
+
+
+def recorded_options(run: Mapping[str, Any], config: TrainerConfig) -> dict[str, Any]:
+    """Fill a recorded run up with the defaults of options that it does not know, as of an earlier release."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    known = {name: value for name, value in defaults.items() if name in config_to_json(config)}
+    return {**json.loads(json.dumps(known, default=str)), **run}
 
 
 def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], output_dir: Path) -> None:
@@ -156,26 +208,6 @@ def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], outp
                 f"{output_dir} holds a run with {name}={expected.get(name)!r}, got {name}={found.get(name)!r}. "
                 "Give the same value to resume that run, or another output_dir to start a new one."
             )
-
-
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Give the state of an optimizer as tensors named `<parameter>.<entry>`, on the CPU of the main process.
-
-    Every process has to call it; the others may get nothing.
-    """
-    on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu).get("state", {})
-    return {f"{name}.{entry}": value for name, entries in state.items() for entry, value in entries.items()}
-
-
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back; the settings of the optimizer, such as its rate, stay."""
-    state: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE_STATE)
-    state["state"] = {}
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition(".")
-        state["state"].setdefault(name, {})[entry] = value
-    set_optimizer_state_dict(model, optimizer, state, options=WHOLE_STATE)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

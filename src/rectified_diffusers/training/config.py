@@ -1,17 +1,38 @@
 """Options of the trainers. They do not sit beside the trainers so that `--help` does not import torch."""
 
-from dataclasses import MISSING, dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rectified_diffusers.options import option
+
+Config = TypeVar("Config", bound="TrainerConfig")
+PresetName = Literal["instaflow", "modern"]
+
+_INSTAFLOW: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "warmup_steps": 1000,
+    "max_grad_norm": 1.0,
+    "ema_decay": 0.9999,
+    "mixed_precision": "bf16",
+}
+"""What the paper's runs have in common; docs/papers.md has the source of each value of a preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """Options that every trainer has; defaults follow InstaFlow (arXiv:2309.06380)."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
     output_dir: Path = option(MISSING, "Folder of checkpoints, log and trained pipeline; a run in it is resumed.")
+    initialisation: Literal["weights", "snr_matching"] = option(
+        "weights",
+        "How a diffusion model becomes the first velocity model: weights takes its weights as they are, as the paper "
+        "does; snr_matching turns its predictions into the velocity at equal signal-to-noise ratio.",
+    )
     max_steps: int = option(25_000, "Number of optimizer steps.")
     batch_size: int = option(64, "Triplets per optimizer step, all processes and micro-batches together.")
     micro_batch_size: int | None = option(
@@ -19,12 +40,26 @@ class TrainerConfig:
     )
     learning_rate: float = option(1e-6, "Learning rate of AdamW, after warm-up.")
     weight_decay: float = option(1e-2, "Weight decay of AdamW.")
+    optimizer: Literal["adamw", "adamw8bit"] = option(
+        "adamw", "adamw8bit keeps AdamW's two moments in 8 bits, a quarter of the memory; needs bitsandbytes."
+    )
     warmup_steps: int = option(1000, "Steps over which the learning rate rises linearly from 0.")
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
         "constant_with_warmup", "What the learning rate does after warm-up; linear and cosine fall to 0 at max_steps."
     )
     max_grad_norm: float = option(1.0, "Gradients are scaled down to at most this norm.")
-    ema_decay: float = option(0.9999, "Decay per step of the averaged weights, which are the ones kept, in [0, 1).")
+    ema_decay: float = option(
+        0.9999,
+        "Decay per step of the averaged weights, which are the ones kept, in [0, 1); the average begins with the "
+        "initial weights, and its decay rises with the steps.",
+    )
+    lora_rank: int | None = option(
+        None, "Train a LoRA of this rank instead of all weights; the weights under it stay as they are."
+    )
+    lora_alpha: float | None = option(None, "Scale of the LoRA is lora_alpha / lora_rank; lora_rank if not set.")
+    lora_target_modules: tuple[str, ...] = option(
+        ("to_q", "to_k", "to_v", "to_out.0"), "Layers that get a LoRA, by the ends of their names; attention."
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "bf16", "Precision of the U-Net's work; its weights are float32."
     )
@@ -36,6 +71,18 @@ class TrainerConfig:
     validation_prompts: tuple[str, ...] = option((), "Prompts of the validation pictures.")
     validation_guidance_scale: float = option(1.0, "Guidance scale of the validation pictures; 1 is no guidance.")
     log_every_steps: int = option(50, "Steps between lines of log.jsonl, each with the means since the last.")
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "Tracker that gets the lines of the log and the validation pictures, too."
+    )
+    push_to_hub: bool = option(False, "Upload the finished model, with its card, to hub_model_id.")
+    hub_model_id: str | None = option(None, "Repository on the Hub to upload to, owner/name; made if not there.")
+    straightness_paths: int = option(
+        0, "Paths over which S(Z) of the finished model is measured for its card; 0 leaves it out."
+    )
+    lpips_network: Literal["alex", "vgg"] = option("alex", "Backbone of the losses lpips and lpips_huber.")
+    lpips_weights: Path | None = option(
+        None, "Safetensors file with the backbone's torchvision weights (features.*); downloaded if not set."
+    )
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -44,7 +91,7 @@ class TrainerConfig:
                 _require(self, name, getattr(self, name) in known, f"one of {', '.join(map(repr, known))}")
         for name in ("max_steps", "batch_size", "save_every_steps", "keep_checkpoints", "log_every_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "validate_every_steps", "weight_decay"):
+        for name in ("warmup_steps", "validate_every_steps", "weight_decay", "straightness_paths"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "max_grad_norm"):
             _require(self, name, getattr(self, name) > 0, "greater than 0")
@@ -53,14 +100,42 @@ class TrainerConfig:
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.validate_every_steps and not self.validation_prompts:
             raise ValueError("validate_every_steps is set but validation_prompts is empty: give at least one prompt.")
+        rank, alpha = self.lora_rank, self.lora_alpha
+        _require(self, "lora_rank", rank is None or rank >= 1, "at least 1")
+        _require(self, "lora_alpha", alpha is None or 0 < alpha < math.inf, "greater than 0")
+        if rank is None and alpha is not None:
+            raise ValueError(f"lora_alpha is set to {alpha} but lora_rank is not: give lora_rank to train a LoRA.")
+        if rank is not None and not self.lora_target_modules:
+            raise ValueError("lora_rank is set but lora_target_modules is empty: name at least one layer.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub is set but hub_model_id is not: give owner/name of the repository.")
+
+    @classmethod
+    def preset(cls: type[Config], name: PresetName, **options: Any) -> Config:
+        """Make a config with the values of a preset; explicit options win over it.
+
+        "instaflow" has the values of the paper, "modern" some of the later literature, provisional until measured
+        here. docs/papers.md has the source of each.
+        """
+        if name not in cls.presets:
+            known = ", ".join(map(repr, cls.presets)) or "none"
+            raise ValueError(f"Expected a preset of {cls.__name__} out of {known}, got {name!r}.")
+        return cls(**{**cls.presets[name], **options})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig(TrainerConfig):
     """Options of `ReflowTrainer`; defaults are the paper's second reflow, but for its batch of 1024."""
 
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 25_000, "time_density": "uniform", "loss": "l2"},
+        "modern": {**_INSTAFLOW, "time_density": "u_shaped", "loss": "pseudo_huber"},
+    }
+
     time_density: Literal["uniform", "logit_normal", "u_shaped"] = option("uniform", "Density of t in training.")
-    loss: Literal["l2", "pseudo_huber"] = option("l2", "Distance between predicted and true velocity.")
+    loss: Literal["l2", "pseudo_huber", "lpips_huber"] = option(
+        "l2", "Distance between predicted and true velocity; lpips_huber compares decoded pictures as well."
+    )
     prompt_dropout: float = option(0.1, "Share of examples trained on the empty prompt, in [0, 1).")
 
     def __post_init__(self) -> None:
@@ -72,13 +147,61 @@ class ReflowConfig(TrainerConfig):
 class DistillConfig(TrainerConfig):
     """Options of `DistillTrainer`; the paper does not state its learning rate of distillation."""
 
-    loss: Literal["l2", "pseudo_huber", "lpips"] = option(
-        "l2", "Distance between the one-step result and the data; lpips compares decoded pictures."
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 21_500, "loss": "l2"},
+        "modern": {**_INSTAFLOW, "loss": "lpips_huber"},
+    }
+
+    loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
+        "l2", "Distance between the one-step result and the data; lpips and lpips_huber compare decoded pictures."
     )
-    lpips_network: Literal["alex", "vgg"] = option("alex", "Backbone of the lpips loss.")
-    lpips_weights: Path | None = option(
-        None, "Safetensors file with the backbone's torchvision weights (features.*); downloaded if not set."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgressiveConfig(TrainerConfig):
+    """Options of `ProgressiveTrainer` (arXiv:2202.00512); the number of optimizer steps follows from the rounds."""
+
+    teacher_steps: int = option(32, "Euler steps of the first teacher; a student's are half of its teacher's.")
+    student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
+    steps_per_round: int = option(10_000, "Number of optimizer steps of each round, which halves the steps once.")
+    teacher_guidance_scale: float = option(
+        1.0, "Guidance scale of the first teacher, which the students then have built in; 1 is no guidance."
     )
+    pairs: Literal["independent", "coupled"] = option(
+        "independent",
+        "Noise to mix with the data: new noise, for a teacher that was trained so, or the triplets' own, for a "
+        "reflowed one.",
+    )
+    loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
+        "l2", "Distance between one step of the student and two of its teacher; lpips compares decoded pictures."
+    )
+    prompt_dropout: float = option(0.1, "Share of examples trained on the empty prompt, in [0, 1).")
+    lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
+        "linear", "What the learning rate does after warm-up; linear and cosine fall to 0 at the end of each round."
+    )
+    warmup_steps: int = option(0, "Steps of each round over which the learning rate rises linearly from 0.")
+    max_steps: int = field(init=False, default=1)
+
+    def __post_init__(self) -> None:
+        for name in ("student_steps", "steps_per_round"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        halvings = self.teacher_steps / self.student_steps
+        if halvings < 2 or not math.log2(halvings).is_integer():
+            raise ValueError(
+                f"teacher_steps must be student_steps times 2, 4, 8, ..., got teacher_steps={self.teacher_steps} and "
+                f"student_steps={self.student_steps}."
+            )
+        object.__setattr__(self, "max_steps", self.rounds * self.steps_per_round)
+        super().__post_init__()
+        _require(self, "prompt_dropout", 0 <= self.prompt_dropout < 1, "in [0, 1)")
+        _require(
+            self, "teacher_guidance_scale", 0 <= self.teacher_guidance_scale < math.inf, "finite and not negative"
+        )
+
+    @property
+    def rounds(self) -> int:
+        """How often the number of steps is halved."""
+        return round(math.log2(self.teacher_steps / self.student_steps))
 
 
 def _require(config: TrainerConfig, name: str, holds: bool, expected: str) -> None:

@@ -1,15 +1,21 @@
 """The output folder of a run: checkpoints, log, validation pictures and, at the end, a whole pipeline."""
 
 import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.utils import make_image_grid
 
 from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, write_atomically
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.lora import Adapter
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 RECORD = "training.json"
@@ -26,6 +32,33 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.validation = path / "validation"
         self.log = path / "log.jsonl"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder until the end of the block, or of the process.
+
+        On systems and file systems without POSIX locks, nothing does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OSError(
+                f"Another process is training into {self.path}. Wait for its end, or give another output_dir."
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it.", self.path, error.strerror)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def append_log(self, line: dict[str, Any]) -> None:
         with self.log.open("a") as file:
@@ -52,20 +85,33 @@ class RunFolder:
             kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
             write_atomically(self.log, lambda path: path.write_text(kept))
 
-    def publish(self, pipeline: StableDiffusionPipeline, record: dict[str, Any]) -> None:
-        """Write a pipeline, unless the one that is there has the same record.
+    def last_line(self) -> dict[str, Any]:
+        """Give the last line of the log, or nothing."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Tell whether a whole pipeline with this record is there."""
+        path = self.path / RECORD
+        return (self.path / INDEX).exists() and path.exists() and path.read_text() == _text_of(record)
+
+    def publish(
+        self, pipeline: Any, record: dict[str, Any], texts: Mapping[str, str], adapter: Adapter | None
+    ) -> None:
+        """Write a pipeline with its record, its texts (card and report, by file) and its LoRA, in place of one there.
 
         Its parts are made beside their place and moved; `model_index.json`, without which nothing can be loaded, goes
         first when an old pipeline is replaced and comes last.
         """
-        index, text = self.path / INDEX, json.dumps(record, indent=2) + "\n"
-        if index.exists() and (self.path / RECORD).exists() and (self.path / RECORD).read_text() == text:
-            return
-        index.unlink(missing_ok=True)
+        (self.path / INDEX).unlink(missing_ok=True)
         staging = self.path / f"{TEMPORARY}pipeline"
         remove(staging)
         pipeline.save_pretrained(staging)
-        (staging / RECORD).write_text(text)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        if adapter is not None:
+            adapter.save(type(pipeline), staging)
+        (staging / RECORD).write_text(_text_of(record))
         flush(staging)
         for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
             target = self.path / part.name
@@ -75,10 +121,18 @@ class RunFolder:
         flush(self.path, recursive=False)
 
 
+def _text_of(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
+
+
 def save_contact_sheet(
-    path: Path, pipeline: StableDiffusionPipeline, config: TrainerConfig, steps: tuple[int, ...]
+    path: Path, pipeline: Any, config: TrainerConfig, steps: tuple[int, ...], size: tuple[int, int]
 ) -> None:
-    """Draw every validation prompt from its own fixed noise: a column per prompt, a row per number of steps."""
+    """Draw every validation prompt from its own fixed noise: a column per prompt, a row per number of steps.
+
+    Args:
+        size: height and width in pixels.
+    """
     pipeline.set_progress_bar_config(disable=True)
     prompts, dtype = list(config.validation_prompts), pipeline.vae.dtype
     images = []
@@ -88,6 +142,8 @@ def save_contact_sheet(
             for i, prompt in enumerate(prompts):
                 result: Any = pipeline(
                     prompt,
+                    height=size[0],
+                    width=size[1],
                     num_inference_steps=count,
                     guidance_scale=config.validation_guidance_scale,
                     generator=torch.Generator().manual_seed(config.seed + i),

@@ -1,13 +1,16 @@
-"""Prompt embeddings for training, from a pipeline's own frozen text encoder."""
+"""Embeddings of prompts for training, from a pipeline's own frozen text encoders."""
+
+from collections import ChainMap
 
 import torch
-from diffusers import StableDiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.denoiser import Conditioning, Denoiser
 
 TABLE_BYTES = 2**30
 _TOGETHER = 64
+_ROUNDING = 0.1  # of a float16 or bfloat16 text encoder against float32
 
 
 class PromptEncoder:
@@ -15,38 +18,69 @@ class PromptEncoder:
 
     An embedding differs in its last bits with the prompts that are encoded beside it. So that a step does not depend
     on the steps that this process did before it, nothing is remembered on the way: the table is made once, in one
-    order, and what is not in it is encoded anew with its micro-batch.
+    order, and what is not in it is encoded anew with its micro-batch. Embeddings that came with the triplets, which
+    `lend` takes, go before both.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, device: torch.device) -> None:
-        self.pipeline, self.device = pipeline, device
-        pipeline.text_encoder.to(device).eval()
-        self.table: dict[str, Tensor] = {}
+    def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
+        self.denoiser, self.device = denoiser, device
+        for name, part in denoiser.pipeline.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                part.to(device).eval()
+        self.table: dict[str, Conditioning] = {}
+        self.lent: dict[str, Conditioning] = {}
 
     def remember(self, dataset: TripletDataset) -> None:
         """Make the table of a dataset's prompts and the empty one, or leave it empty if it would be too large."""
         self.table = {}
         empty = self.encode([""])
+        if dataset.manifest.get("text_embeddings"):
+            self._require_same_encoder(dataset.rows([0]))
+            self.table = {"": {name: part[0].cpu() for name, part in empty.items()}}
+            return
         # Triplet i has prompt i % num_prompts, so that the first num_prompts triplets have them all.
         count = min(dataset.manifest["num_prompts"], len(dataset))
-        if count * empty.numel() * empty.element_size() > TABLE_BYTES:
+        if count * sum(part.numel() * part.element_size() for part in empty.values()) > TABLE_BYTES:
             return
         chunks = torch.arange(count).split(1024)
         prompts = sorted({"", *(prompt for chunk in chunks for prompt in dataset.rows(chunk.tolist()).prompts)})
         for start in range(0, len(prompts), _TOGETHER):
             together = prompts[start : start + _TOGETHER]
-            self.table.update(zip(together, self.encode(together).cpu().clone(), strict=True))
+            encoded = {name: part.cpu() for name, part in self.encode(together).items()}
+            for i, prompt in enumerate(together):
+                self.table[prompt] = {name: part[i].clone() for name, part in encoded.items()}
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """Give the embeddings of prompts, `(B, L, D)` in float32 on the device."""
-        if all(prompt in self.table for prompt in prompts):
-            return torch.stack([self.table[prompt] for prompt in prompts]).to(self.device)
-        return self.encode(prompts)
+    def _require_same_encoder(self, triplets: Triplets) -> None:
+        """Raise if stored embeddings are not what the text encoders here say of the same prompts."""
+        here = self.encode(triplets.prompts)
+        for name, stored in triplets.text_embeddings.items():
+            own = here[name].cpu() if name in here else stored.new_empty(0)
+            if own.shape != stored.shape or (own - stored).norm() > _ROUNDING * stored.norm():
+                raise ValueError(
+                    f"The triplets have text embeddings of other text encoders than this pipeline's: {name} of prompt "
+                    f"{triplets.prompts[0]!r} differs. Train a pipeline with the teacher's text encoders, or make the "
+                    "triplets again without store_text_embeddings."
+                )
+
+    def lend(self, batch: Triplets) -> None:
+        """Take the text embeddings that are stored with a batch, if any, until the next batch."""
+        rows = {name: part.unbind() for name, part in batch.text_embeddings.items()}
+        self.lent = {
+            prompt: {name: parts[i] for name, parts in rows.items()} for i, prompt in enumerate(batch.prompts) if rows
+        }
+
+    def __call__(self, prompts: list[str]) -> Conditioning:
+        """Give what the network is told of the prompts: tensors `(B, ...)` in float32 on the device."""
+        known = ChainMap(self.lent, self.table)
+        if not all(prompt in known for prompt in prompts):
+            return self.encode(prompts)
+        rows = [known[prompt] for prompt in prompts]
+        return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _stack(self, parts: list[Tensor]) -> Tensor:
+        return torch.stack(parts).to(self.device)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Tensor:
-        """Run the text encoder on prompts, `(B, L, D)` in float32."""
-        embeds = self.pipeline.encode_prompt(
-            prompts, self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
-        return embeds.float()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Run the text encoders on prompts."""
+        return {name: part.float() for name, part in self.denoiser.encode(prompts, self.device).items()}

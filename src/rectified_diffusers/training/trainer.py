@@ -1,10 +1,10 @@
 """The loop that every trainer shares: accelerate, EMA, checkpoints, log, validation pictures, finished pipeline."""
 
-import copy
 import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,43 +12,48 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rectified_diffusers.data.processes import several_on_cpu
 from rectified_diffusers.data.triplets import TripletDataset, Triplets
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler, time_to_timestep
 from rectified_diffusers.training.checkpoint import (
     Checkpoint,
-    checkpoint_path,
-    checkpoint_steps,
     config_to_json,
-    load_optimizer_tensors,
     newest_checkpoint,
-    optimizer_tensors,
+    recorded_options,
     require_same_run,
+    require_space,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.guards import ROWS, require_direction, require_finite, require_same_latents
+from rectified_diffusers.training.hub import Card, base_model_of, measure_straightness, require_repository, upload
+from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
+from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from rectified_diffusers.training.output import RunFolder, save_contact_sheet
 from rectified_diffusers.training.prompts import PromptEncoder
+from rectified_diffusers.training.report import REPORT, render_report
+from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable, whole
+from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
+from rectified_diffusers.training.tracking import report_picture, start_trackers, tracker_arguments
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
 
 class Trainer(ABC, Generic[Config]):
-    """Train a copy of a pipeline's U-Net on triplets; a subclass says with which times and which loss.
+    """Train a copy of a pipeline's network on triplets; a subclass says with which times and which loss.
 
     What a step sees, its rows, times and dropped prompts, is a function of `(seed, step)`: a run that was stopped or
     killed goes on from its newest checkpoint exactly as if nothing had happened, and neither the number of processes
-    nor the size of a micro-batch changes more than rounding. The pipeline's text encoder and VAE are frozen, moved to
-    the device of the training and otherwise used as they are; its U-Net is left alone.
+    nor the size of a micro-batch changes more than rounding. The pipeline is one that `Denoiser.of` knows; its text
+    encoders and VAE are frozen, moved to the device of the training and otherwise used as they are; its network, a
+    U-Net or a transformer, is left alone.
     """
 
     config: Config
@@ -57,35 +62,51 @@ class Trainer(ABC, Generic[Config]):
     prompt_dropout: float = 0.0
     validation_steps: ClassVar[tuple[int, ...]]
 
-    def __init__(self, pipeline: StableDiffusionPipeline, dataset: TripletDataset, config: Config) -> None:
-        _require_trainable(pipeline, dataset)
+    def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
+        self.denoiser = denoiser_for(pipeline, dataset)
+        require_same_latents(pipeline.vae, dataset.manifest)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         # accelerate fixes its mixed precision for the life of the process. bf16 needs only autocast, which
         # predict_velocity does itself, so that runs of either precision can follow each other; fp16 needs a scaler.
-        self.accelerator = Accelerator(mixed_precision="fp16" if config.mixed_precision == "fp16" else "no")
+        precision = "fp16" if config.mixed_precision == "fp16" else "no"
+        self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **tracker_arguments(config))
+        self.sharded = is_sharded(self.accelerator)
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
                 f"got {config.batch_size}. Choose another batch size or number of processes."
             )
         self.output = RunFolder(Path(config.output_dir))
-        self.prompt_encoder = PromptEncoder(pipeline, self.device)
+        self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         pipeline.vae.to(self.device).requires_grad_(False).eval()
-        self.student = copy.deepcopy(pipeline.unet).to(self.device).float().requires_grad_(True).train()
+        self.student = self.make_network().train()
         if config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
-        self.parameters = list(self.student.parameters())
-        self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
-        fused = self.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused or None
-        )
+        optimizer = make_optimizer(trainable(self.student), config, self.device)
         schedule = get_scheduler(
-            config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
+            config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=self.schedule_steps
         )
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
+        self.parameters = trainable(self.student)  # after prepare, which may shard them
+        self.ema = self.make_ema()
         self.since_line: list[tuple[float, float]] = []
+
+    @property
+    def schedule_steps(self) -> int:
+        """Steps after which a linear or cosine learning rate is 0."""
+        return self.config.max_steps
+
+    def make_network(self) -> Any:
+        """Make the network that the training starts from, in float32; what is to be trained requires a gradient."""
+        network = initial_network(self.denoiser, self.config.initialisation).to(self.device).requires_grad_(True)
+        if self.config.lora_rank is not None:
+            add_lora(network, self.config)
+        return network
+
+    def make_ema(self) -> EMAModel:
+        """Begin the average with the weights as they are, which diffusers' own would forget at its first step."""
+        return EMAModel(self.parameters, decay=self.config.ema_decay, update_after_step=-1, foreach=True)
 
     @abstractmethod
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
@@ -100,22 +121,31 @@ class Trainer(ABC, Generic[Config]):
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def predict_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-        """Give the U-Net's velocity at time t, `(B, C, H, W)` in float32, in the precision of the config."""
-        prompt_embeds = self.prompt_encoder(prompts)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.mixed_precision == "bf16"):
-            velocity = self.model(x_t, time_to_timestep(t), encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+    def predict_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str], network: Any = None) -> Tensor:
+        """Give the velocity of a network, the student if none is given, in the precision of the config.
+
+        `(B, C, H, W)` in float32, for times t `(B,)`.
+        """
+        conditioning = self.prompt_encoder(prompts)
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            velocity = self.denoiser.velocity(network or self.model, x_t, t, conditioning)
         return velocity.float()
 
-    def train(self) -> UNet2DConditionModel:
-        """Train up to `max_steps`, from the newest checkpoint if there is one, and give the U-Net with EMA weights.
+    def train(self) -> Any:
+        """Train up to `max_steps`, from the newest checkpoint if there is one, and give the student with EMA weights.
 
-        The finished pipeline is left in `output_dir`. A run that is complete is not repeated: its U-Net is loaded.
+        The finished pipeline is left in `output_dir`. A run that is complete is not repeated: its student is loaded.
         """
+        with self.output.held() if self.accelerator.is_main_process else nullcontext():
+            self.run_steps(self.resume())
+            return self.finish()
+
+    def run_steps(self, step: int) -> None:
+        """Do the steps after `step`, with what is due between them."""
         config, main = self.config, self.accelerator.is_main_process
-        step = self.resume()
         if step < config.max_steps:
-            self.prompt_encoder.remember(self.dataset)
+            self.begin(step)
         hidden = not (main and is_progress_bar_enabled())
         with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
             while step < config.max_steps:
@@ -124,14 +154,34 @@ class Trainer(ABC, Generic[Config]):
                 self.since_line.append((loss, grad_norm))
                 if step % config.log_every_steps == 0:
                     self.log(step)
-                if main and config.validate_every_steps and step % config.validate_every_steps == 0:
+                due = config.validate_every_steps and step % config.validate_every_steps == 0
+                if due and (main or self.sharded):
                     self.validate(step)
                 if step % config.save_every_steps == 0 or step == config.max_steps:
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
                 bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False)
-        return self.finish()
+
+    def begin(self, step: int) -> None:
+        """Find out what would stop the training later, and make ready for what follows `step`."""
+        config = self.config
+        if self.accelerator.is_main_process:
+            # Weights, their average and the optimizer's two moments.
+            size = 4 * sum(weight.nbytes for weight in self.parameters)
+            require_space(self.output.checkpoints, size, config.keep_checkpoints)
+            if config.push_to_hub and config.hub_model_id:
+                require_repository(config.hub_model_id)
+        self.prompt_encoder.remember(self.dataset)
+        if step == 0 and self.starts_as_flow:
+            rows = torch.arange(min(ROWS, config.micro_batch_size or ROWS, len(self.dataset)))
+            require_direction(self.predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
+        start_trackers(self.accelerator, config, step)
+
+    @property
+    def starts_as_flow(self) -> bool:
+        """Whether the student predicts a velocity before the first step, and not what a diffusion model predicts."""
+        return self.config.initialisation == "snr_matching" or self.denoiser.diffusion() is None
 
     def generator_for(self, step: int) -> torch.Generator:
         """Give the CPU generator of one optimizer step, the same on every process and after a resume."""
@@ -153,7 +203,7 @@ class Trainer(ABC, Generic[Config]):
         size = min(self.config.micro_batch_size or count, count)
         micro_batches = list(zip(*(part[mine].split(size) for part in drawn), strict=True))
         total = torch.zeros((), device=self.device)
-        # Only a U-Net with dropout draws from here: seeded, it does the same after a resume.
+        # Only a network with dropout draws from here: seeded, it does the same after a resume.
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.generator_for(step).initial_seed() + self.accelerator.process_index)
             for i, (rows, t, dropped) in enumerate(micro_batches, start=1):
@@ -165,37 +215,31 @@ class Trainer(ABC, Generic[Config]):
         mean_loss: Any = self.accelerator.reduce(total, "mean")
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         loss, grad_norm = mean_loss.item(), norm.item()
-        self._require_finite(step, loss, grad_norm)
+        require_finite(step, loss, grad_norm, self.accelerator.scaler, self.output.checkpoints)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.ema.step(self.parameters)
+        self.average()
         return loss, grad_norm
+
+    def average(self) -> None:
+        """Move the averaged weights by 1 - decay towards the weights: `EMAModel.step` without its copy of them all."""
+        self.ema.optimization_step += 1
+        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
+        weights = [weight.detach() for weight in self.parameters]
+        torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
         """Read triplets to the device, with the dropped prompts replaced by the empty one."""
         batch = self.dataset.rows(rows.tolist())
+        self.prompt_encoder.lend(batch)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return replace(batch, prompts=prompts, noise=batch.noise.to(self.device), data=batch.data.to(self.device))
 
     def learning_rate(self, step: int) -> float:
         """Give the learning rate of a step, which are counted from 1."""
         return self.config.learning_rate * self.lr_factor(step)
-
-    def _require_finite(self, step: int, loss: float, grad_norm: float) -> None:
-        scaler = self.accelerator.scaler
-        # fp16 overflows at first by design: the step is skipped and the scale halved, until there is no scale left.
-        overflow = scaler is not None and scaler.get_scale() > 1
-        if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):
-            return
-        steps = checkpoint_steps(self.output.checkpoints)
-        last = checkpoint_path(self.output.checkpoints, steps[-1]) if steps else "none yet"
-        raise FloatingPointError(
-            f"Step {step} has loss {loss} and gradient norm {grad_norm}; the weights were not changed by it. "
-            f"Last good checkpoint: {last}. Lower learning_rate, raise warmup_steps or use mixed_precision='no', and "
-            "check the triplets; a changed option needs another output_dir."
-        )
 
     def log(self, step: int) -> None:
         """Write a line with the means since the previous line; no times, so that equal runs have equal files."""
@@ -209,22 +253,41 @@ class Trainer(ABC, Generic[Config]):
         }
         if self.accelerator.is_main_process:
             self.output.append_log(line)
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the triplets hold."""
+        _, height, width = self.dataset.manifest["latent_shape"]
+        factor = self.pipeline.vae_scale_factor
+        return height * factor, width * factor
 
     def validate(self, step: int) -> None:
         """Draw the validation prompts with the EMA weights, one row of pictures per number of steps."""
+        if self.sharded:  # no process has them all
+            self.draw_sheet(self.averaged(), step)
+            return
         self.ema.store(self.parameters)
         self.ema.copy_to(self.parameters)
         self.student.eval()
         try:
-            save_contact_sheet(
-                self.output.validation / f"step-{step:08d}.png",
-                self.make_pipeline(self.student),
-                self.config,
-                self.validation_steps,
-            )
+            self.draw_sheet(self.student, step)
         finally:
             self.student.train()
             self.ema.restore(self.parameters)
+
+    def draw_sheet(self, network: Any, step: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        path, pipeline = self.output.validation / f"step-{step:08d}.png", self.make_pipeline(network)
+        save_contact_sheet(path, pipeline, self.config, self.validation_steps, self.picture_size)
+        report_picture(self.accelerator, path, step)
+
+    def averaged(self) -> Any:
+        """Give another network that has the averaged weights, whole; if they are sharded, every process has to ask."""
+        network = self.make_network().eval()
+        copy_weights(self.ema.shadow_params, trainable(network))
+        return network
 
     def identity(self) -> dict[str, Any]:
         """Give what has to agree for one run to be the continuation of another."""
@@ -237,14 +300,22 @@ class Trainer(ABC, Generic[Config]):
             **config_to_json(self.config),
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
-        names = [name for name, _ in self.student.named_parameters()]
-        tensors = {
-            "unet.safetensors": dict(zip(names, (weight.detach() for weight in self.parameters), strict=True)),
-            "ema.safetensors": dict(zip(names, self.ema.shadow_params, strict=True)),
+    def named(self, weights: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Give tensors that belong to `parameters`, in their order, whole, by the names of these."""
+        names = [name for name, weight in self.student.named_parameters() if weight.requires_grad]
+        return dict(zip(names, map(whole, weights), strict=True))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Give what a checkpoint has to hold, by file and name; every process has to call it."""
+        return {
+            f"{self.denoiser.component}.safetensors": self.named(self.parameters),
+            "ema.safetensors": self.named(self.ema.shadow_params),
             "optimizer.safetensors": optimizer_tensors(self.model, self.optimizer.optimizer),
         }
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; every process takes part, the main one writes."""
+        tensors = self.tensors()
         scaler = self.accelerator.scaler
         state = {
             "run": self.identity(),
@@ -269,52 +340,54 @@ class Trainer(ABC, Generic[Config]):
                 "Raise max_steps to go on, or give another output_dir."
             )
         if checkpoint:
-            require_same_run(checkpoint.state["run"], self.identity(), self.output.path)
-            self._load(checkpoint)
+            recorded = recorded_options(checkpoint.state["run"], self.config)
+            require_same_run(recorded, self.identity(), self.output.path)
+            self.load(checkpoint)
         if self.accelerator.is_main_process:
             self.output.prepare(step)
         self.accelerator.wait_for_everyone()
         return step
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Put back what `tensors` gave, and the state beside it."""
         tensors, state = checkpoint.tensors, checkpoint.state
         load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors["optimizer.safetensors"])
-        self.student.load_state_dict(tensors["unet.safetensors"], strict=False)
-        names = [name for name, _ in self.student.named_parameters()]
-        self.ema.shadow_params = [tensors["ema.safetensors"][name].to(self.device) for name in names]
+        weights, averaged = tensors[f"{self.denoiser.component}.safetensors"], tensors["ema.safetensors"]
+        names = list(self.named(self.parameters))
+        copy_weights((weights[name] for name in names), self.parameters)
+        copy_weights((averaged[name] for name in names), self.ema.shadow_params)
         self.ema.optimization_step = state["ema_steps"]
         self.since_line = [tuple(pair) for pair in state["since_line"]]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def make_pipeline(self, unet: UNet2DConditionModel) -> StableDiffusionPipeline:
-        """Give the pipeline that samples the student: ours, with every other component as it came."""
-        parts = {**self.pipeline.components, "unet": unet, "scheduler": RectifiedFlowEulerScheduler()}
-        return RectifiedFlowPipeline(
-            **parts, requires_safety_checker=self.pipeline.config.get("requires_safety_checker", True)
-        )
+    def make_pipeline(self, network: Any) -> Any:
+        """Give the pipeline that samples the student: ours where there is one, every other component as it came."""
+        return student_pipeline(self.denoiser, network)
 
-    def finish(self) -> UNet2DConditionModel:
-        """Write the finished pipeline to `output_dir`, unless it is there, and give its U-Net with EMA weights."""
-        unet = copy.deepcopy(self.pipeline.unet).to(self.device).float().eval()
-        self.ema.copy_to(unet.parameters())
+    def finish(self) -> Any:
+        """Leave the finished pipeline in `output_dir`, unless it is there, and give its network with EMA weights.
+
+        A LoRA is left twice: by itself, as `pipeline.load_lora_weights(output_dir)` takes it, and in the pipeline's
+        weights. It is the first that is uploaded.
+        """
+        config, adapter = self.config, None
+        network = self.averaged()
+        if config.lora_rank is not None:
+            adapter = Adapter.of(network, self.denoiser.component)
+            fuse_lora(network)
         if self.accelerator.is_main_process:
-            record = {"steps": self.config.max_steps, **self.identity()}
-            self.output.publish(self.make_pipeline(unet), record)
+            record = {"steps": config.max_steps, **self.identity()}
+            if not self.output.holds(record):
+                pipeline, paths = self.make_pipeline(network), config.straightness_paths
+                straight = measure_straightness(pipeline, self.dataset, paths) if paths else None
+                base, last_line = base_model_of(self.pipeline), self.output.last_line()
+                card = Card(record, type(pipeline), base, self.validation_steps[0], last_line, straight)
+                report = render_report(self.output.path, record, config.validation_prompts, straight)
+                self.output.publish(pipeline, record, {"README.md": str(card), REPORT: report}, adapter)
+            if config.push_to_hub and config.hub_model_id:
+                upload(self.output.path, config.hub_model_id, lora=adapter is not None)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # `end_training` would also take the processes apart, before the next run
         self.accelerator.wait_for_everyone()
-        return unet
-
-
-def _require_trainable(pipeline: StableDiffusionPipeline, dataset: TripletDataset) -> None:
-    """Raise what is wrong with pipeline or triplets before anything is loaded onto the device."""
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise TypeError(
-            f"Expected a StableDiffusionPipeline or RectifiedFlowPipeline, got {type(pipeline).__name__}. "
-            "Other pipelines condition their models in other ways, which the trainers do not know."
-        )
-    shape, channels = tuple(dataset.rows([0]).data.shape), pipeline.unet.config["in_channels"]
-    if shape[1] != channels:
-        raise ValueError(
-            f"The U-Net takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
-            "Make the triplets with a teacher that shares the VAE of this pipeline."
-        )
+        return network

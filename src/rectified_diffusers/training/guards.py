@@ -1,0 +1,73 @@
+"""Mistakes that ruin a training and are cheaper to find before its first step."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.data.triplets import Triplets
+from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
+
+ROWS = 8
+_OPPOSITE = -0.5
+
+
+def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
+    """Raise if the triplets' latents are scaled for another VAE than the pipeline's."""
+    for name in ("scaling_factor", "shift_factor"):
+        made, here = manifest.get(f"vae_{name}"), vae.config.get(name)
+        if f"vae_{name}" in manifest and (made or 0.0) != (here or 0.0):
+            raise ValueError(
+                f"The triplets were made with a VAE of {name} {made}, the pipeline's has {here}: it would "
+                "decode them to other pictures. Train a pipeline with the teacher's VAE, or make the triplets again "
+                "with a teacher that has this one."
+            )
+
+
+@torch.no_grad()
+def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Tensor], batch: Triplets) -> None:
+    """Raise if the velocity at t = 0 points away from the data, as a flow of the other sign makes it.
+
+    A velocity model that starts a training gives about E[data] - noise there, whose cosine with data - noise is
+    about 1 / sqrt(1 + var(data)): 0.7 for latents of unit variance. The other sign gives as much below 0, and so does
+    a network that predicts the noise; an untrained one lies anywhere around 0.
+
+    Args:
+        predict_velocity: v(x_t, t, prompts), of a network that is taken for a flow's.
+        batch: triplets on its device.
+    """
+    predicted = predict_velocity(batch.noise, torch.zeros(len(batch), device=batch.noise.device), batch.prompts)
+    velocity = batch.data - batch.noise
+    cosine = torch.cosine_similarity(predicted.flatten(), velocity.flatten(), dim=0).item()
+    if cosine < _OPPOSITE:
+        ratio = (predicted - velocity).square().sum().item() / velocity.square().sum().item()
+        raise ValueError(
+            f"The model's velocity at the noise points away from the data of the triplets: its cosine with data - "
+            f"noise is {cosine:.2f}, expected above 0, and its loss is {ratio:.1f} times that of no velocity at all. "
+            "If the model predicts noise - data, say so to its scheduler: "
+            "RectifiedFlowEulerScheduler(velocity_direction='noise'). If it is a diffusion model, load it with the "
+            "scheduler that it was trained with, as StableDiffusionPipeline or DiffusionPipeline."
+        )
+
+
+def require_finite(step: int, loss: float, grad_norm: float, scaler: Any, checkpoints: Path) -> None:
+    """Raise if a step's loss or gradient is not finite, before the weights are changed by it.
+
+    Args:
+        scaler: of fp16, which overflows at first by design: the step is skipped and the scale halved, until there is
+            no scale left. None in other precisions.
+        checkpoints: folder of the run's checkpoints, for the error.
+    """
+    overflow = scaler is not None and scaler.get_scale() > 1
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):
+        return
+    steps = checkpoint_steps(checkpoints)
+    last = checkpoint_path(checkpoints, steps[-1]) if steps else "none yet"
+    raise FloatingPointError(
+        f"Step {step} has loss {loss} and gradient norm {grad_norm}; the weights were not changed by it. "
+        f"Last good checkpoint: {last}. Lower learning_rate, raise warmup_steps or use mixed_precision='no', and "
+        "check the triplets; a changed option needs another output_dir."
+    )

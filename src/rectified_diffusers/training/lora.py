@@ -1,0 +1,78 @@
+"""LoRA (arXiv:2106.09685) as what is trained: an adapter of peft on the student, saved in diffusers' format."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from rectified_diffusers.training.config import TrainerConfig
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The name under which `pipeline.load_lora_weights(folder)` looks for a LoRA."""
+
+
+def add_lora(network: Any, config: TrainerConfig) -> None:
+    """Put a LoRA on a network and freeze the rest; its product is zero, so that the network answers as before.
+
+    Its first matrices are random, from the config's seed: equal configs start from equal adapters.
+    """
+    rank: Any = config.lora_rank
+    alpha: Any = config.lora_alpha or rank
+    _require_layers(network, config.lora_target_modules)
+    network.requires_grad_(False)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(config.lora_target_modules),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network.add_adapter(settings)
+
+
+def fuse_lora(network: Any) -> None:
+    """Add the LoRA to the weights under it, which have their plain names again afterwards."""
+    network.fuse_lora()
+    network.unload_lora()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The tensors and settings of a LoRA; what is done to the network afterwards does not change them.
+
+    Args:
+        component: of the pipeline that has the network: "unet" or "transformer".
+    """
+
+    component: str
+    tensors: dict[str, Tensor]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, network: Any, component: str) -> "Adapter":
+        """Copy the LoRA that `add_lora` put on a network."""
+        tensors = {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
+        return cls(component, tensors, network.peft_config["default"].to_dict())
+
+    def save(self, pipeline_class: Any, folder: Path) -> None:
+        """Write it as diffusers does, with its alpha, for `load_lora_weights(folder)` of such pipelines."""
+        layers = {f"{self.component}_lora_layers": self.tensors}
+        settings = {f"{self.component}_lora_adapter_metadata": self.settings}
+        pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS, **layers, **settings)
+
+
+def _require_layers(network: Any, names: Iterable[str]) -> None:
+    """Raise for a name that no layer of the network ends in; peft would go without it if another one is found."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    for name in names:
+        if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+            raise ValueError(
+                f"{type(network).__name__} has no layer {name!r} to put a LoRA on. Its linear and convolution layers "
+                f"end in {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}; set lora_target_modules."
+            )

@@ -1,0 +1,66 @@
+"""The objective of rectified flow as one object for training loops of others, such as diffusers' own scripts."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.flow.interpolation import Straight
+from rectified_diffusers.flow.loss import LossKind, velocity_loss
+from rectified_diffusers.flow.time_density import TimeDensity, Uniform
+from rectified_diffusers.schedulers import time_to_timestep
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """What a U-Net is given, x_t `(B, C, H, W)` and timesteps `(B,)` in [0, 1000], and its velocity target."""
+
+    x_t: Tensor
+    timesteps: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True)
+class FlowObjective:
+    """Stands where a loop for diffusion has its noise scheduler, its random timesteps, its target and its loss.
+
+    x_t = t * data + (1 - t) * noise, timesteps = 1000 * (1 - t), target = data - noise, Eq. (1) of arXiv:2209.03003.
+    There is no prediction type to choose and so no way to train epsilon. Times are real numbers: diffusion's
+    `randint(0, 1000)` never gives timestep 1000, which every sampler of a flow asks for first, and one step alone.
+
+        flow = objective.prepare(noise=noise, data=latents)
+        prediction = unet(flow.x_t, flow.timesteps, prompt_embeds).sample
+        loss = objective.loss(prediction, flow)
+
+    Args:
+        time_density: density of t.
+        at_noise: share of examples at t = 0 itself instead, in [0, 1], which a density has no points of.
+        loss_kind: l2, what diffusers' scripts train with, or pseudo_huber.
+    """
+
+    time_density: TimeDensity = field(default_factory=Uniform)
+    at_noise: float = 0.1
+    loss_kind: LossKind = "l2"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_noise <= 1:
+            raise ValueError(f"at_noise is a share of the examples, in [0, 1], got {self.at_noise}.")
+
+    def prepare(self, *, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
+        """Draw a time for each example and give the point of the path there, with the velocity to predict.
+
+        Args:
+            noise: standard normal, `(B, C, H, W)`: drawn for this batch, or what a teacher coupled with the data.
+            data: VAE-scaled latents, of the same shape; their dtype is kept.
+            generator: of the times, on any device; torch's global one of the CPU if not given.
+        """
+        generator = torch.default_generator if generator is None else generator
+        t = self.time_density.sample(len(data), generator)
+        from_noise = torch.rand(len(data), generator=generator, device=generator.device) < self.at_noise
+        t = torch.where(from_noise, 0.0, t).to(data.device)
+        x_t, velocity = Straight().interpolate(noise, data, t)
+        return FlowBatch(x_t, time_to_timestep(t), velocity)
+
+    def loss(self, prediction: Tensor, batch: FlowBatch) -> Tensor:
+        """Give the mean loss over the batch, a scalar in float32 or wider."""
+        return velocity_loss(prediction, batch.velocity, self.loss_kind).mean()

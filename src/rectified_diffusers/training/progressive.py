@@ -1,0 +1,133 @@
+"""Progressive distillation: a student learns to do in one step what its teacher does in two, again and again."""
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.flow.time_density import Grid
+from rectified_diffusers.training.checkpoint import Checkpoint
+from rectified_diffusers.training.config import ProgressiveConfig
+from rectified_diffusers.training.losses import FlowLoss
+from rectified_diffusers.training.trainer import Trainer
+
+
+class ProgressiveTrainer(Trainer[ProgressiveConfig]):
+    """Halve the steps of a flow round by round, Algorithm 2 of arXiv:2202.00512 on the straight path.
+
+    A student of N steps learns, at t = 0, 1/N, ..., (N - 1)/N, the mean of its teacher's velocities in two Euler steps
+    of 1/(2N) from x_t, which takes it to the same place. It begins with its teacher's weights; its own averaged ones
+    are the next teacher's. Euler on the straight path is DDIM, so for a diffusion model that `initialisation` made
+    into a velocity the rounds are those of the paper, with the loss on the velocity instead of the data.
+
+    The pipeline has to be a flow already, or to become one by `initialisation="snr_matching"`. Of the triplets, the
+    data takes part, and the noise only with `pairs="coupled"`.
+    """
+
+    validation_steps = (1, 2, 4)
+
+    def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
+        super().__init__(pipeline, dataset, config)
+        if not self.starts_as_flow:
+            raise ValueError(
+                f"Progressive distillation needs a teacher that predicts a velocity, got {type(pipeline).__name__} "
+                f"with {type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
+            )
+        self.prompt_dropout = config.prompt_dropout
+        self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
+        self.teacher = self.make_network().requires_grad_(False).eval()
+        self.step = 1
+
+    @property
+    def schedule_steps(self) -> int:
+        return self.config.steps_per_round
+
+    def round_of(self, step: int) -> int:
+        """Give the round of a step, both counted from their first: rounds from 0, steps from 1."""
+        return (step - 1) // self.config.steps_per_round
+
+    def steps_of(self, step: int) -> int:
+        """Give the number N of Euler steps that the student learns to do with at an optimizer step."""
+        return self.config.teacher_steps >> (self.round_of(step) + 1)
+
+    def learning_rate(self, step: int) -> float:
+        """Give the learning rate of a step, whose schedule begins anew with each round."""
+        return super().learning_rate((step - 1) % self.config.steps_per_round + 1)
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw rows, times on the student's grid and dropped prompts."""
+        self.time_density = Grid(self.steps_of(step))
+        return super().draw(step)
+
+    def train_step(self, step: int) -> tuple[float, float]:
+        """Do one update; the first of a round makes the student the teacher."""
+        self.step = step
+        if step > 1 and self.round_of(step) > self.round_of(step - 1):
+            self.begin_round()
+        return super().train_step(step)
+
+    def begin_round(self) -> None:
+        """Let teacher and student begin with the averaged weights of the student, with no memory of the old round."""
+        self.ema.copy_to(self.parameters)
+        self.put_into_teacher(self.named(self.parameters))
+        self.optimizer.optimizer.state.clear()
+        self.ema = self.make_ema()
+
+    def put_into_teacher(self, weights: dict[str, Tensor]) -> None:
+        """Copy weights by name into the teacher; a LoRA's alone, if that is what is trained."""
+        with torch.no_grad():
+            for name, weight in self.teacher.named_parameters():
+                if name in weights:
+                    weight.copy_(weights[name])
+
+    def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
+        """Read triplets; with independent pairs, the noise of a row is drawn from (seed, step, row)."""
+        batch = super().read(rows, dropped)
+        if self.config.pairs == "coupled":
+            return batch
+        shape = batch.noise.shape[1:]
+        noise = [torch.randn(shape, generator=self.noise_generator(row)) for row in rows.tolist()]
+        return replace(batch, noise=torch.stack(noise).to(self.device))
+
+    def noise_generator(self, row: int) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.config.seed}/{self.step}/{row}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+    def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
+        x_t, _ = self.interpolation.interpolate(batch.noise, batch.data, t)
+        target = self.teacher_velocity(x_t, t, batch.prompts)
+        return self.loss(self.predict_velocity(x_t, t, batch.prompts), target, x_t, t)
+
+    @torch.no_grad()
+    def teacher_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+        """Give the velocity that takes x_t in one step where the teacher's two steps take it."""
+        half = 0.5 / self.steps_of(self.step)
+        first = self.ask_teacher(x_t, t, prompts)
+        second = self.ask_teacher(x_t + half * first, t + half, prompts)
+        return (first + second) / 2
+
+    def ask_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+        """Give the teacher's velocity; the first teacher is guided, the later ones have learnt it."""
+        velocity = self.predict_velocity(x_t, t, prompts, self.teacher)
+        weight = self.config.teacher_guidance_scale
+        if weight <= 1 or self.round_of(self.step) > 0:
+            return velocity
+        null = self.predict_velocity(x_t, t, [""] * len(prompts), self.teacher)
+        return null + weight * (velocity - null)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Give what a checkpoint has to hold; the first teacher is the pipeline's own and is not among it."""
+        if self.round_of(self.step) == 0:
+            return super().tensors()
+        names = self.named(self.parameters)
+        teacher = {name: weight for name, weight in self.teacher.named_parameters() if name in names}
+        return {**super().tensors(), "teacher.safetensors": teacher}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        super().load(checkpoint)
+        self.step = checkpoint.step
+        if "teacher.safetensors" in checkpoint.tensors:
+            self.put_into_teacher(checkpoint.tensors["teacher.safetensors"])

@@ -1,0 +1,198 @@
+"""The report of a run: one HTML file, made from what lies in the run's folder, that opens from disk with nothing else.
+
+Curves are inline SVG and pictures are part of the file. Nothing in it depends on when or where it was made, so that
+equal runs have equal reports.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rectified_diffusers.evaluation.straightness import Straightness
+from rectified_diffusers.training.charts import bars, curve
+from rectified_diffusers.training.checkpoint import write_atomically
+from rectified_diffusers.training.output import RECORD
+
+REPORT = "report.html"
+MAX_SHEETS, MAX_WIDTH = 24, 1280
+"""A report stays below about 10 MB: of more validation sheets every n-th is taken, and wider ones are scaled down."""
+
+# Columns of log.jsonl, each with its heading and what to know about it.
+CURVES = {
+    "loss": ("Loss", "mean over the steps since the previous point"),
+    "straightness": ("Straightness S(Z)", "0 is a flow of straight lines, which one step draws exactly"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "learning_rate": ("Learning rate", ""),
+}
+
+
+def write_report(folder: str | Path, prompts: Sequence[str] = (), straightness: Straightness | None = None) -> Path:
+    """Write `report.html` into the folder of a run, finished or not, and give its path. Trainers do so by themselves.
+
+    Args:
+        prompts: what the columns of the validation sheets show.
+        straightness: S(Z) of the finished model, if it was measured.
+    """
+    folder = Path(folder)
+    if not (folder / "log.jsonl").exists():
+        raise ValueError(f"Expected the folder of a run, got {folder}, which holds no log.jsonl. Train there first.")
+    path = folder / RECORD
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    page = render_report(folder, record, prompts, straightness)
+    write_atomically(folder / REPORT, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    return folder / REPORT
+
+
+def render_report(
+    folder: Path, record: dict[str, Any], prompts: Sequence[str] = (), straightness: Straightness | None = None
+) -> str:
+    """Give the page of a run: what is there of the curves in log.jsonl and the sheets in validation/, and its record.
+
+    Args:
+        record: what training.json holds, or will; empty for a run in progress.
+        prompts, straightness: as for `write_report`.
+    """
+    log = folder / "log.jsonl"
+    text = log.read_text(encoding="utf-8") if log.exists() else ""
+    # A process that is writing, or was killed, leaves a part of a line.
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    body = [
+        _heading(record),
+        _tiles(lines, record, straightness),
+        _charts(lines, straightness),
+        _sheets(sorted((folder / "validation").glob("step-*.png")), prompts),
+        _options(record),
+    ]
+    return _PAGE.replace("{title}", html.escape(_title(record))).replace("{body}", "\n".join(body))
+
+
+def _title(record: dict[str, Any]) -> str:
+    return f"{record['trainer']}, {record['steps']:,} steps" if record else "Training"
+
+
+def _heading(record: dict[str, Any]) -> str:
+    state = "" if record else "<p>This run is not finished: what it has logged so far.</p>"
+    return f"<header><h1>{html.escape(_title(record))}</h1>{state}</header>"
+
+
+def _tiles(lines: list[dict[str, Any]], record: dict[str, Any], straightness: Straightness | None) -> str:
+    """Say the few numbers that one looks for first."""
+    tiles: list[tuple[str, str]] = []
+    if lines:
+        best = min(lines, key=lambda line: line["loss"])
+        tiles += [("steps logged", f"{lines[-1]['step']:,}"), ("last loss", f"{lines[-1]['loss']:.4g}")]
+        tiles += [("lowest loss", f"{best['loss']:.4g} at step {best['step']:,}")]
+    if straightness is not None:
+        tiles += [(f"S(Z) of {straightness.count} paths", f"{straightness.total:.4g}")]
+    if record:
+        tiles += [("triplets", f"{record['dataset_rows']:,}"), ("batch", f"{record['batch_size']:,}")]
+    cells = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles)
+    return f'<section class="tiles">{cells}</section>'
+
+
+def _charts(lines: list[dict[str, Any]], straightness: Straightness | None) -> str:
+    drawn = []
+    for key, (title, note) in CURVES.items():
+        points = [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+        if points:
+            drawn.append(curve(title, points, note, noisy=key != "learning_rate"))
+    if straightness is not None:
+        note = "mean of the integrand; t = 0 is noise, t = 1 is data"
+        drawn.append(bars("Straightness over t", straightness.per_bin, straightness.edges, note))
+    return f'<section class="charts">{"".join(drawn)}</section>'
+
+
+def _sheets(paths: list[Path], prompts: Sequence[str]) -> str:
+    """Show one validation sheet at a time, chosen by a slider, the last one first; without scripts, all of them."""
+    if not paths:
+        return ""
+    spacing = (len(paths) - 1) / max(1, min(len(paths), MAX_SHEETS) - 1)
+    chosen = [paths[round(i * spacing)] for i in range(min(len(paths), MAX_SHEETS))]
+    figures = []
+    for path in chosen:
+        name = f"step {int(path.stem.removeprefix('step-')):,}"
+        figures.append(f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="{_data_uri(path)}"></figure>')
+    columns = "".join(f"<span>{html.escape(prompt)}</span>" for prompt in prompts)
+    omitted = f"<p>{len(chosen)} of {len(paths)} sheets.</p>" if len(chosen) < len(paths) else ""
+    last = len(chosen) - 1
+    return (
+        f'<section class="sheets" style="--columns:{max(1, len(prompts))}"><h2>Validation pictures</h2>{omitted}'
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="validation sheet" hidden>'
+        f'{"".join(figures)}<div class="prompts">{columns}</div></section>'
+    )
+
+
+def _data_uri(path: Path) -> str:
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+        if image.width > MAX_WIDTH:
+            size = (MAX_WIDTH, round(image.height * MAX_WIDTH / image.width))
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _options(record: dict[str, Any]) -> str:
+    if not record:
+        return ""
+    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in record.items()}
+    rows = "".join(f"<tr><th>{html.escape(name)}<td>{html.escape(value)}" for name, value in shown.items())
+    return f"<section><h2>What made it</h2><table>{rows}</table><p>From {RECORD}, beside this file.</p></section>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2433; --soft: #687085; --line: #dfe3ec; --card: #fff; --page: #f5f6fa;
+  --curve: #4553d6; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaf2; --soft: #9aa2b8; --line: #333a4d; --card: #1d2230;
+  --page: #141822; --curve: #93a0ff; } }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
+section { margin-top: 1.5rem; } p { color: var(--soft); margin: .3rem 0; }
+.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
+.tiles div, .chart, .sheets, section:has(table) { background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; padding: .8rem 1rem; }
+.tiles b { display: block; font-size: 1.2rem; } .tiles span { color: var(--soft); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: .75rem; }
+.chart { margin: 0; } .chart figcaption { font-weight: 600; } .chart figcaption span { font-weight: 400;
+  color: var(--soft); }
+svg { display: block; width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: var(--soft); }
+svg .grid { stroke: var(--line); } svg .raw { fill: none; stroke: var(--curve); opacity: .35; }
+svg .smooth { fill: none; stroke: var(--curve); stroke-width: 2; } svg .bar { fill: var(--curve); opacity: .8; }
+svg circle { fill: var(--curve); }
+.sheets input { width: 100%; }
+.sheets figure, .prompts { max-width: calc(var(--columns) * 18rem); }
+.sheets figure { margin: .5rem 0 0; } .sheets img { width: 100%; display: block;
+  border-radius: .3rem; }
+.sheets figcaption { color: var(--soft); } .prompts { display: grid; text-align: center; font-size: .85rem;
+  grid-template-columns: repeat(var(--columns), 1fr); }
+table { border-collapse: collapse; font-size: .9rem; } th { text-align: left; font-weight: 500; color: var(--soft);
+  padding: .1rem 1.5rem .1rem 0; } td { font-family: ui-monospace, monospace; }
+</style>
+<body>
+{body}
+<script>
+for (const part of document.querySelectorAll(".sheets")) {
+  const slider = part.querySelector("input"), figures = [...part.querySelectorAll("figure")];
+  const show = () => figures.forEach((figure, i) => { figure.hidden = i !== Number(slider.value); });
+  slider.hidden = figures.length < 2;
+  slider.addEventListener("input", show);
+  show();
+}
+</script>
+</body>
+</html>
+"""

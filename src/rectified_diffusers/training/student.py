@@ -1,0 +1,69 @@
+"""The student of a training: the network that it starts from, and the pipeline that samples it."""
+
+import copy
+from typing import Any, Literal
+
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.denoiser import Denoiser, latent_channels
+from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
+from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
+
+
+def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
+    """Find the adapter of a pipeline, and raise what is wrong with it or the triplets before anything is moved.
+
+    A network that takes guidance as an input is trained at the guidance of the triplets: there it starts as the flow
+    that made them, and there it is to be sampled.
+    """
+    denoiser = Denoiser.of(pipeline, dataset.manifest.get("guidance_scale", 1.0))
+    shape, channels = tuple(dataset.rows([0]).data.shape), latent_channels(pipeline)
+    if shape[1] != channels:
+        raise ValueError(
+            f"The {denoiser.component} takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
+            "Make the triplets with a teacher that shares the VAE of this pipeline."
+        )
+    return denoiser
+
+
+def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
+    """Make the network that training starts from, in float32, and leave the pipeline's own alone.
+
+    Args:
+        initialisation: `weights` copies the pipeline's network, which of a flow is that flow already. `snr_matching`
+            makes a diffusion U-Net the flow that it stands for, see `DiffusionVelocityUNet`.
+    """
+    if initialisation == "weights":
+        return copy.deepcopy(denoiser.network).float()
+    if denoiser.diffusion() is None:
+        raise ValueError(
+            f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "
+            f"with {type(denoiser.pipeline.scheduler).__name__} is already. Use initialisation='weights'."
+        )
+    return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
+
+
+def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
+    """Give the pipeline that samples a trained network, with every other component as it came.
+
+    It is ours where there is one. Stable Diffusion 3 and Flux keep their own, which samples a flow already and loads
+    without this package; its scheduler is Euler's without shift. A shift, fixed or by the size of the picture, spends
+    more steps where the teacher's paths bend, and reflow leaves no such place. One step is the same under any shift.
+    (Flux' pipeline lays the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
+    last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+    """
+    pipeline = denoiser.pipeline
+    parts = {**pipeline.components, denoiser.component: network}
+    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+        timesteps = denoiser.num_train_timesteps
+        return type(pipeline)(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(timesteps, shift=1.0)})
+    parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
+    config = pipeline.config
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        zeros = config.get("force_zeros_for_empty_prompt", True)
+        watermark = getattr(pipeline, "watermark", None) is not None
+        return RectifiedFlowXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=watermark)
+    return RectifiedFlowPipeline(**parts, requires_safety_checker=config.get("requires_safety_checker", True))

@@ -1,0 +1,96 @@
+"""Triplets made by several processes: the same files as by one, whoever else writes to the folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.test_triplets import contents
+from tests.tiny import make_tiny_pipeline
+
+# One process forks all others, so that the imports cost once. A launched process has its rank from the environment,
+# as `accelerate launch` sets it; unrelated ones do not know of each other.
+FORKS = """
+import json, multiprocessing, os, socket, sys
+from pathlib import Path
+from tests.data.test_triplets import contents, generate
+from tests.tiny import make_tiny_pipeline
+
+TRIPLETS = 22
+teacher, base = make_tiny_pipeline("diffusion"), Path(sys.argv[1])
+
+def work(folder, kind, rank, count, port):
+    sys.stderr = open(base / f"{folder.name}.log", "a")
+    if kind == "launched":
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert len(generate(folder, teacher, progress=True, num_triplets=TRIPLETS)) == TRIPLETS
+
+def run(name, kind, count):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context, arguments = multiprocessing.get_context("fork"), (base / name, kind)
+    runs = [context.Process(target=work, args=(*arguments, rank, count, port)) for rank in range(count)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join()
+    assert not any(process.exitcode for process in runs), name
+
+run("one", "alone", 1)
+run("two", "launched", 2)
+run("four", "launched", 4)
+run("unrelated", "unrelated", 3)
+(base / "resumed").mkdir()
+for name in ("manifest.json", "shard-00001.safetensors", "shard-00003.safetensors"):
+    (base / "resumed" / name).write_bytes((base / "one" / name).read_bytes())
+run("resumed", "launched", 2)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the folders that differently many processes made, and what they showed in NAME.log."""
+    folder = tmp_path_factory.mktemp("processes")
+    command = [sys.executable, "-c", FORKS, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+@pytest.mark.parametrize("name", ["two", "four", "unrelated", "resumed"])
+def test_several_processes_make_the_files_of_one(made, name):
+    assert len(contents(made / "one")) == 7
+    assert contents(made / name) == contents(made / "one")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def test_the_missing_shards_are_divided_and_the_main_process_shows_its_share(made):
+    assert "Triplets: 100%" in (made / "one.log").read_text()
+    two, resumed = ((made / f"{name}.log").read_text() for name in ("two", "resumed"))
+    assert "Triplets, process 1 of 2: 100%" in two
+    assert "12/12" in two, "three of six shards"
+    assert "16/16" in resumed, "two of six shards are there, the main process makes two of the other four"
+    assert "process 2" not in two
+
+
+@pytest.mark.slow
+def test_accelerate_launch_equals_the_command(tmp_path):
+    make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.jsonl").write_text('{"text": "a red apple"}\n{"text": ""}\n{"text": "the café"}\n')
+    arguments = ["triplets", "--teacher", str(tmp_path / "teacher"), "--prompts", str(tmp_path / "prompts.jsonl")]
+    arguments += ["--prompt-column", "text", "--num-triplets", "22", "--triplets-per-shard", "4", "--batch-size", "3"]
+    arguments += ["--num-inference-steps", "2", "--seed", "7", "--device", "cpu", "--output-dir"]
+    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "rectified_diffusers.cli"]
+    for module in (launch, ["rectified_diffusers.cli"]):
+        folder = tmp_path / str(len(module))
+        command = [sys.executable, "-m", *module, *arguments, str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"{folder}: 22 triplets\n"
+    assert contents(tmp_path / "1") == contents(tmp_path / "6")
+    assert len(contents(tmp_path / "1")) == 7

@@ -1,0 +1,47 @@
+"""What each process of a launch runs: short trainings one after the other in one process group.
+
+    torchrun --nproc-per-node 2 -m tests.training.processes TRIPLETS OUTPUT RUN ...
+
+A RUN is `name=options`: name is the folder below OUTPUT, and options a JSON object for `make_trainer`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from rectified_diffusers.data.triplets import TripletDataset
+from tests.training.helpers import make_trainer
+
+
+def allow_fsdp_on_cpu() -> None:
+    """Let accelerate turn to FSDP, which it does for GPUs alone; torch's FSDP2 itself runs on CPUs and gloo."""
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+
+
+def main(triplets: str, output: str, *runs: str) -> None:
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        allow_fsdp_on_cpu()
+    dataset = TripletDataset(triplets)
+    for run in runs:
+        name, _, options = run.partition("=")
+        trainer = make_trainer("reflow", dataset, Path(output, name), **json.loads(options or "{}"))
+        trainer.train()
+        record = {
+            "processes": trainer.accelerator.num_processes,
+            "distributed_type": trainer.accelerator.distributed_type.value,
+            "sharded": any(hasattr(weight, "full_tensor") for weight in trainer.parameters),
+            "held": sum(getattr(weight, "to_local", lambda w=weight: w)().numel() for weight in trainer.parameters),
+        }
+        Path(output, f"{name}-{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
