@@ -91,23 +91,25 @@ class MobileNetV2Features(nn.Module):
 
     Args:
         weights: safetensors file in the layout of torchvision's `mobilenet_v2`; the classifier in it is not used.
+            None: torchvision downloads its own, IMAGENET1K_V1.
         size: pixels to which images are resized, bilinear with antialiasing. 224 is what the network was trained on.
     """
 
     dimensions = 1280
 
-    def __init__(self, weights: Path, size: int = 224) -> None:
+    def __init__(self, weights: Path | None, size: int = 224) -> None:
         super().__init__()
         try:
-            from torchvision.models import mobilenet_v2
+            from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
         except ImportError as error:
             raise ImportError("MobileNetV2Features needs torchvision: pip install torchvision") from error
         from safetensors.torch import load_file
 
-        if not Path(weights).is_file():
+        if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"no MobileNetV2 weights at {weights}: expected a safetensors file.")
-        network = mobilenet_v2(weights=None)
-        network.load_state_dict(load_file(weights))
+        network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
+        if weights is not None:
+            network.load_state_dict(load_file(weights))
         self.size = size
         self.layers = network.features.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.register_buffer("mean", 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rectified_diffusers.denoiser import Conditioning, Denoiser, latent_shape
 from rectified_diffusers.flow.ode import Velocity, euler
 from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler, time_to_timestep
+from rectified_diffusers.schedulers import time_to_timestep
 
 
 @dataclass(frozen=True)
@@ -81,50 +82,39 @@ def pool(parts: Sequence[Straightness]) -> Straightness:
 
 @dataclass(frozen=True)
 class PipelineVelocity:
-    """The velocity v(x, t) of a pipeline's U-Net for given prompts and guidance. Make it with `PipelineVelocity.of`.
+    """The velocity v(x, t) of a pipeline's network for given prompts and guidance. Make it with `PipelineVelocity.of`.
 
-    Guidance is v_null + w * (v_text - v_null) when w > 1, otherwise one forward pass. A diffusion U-Net is viewed as
-    a straight flow through equal signal-to-noise ratios (`DiffusionAsFlow`); its schedule stops short of pure noise,
-    so that its flow begins at `start` > 0, with what its sampler begins with: noise as sample of the last timestep.
+    Guidance is v_null + w * (v_text - v_null) when w > 1, otherwise one forward pass. Flux' network is given w as an
+    input, or has no use for it. A diffusion network is viewed as a straight flow through equal signal-to-noise
+    ratios (`DiffusionAsFlow`); its schedule stops short of pure noise, so that its flow begins at `start` > 0, with
+    what its sampler begins with: noise as sample of the last timestep.
 
     Attributes:
-        unet: called with (sample, timestep, encoder_hidden_states).
-        prompt_embeds: `(B, L, D)`, or `(2B, L, D)` with the embeddings of the empty prompt first, for guidance.
-        guidance_scale: w.
+        denoiser: knows how the pipeline's network is asked.
+        conditioning: of the prompts, B rows; 2B with those of the empty prompt first, for guidance.
+        guidance_scale: w, 1 where it takes no second pass.
         as_flow: the view of a diffusion model; None for a model that predicts the velocity.
         prediction_type: of a diffusion model.
-        sign: -1 for a model that predicts noise - data, 1 for the others.
-        num_train_timesteps: the timestep of a flow model at t = 0.
     """
 
-    unet: Any
-    prompt_embeds: Tensor
+    denoiser: Denoiser
+    conditioning: Conditioning
     guidance_scale: float = 1.0
     as_flow: DiffusionAsFlow | None = None
     prediction_type: PredictionType = "velocity"
-    sign: int = 1
-    num_train_timesteps: int = 1000
 
     @classmethod
     def of(cls, pipeline: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> "PipelineVelocity":
-        """Bind a text-to-image pipeline of the Stable Diffusion family, flow or diffusion, to prompts."""
-        guided = guidance_scale > 1
+        """Bind a text-to-image pipeline of a family that `Denoiser.of` knows, flow or diffusion, to prompts."""
+        denoiser = Denoiser.of(pipeline, guidance_scale)
+        as_flow, prediction_type = denoiser.diffusion() or (None, "velocity")
+        guided = guidance_scale > 1 and denoiser.guides_by_two_passes
         with torch.no_grad():
-            embeds, negative = pipeline.encode_prompt(list(prompts), pipeline.device, 1, guided)[:2]
-        embeds = torch.cat([negative, embeds]) if guided else embeds
-        config = pipeline.scheduler.config
-        if isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
-            sign = 1 if config["velocity_direction"] == "data" else -1
-            timesteps = config["num_train_timesteps"]
-            return cls(pipeline.unet, embeds, guidance_scale, sign=sign, num_train_timesteps=timesteps)
-        alphas_cumprod = getattr(pipeline.scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is None or config.get("prediction_type") not in ("epsilon", "v_prediction", "sample"):
-            raise TypeError(
-                "the velocity of a pipeline can be had from a RectifiedFlowEulerScheduler or a diffusion scheduler "
-                f"with alphas_cumprod and a prediction_type, got {type(pipeline.scheduler).__name__}."
-            )
-        as_flow = DiffusionAsFlow(alphas_cumprod)
-        return cls(pipeline.unet, embeds, guidance_scale, as_flow, config["prediction_type"])
+            conditioning = denoiser.encode(list(prompts), pipeline.device)
+            if guided:
+                null = denoiser.encode([""] * len(prompts), pipeline.device)
+                conditioning = {name: torch.cat([null[name], part]) for name, part in conditioning.items()}
+        return cls(denoiser, conditioning, guidance_scale if guided else 1.0, as_flow, prediction_type)
 
     @property
     def start(self) -> float:
@@ -143,16 +133,18 @@ class PipelineVelocity:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity data - noise at x `(B, C, H, W)` and t `(B,)`, after guidance."""
         if self.as_flow is None:
-            return self.sign * self._predict(x, time_to_timestep(t, self.num_train_timesteps))
+            answer = self._predict(x, time_to_timestep(t, self.denoiser.num_train_timesteps))
+            return answer if self.denoiser.direction == "data" else -answer
         prediction = self._predict(*self.as_flow.network_input(x, t))
         return self.as_flow.velocity(prediction, x, t, self.prediction_type)
 
     def _predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        sample, timestep = sample.to(self.unet.dtype), timestep.to(torch.float32)
+        network = self.denoiser.network
+        sample, timestep = sample.to(network.dtype), timestep.to(torch.float32)
         if self.guidance_scale <= 1:
-            return self.unet(sample, timestep, encoder_hidden_states=self.prompt_embeds).sample
+            return self.denoiser.predict(network, sample, timestep, self.conditioning)
         twice = torch.cat([sample, sample]), torch.cat([timestep, timestep])
-        null, text = self.unet(*twice, encoder_hidden_states=self.prompt_embeds).sample.chunk(2)
+        null, text = self.denoiser.predict(network, *twice, self.conditioning).chunk(2)
         return null + self.guidance_scale * (text - null)
 
 
@@ -165,16 +157,17 @@ def pipeline_straightness(
     batch_size: int = 16,
     seed: int = 0,
     progress: bool = True,
+    height: int | None = None,
+    width: int | None = None,
 ) -> Straightness:
     """Estimate S(Z) of a text-to-image pipeline, flow or diffusion, over one path per prompt.
 
-    Noise comes from `seed` on the CPU, the same for any pipeline with latents of this shape. A diffusion pipeline is
-    measured from where its schedule begins, see `Straightness.edges`.
+    The pipeline is of a family that `Denoiser.of` knows, at its default size or at one given in pixels. Noise comes
+    from `seed` on the CPU, the same for any pipeline with latents of this shape. A diffusion pipeline is measured from
+    where its schedule begins, see `Straightness.edges`.
     """
-    size = pipeline.unet.config.sample_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(prompts), pipeline.unet.config.in_channels, height, width, generator=generator)
+    shape = latent_shape(pipeline, height, width)
+    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
     parts = []
     for first in tqdm(range(0, len(prompts), batch_size), desc="straightness", disable=not progress):
         velocity = PipelineVelocity.of(pipeline, prompts[first : first + batch_size], guidance_scale)

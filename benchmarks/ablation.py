@@ -1,0 +1,96 @@
+"""What each option of the training is worth for a one-step model: alone, and the best of each kind together.
+
+    python benchmarks/ablation.py --teacher work/teacher --data work/data --prompts work/prompts.txt \\
+        --weights work/weights --alignment work/alignment --budget cpu
+
+The base is the row `2-RF + distillation` of table.py: the paper's setting, with the learning rates of the budget.
+Every variant changes one option of it and has the same number of training examples. The last row has of each kind the
+variant with the lowest Frechet distance (seen captions, mean over the seeds), where one is below the base. Resumable,
+as table.py is, and sharing its work folder: what table.py has trained is not trained again.
+"""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from rectified_diffusers.evaluation.report import Evaluation
+from table import ROWS, Line, Table, add_arguments, parsed, write
+
+BASE = "2rf-distill"
+CRITERION = "frechet_distance_seen"
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "time density": {
+        "logit-normal": {"reflow": {"time_density": "logit_normal"}},
+        "U-shaped": {"reflow": {"time_density": "u_shaped"}},
+    },
+    "reflow loss": {
+        "pseudo-Huber": {"reflow": {"loss": "pseudo_huber"}},
+        "LPIPS-Huber": {"reflow": {"loss": "lpips_huber"}},
+    },
+    "distillation loss": {
+        "LPIPS from the start": {"l2": {"loss": "lpips"}},
+        "pseudo-Huber, then LPIPS": {"l2": {"loss": "pseudo_huber"}},
+        "LPIPS-Huber": {"l2": {"loss": "lpips_huber"}, "lpips": {"loss": "lpips_huber"}},
+    },
+    "initialisation": {"equal signal-to-noise": {"reflow": {"initialisation": "snr_matching"}}},
+    "EMA": {
+        "0.99": {"all": {"ema_decay": 0.99}},
+        "0.9999": {"all": {"ema_decay": 0.9999}},
+    },
+    "prompt dropout": {"none": {"reflow": {"prompt_dropout": 0.0}}},
+    "triplets": {"twice as many": {"triplets": {"times": 2}}, "four times as many": {"triplets": {"times": 4}}},
+}
+"""By kind and name, the options that a variant changes: of the stages of a trainer, of the distillation by its loss in
+the base, of all of them, or the number of triplets."""
+
+
+def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
+    """Give the base with some options changed."""
+    stages = []
+    for stage in base.stages:
+        key = stage.method if stage.method == "reflow" else stage.options["loss"]
+        stages.append(replace(stage, options={**stage.options, **changes.get("all", {}), **changes.get(key, {})}))
+    times = changes.get("triplets", {}).get("times", base.triplets)
+    return replace(base, name=name, stages=tuple(stages), triplets=times)
+
+
+def lines_of(kinds: list[str]) -> dict[str, Line]:
+    """Give the base and the variants of some kinds, by kind and name."""
+    lines = {"base": replace(ROWS[BASE], name="base: " + ROWS[BASE].name)}
+    for kind in kinds:
+        for name, changes in VARIANTS[kind].items():
+            lines[f"{kind}: {name}"] = varied(ROWS[BASE], f"{kind}: {name}", changes)
+    return lines
+
+
+def best_together(report: Evaluation, kinds: list[str]) -> Line | None:
+    """Combine the best variant of each kind that beats the base; None if fewer than two kinds have one."""
+    distance = {row.name: row.figures[CRITERION].mean for row in report.rows}
+    base = distance["base: " + ROWS[BASE].name]
+    together: dict[str, dict[str, Any]] = {}
+    won = []
+    for kind in kinds:
+        name = min(VARIANTS[kind], key=lambda name: distance[f"{kind}: {name}"])
+        if distance[f"{kind}: {name}"] < base:
+            won.append(f"{kind} {name}")
+            for key, options in VARIANTS[kind][name].items():
+                together[key] = {**together.get(key, {}), **options}
+    return varied(ROWS[BASE], f"together: {', '.join(won)}", together) if len(won) > 1 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_arguments(parser, "ablation")
+    parser.add_argument("--kinds", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="KIND")
+    args = parsed(parser)
+    lines = lines_of(args.kinds)
+    report = Table(args, lines).run()
+    together = best_together(report, args.kinds)
+    if together is not None:
+        lines["together"] = together
+        report = Table(args, lines).run()
+    write(args.output, "Options of the training, one by one", report, Table(args, lines).costs(), args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Options of an evaluation. Imports no torch, so that `--help` answers at once."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rectified_diffusers.options import option
+
+_AT_LEAST_ONE = ("straightness_bins", "batch_size", "feature_size")
+_AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Options of `evaluate`."""
+
+    steps: tuple[int, ...] = option((1,), "Numbers of steps to draw with, each a row of the table.")
+    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none, as one-step models want it.")
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2), "Each seed draws captions, real pictures and noise anew; intervals are over the seeds."
+    )
+    num_pictures: int = option(1000, "Pictures per seed, of seen captions, and as many real ones, twice.")
+    num_held_out: int | None = option(
+        None, "Pictures per seed of held-out captions; none is as many as there are pairs of real ones."
+    )
+    seen_split: str = option("train", "Split of the captions that the models were trained on.")
+    held_out_split: str = option("caption", "Split of the captions that they never saw; may be absent from the data.")
+    features: Literal["mobilenet_v2", "inception_v3"] = option(
+        "mobilenet_v2", "Features of the Frechet and kernel distances: with inception_v3 they are the FID and the KID."
+    )
+    feature_size: int = option(224, "Pixels at which MobileNetV2 sees the pictures; Inception-v3 has its 299.")
+    mobilenet_weights: Path | None = option(
+        None, "Safetensors file in the layout of torchvision's mobilenet_v2; downloaded by torchvision if not set."
+    )
+    inception_weights: Path | None = option(
+        None, "Safetensors file in the layout of torch-fidelity's Inception-v3; downloaded by it if not set."
+    )
+    alignment: Path | None = option(
+        None, "Folder of the judge that examples/emoji/alignment.py trained; no R-precision without one."
+    )
+    sentence_encoder: str = option(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "Folder or Hub id of the text encoder that the judge was trained on.",
+    )
+    clip_model: str | None = option(None, "open_clip model of the CLIP score, such as ViT-g-14; no score without one.")
+    clip_pretrained: str = option("laion2b_s12b_b42k", "Weights of this model: a tag of open_clip, or a file.")
+    diversity_prompts: int = option(32, "Captions whose pictures are compared with each other; 0 is none.")
+    diversity_pictures: int = option(4, "Pictures of each of these captions.")
+    straightness_prompts: int = option(32, "Paths of S(Z) per seed, for more steps than one; 0 is none.")
+    straightness_steps: int = option(100, "Euler steps of S(Z), a multiple of the bins.")
+    straightness_bins: int = option(10, "Bins of t.")
+    batch_size: int = option(16, "Pictures drawn at once; the noise does not depend on it.")
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in _AT_LEAST_ZERO:
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("steps", "seeds"):
+            values, low = getattr(self, name), 1 if name == "steps" else 0
+            sound = values and len(set(values)) == len(values) and min(values) >= low
+            _require(self, name, bool(sound), f"one or more different numbers of at least {low}")
+        _require(self, "num_pictures", self.num_pictures >= 2, "at least 2")
+        _require(self, "num_held_out", self.num_held_out is None or self.num_held_out >= 2, "at least 2 or none")
+        _require(self, "diversity_pictures", self.diversity_pictures >= 2, "at least 2")
+        finite = math.isfinite(self.guidance_scale) and self.guidance_scale >= 0
+        _require(self, "guidance_scale", finite, "a finite number of at least 0")
+        _require(self, "features", self.features in ("mobilenet_v2", "inception_v3"), "mobilenet_v2 or inception_v3")
+        multiple = self.straightness_steps >= 2 and self.straightness_steps % self.straightness_bins == 0
+        _require(self, "straightness_steps", multiple, f"at least 2 and a multiple of {self.straightness_bins} bins")
+
+
+def _require(config: EvaluationConfig, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {getattr(config, name)!r}.")

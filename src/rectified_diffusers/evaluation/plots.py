@@ -1,0 +1,198 @@
+"""Pictures of an evaluation: paths over t, straightness per bin, one seed across models, quality against steps."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rectified_diffusers.evaluation.report import FIGURES, Evaluation, Row
+from rectified_diffusers.evaluation.trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 150
+_CURVES = ("frechet_distance_seen", "frechet_distance_held_out", "alignment_seen", "alignment_held_out")
+
+
+def write_plots(folder: str | Path) -> list[Path]:
+    """Plot the evaluation in a folder into its `plots/`; what it has no figures for is left out.
+
+    Returns:
+        The PNG files.
+    """
+    folder = Path(folder)
+    report = Evaluation.read(folder)
+    figures = {
+        "trajectories": _trajectories_of(report, folder),
+        "straightness": _straightness_of(report),
+        "grid": _grid_of(report, folder),
+        "quality": _quality_of(report),
+    }
+    (folder / "plots").mkdir(exist_ok=True)
+    paths = []
+    for name, figure in figures.items():
+        if figure is not None:
+            paths.append(folder / "plots" / f"{name}.png")
+            figure.savefig(paths[-1], dpi=_DPI)
+    return paths
+
+
+def plot_trajectories(paths: Mapping[str, Trajectories]) -> "Figure":
+    """Plot numbers of the latent above, of the picture below, over t; a column per model.
+
+    Behind each path is its chord, pale and dashed: where the flow is straight the two are one.
+    """
+    columns = len(paths)
+    figure = _new_figure(3.4 * columns + 0.6, 5.6)
+    axes = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
+    for column, (name, path) in enumerate(paths.items()):
+        axes[0][column].set_title(name)
+        axes[1][column].set_xlabel("t (0 is noise, 1 is data)")
+        for row, values in enumerate((path.latents, path.pixels)):
+            axis = axes[row][column]
+            axis.set_xlim(0, 1)
+            for i, value in enumerate(values.T):
+                ends = [path.t[0], path.t[-1]], [value[0], value[-1]]
+                axis.plot(*ends, color=f"C{i % 10}", linewidth=0.7, linestyle=(0, (3, 3)), alpha=0.45)
+                axis.plot(path.t, value, color=f"C{i % 10}", linewidth=1.1)
+    axes[0][0].set_ylabel("value in the latent")
+    axes[1][0].set_ylabel("value of a pixel, decoded")
+    return figure
+
+
+def plot_straightness(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> "Figure":
+    """Plot the integrand of S(Z) over t, one line of steps per model.
+
+    Args:
+        bins: mean of the integrand per bin and the bounds of the bins, by name of the model.
+    """
+    figure = _new_figure(6.4, 4)
+    axis = figure.subplots()
+    for name, (per_bin, edges) in bins.items():
+        widths = [b - a for a, b in pairwise(edges)]
+        total = sum(value * width for value, width in zip(per_bin, widths, strict=True))
+        axis.stairs(per_bin, edges, label=f"{name}: S = {total:.3g}", linewidth=1.8)
+    axis.set(xlim=(0, 1), ylim=(0, None), xlabel="t (0 is noise, 1 is data)")
+    axis.set_ylabel("mean squared deviation from the straight path")
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure":
+    """Show pictures from the same noise: a row per model, a column per prompt.
+
+    Args:
+        pictures: `(len(prompts), 3, H, W)` uint8 by name of the model.
+    """
+    rows, columns = len(pictures), len(prompts)
+    figure = _new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row, (name, images) in enumerate(pictures.items()):
+        for column, image in enumerate(images):
+            axis = axes[row][column]
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if image.shape[-1] < 200 else None)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if row == 0:
+                axis.set_title(_wrapped(prompts[column]), fontsize=8)
+        axes[row][0].set_ylabel(_wrapped(name), rotation=0, ha="right", va="center", fontsize=9)
+    return figure
+
+
+def plot_quality(report: Evaluation) -> "Figure":
+    """Plot Frechet distance and alignment against the number of steps, with intervals over seeds.
+
+    The dashed lines are what real pictures have: the floor of the distance.
+    """
+    keys = [key for key in _CURVES if any(key in row.figures for row in report.rows)]
+    figure = _new_figure(max(4.6 * len(keys), 6.4), 4.4)
+    axes = figure.subplots(1, len(keys), squeeze=False)[0]
+    ticks = sorted({row.steps for row in report.rows})
+    curves = _by_name(report.rows)
+    for axis, key in zip(axes, keys, strict=True):
+        for i, (name, rows) in enumerate(curves.items()):
+            means = [row.figures[key].mean for row in rows]
+            errors = [row.figures[key].half_width or 0.0 for row in rows]
+            # Side by side, so that intervals at one number of steps do not hide each other.
+            steps = [row.steps * 2 ** (0.1 * (i - (len(curves) - 1) / 2)) for row in rows]
+            axis.errorbar(steps, means, errors, marker="o", capsize=3, color=f"C{i % 10}", label=name)
+        if key in report.real:
+            axis.axhline(report.real[key].mean, color="grey", linestyle="--", linewidth=1, label="real pictures")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set(xlabel="steps", ylabel=FIGURES[key][0], ylim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """Make a figure that belongs to no window and no global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _trajectories_of(report: Evaluation, folder: Path) -> "Figure | None":
+    files = {_title(row, report): folder / row.trajectories for row in _one_per_model(report) if row.trajectories}
+    paths = {name: Trajectories(**load_file(file)) for name, file in files.items() if file.exists()}
+    return plot_trajectories(paths) if paths else None
+
+
+def _straightness_of(report: Evaluation) -> "Figure | None":
+    bins = {_title(row, report): (row.per_bin, row.edges) for row in _one_per_model(report) if row.per_bin}
+    return plot_straightness(bins) if bins else None
+
+
+def _grid_of(report: Evaluation, folder: Path) -> "Figure | None":
+    pictures = {}
+    for row in report.rows:
+        file = folder / row.gallery / f"{0:06}.safetensors"
+        if row.gallery and file.exists():
+            name = f"{_title(row, report)}, {row.steps} step{'s' if row.steps > 1 else ''}"
+            pictures[name] = load_file(file)["images"]
+    return plot_grid(pictures, report.prompts) if pictures else None
+
+
+def _quality_of(report: Evaluation) -> "Figure | None":
+    return plot_quality(report) if report.rows else None
+
+
+def _one_per_model(report: Evaluation) -> list[Row]:
+    """Give a row per name and guidance, of those that were measured with more steps than one."""
+    found: dict[tuple[str, float], Row] = {}
+    for row in report.rows:
+        if row.per_bin:
+            found.setdefault((row.name, row.guidance_scale), row)
+    return list(found.values())
+
+
+def _title(row: Row, report: Evaluation) -> str:
+    """Name a row, with its guidance if the name has several."""
+    scales = {other.guidance_scale for other in report.rows if other.name == row.name}
+    return f"{row.name}, guidance {row.guidance_scale:g}" if len(scales) > 1 else row.name
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows into curves over the steps."""
+    curves: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        curves[row.name, row.guidance_scale].append(row)
+    several = len({name for name, _ in curves}) < len(curves)
+    return {
+        f"{name}, guidance {scale:g}" if several else name: sorted(own, key=lambda row: row.steps)
+        for (name, scale), own in curves.items()
+    }
+
+
+def _wrapped(text: str, width: int = 16) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(textwrap.shorten(text, 3 * width, placeholder=" ..."), width))

@@ -1,0 +1,205 @@
+"""What an evaluation found: rows of figures as JSON, to be read again and added to, and as a Markdown table."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rectified_diffusers.evaluation.intervals import CONFIDENCE, Interval
+
+FILE = "evaluation.json"
+TABLE = "evaluation.md"
+REAL = "real pictures"
+FLOORED = "frechet_distance"
+FIGURES = {  # key, heading and format, in the order of the table
+    "frechet_distance_seen": ("Frechet, seen", ".2f"),
+    "frechet_distance_held_out": ("Frechet, held out", ".2f"),
+    "kernel_distance_seen": ("kernel, seen", ".4f"),
+    "kernel_distance_held_out": ("kernel, held out", ".4f"),
+    "alignment_seen": ("alignment, seen", ".3f"),
+    "alignment_held_out": ("alignment, held out", ".3f"),
+    "clip_score_seen": ("CLIP score, seen", ".3f"),
+    "clip_score_held_out": ("CLIP score, held out", ".3f"),
+    "diversity": ("diversity", ".3f"),
+    "straightness": ("S(Z)", ".4f"),
+}
+_PACKAGES = (
+    "rectified_diffusers",
+    "torch",
+    "diffusers",
+    "transformers",
+    "torchvision",
+    "torch-fidelity",
+    "open_clip_torch",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one model at one number of steps.
+
+    Attributes:
+        model: digest of its weights.
+        per_bin, edges: the integrand of S(Z) per bin of t, mean over seeds, and the bounds of the bins; see
+            `straightness.Straightness`. Empty where it was not measured.
+        gallery: folder of its pictures of the first seed, relative to the report's.
+        trajectories: file of its trajectories, relative to the report's; empty where none were followed.
+    """
+
+    name: str
+    steps: int
+    guidance_scale: float
+    model: str
+    figures: dict[str, Interval]
+    seconds_per_image: float
+    per_bin: tuple[float, ...] = ()
+    edges: tuple[float, ...] = ()
+    gallery: str = ""
+    trajectories: str = ""
+
+    @property
+    def key(self) -> tuple[str, int, float]:
+        return self.name, self.steps, self.guidance_scale
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Rows that compare: made of the same captions and noise, seen by the same judges.
+
+    Attributes:
+        settings: all that the figures depend on besides the model.
+        real: figures of real pictures; of the distances, the floor that real pictures have from each other.
+        prompts: the first captions of the first seed, those of the grids.
+    """
+
+    settings: dict[str, Any]
+    real: dict[str, Interval] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def with_row(self, row: Row) -> "Evaluation":
+        """Add a row, or put it in the place of the one with its name, steps and guidance."""
+        if any(old.key == row.key for old in self.rows):
+            return replace(self, rows=tuple(row if old.key == row.key else old for old in self.rows))
+        return replace(self, rows=(*self.rows, row))
+
+    def write(self, folder: Path) -> None:
+        """Write both files, each as a whole."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in ((FILE, json.dumps(asdict(self), indent=2) + "\n"), (TABLE, self.as_markdown())):
+            partial = folder / f"{name}.{os.getpid()}.tmp"
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(folder / name)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Evaluation":
+        """Read what `write` wrote."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}; give a folder that `evaluate` has written.")
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [{**row, "figures": _intervals(row["figures"])} for row in content["rows"]]
+        rows = [Row(**{**row, **{key: tuple(row[key]) for key in ("per_bin", "edges")}}) for row in rows]
+        content |= {"real": _intervals(content["real"]), "prompts": tuple(content["prompts"]), "rows": tuple(rows)}
+        return cls(**content)
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any]) -> "Evaluation":
+        """Begin a report, or go on with the one in the folder, which must have the same settings."""
+        settings = json.loads(json.dumps(settings))  # tuples are lists in the file
+        if not (folder / FILE).exists():
+            return cls(settings)
+        found = cls.read(folder)
+        for name in settings:
+            if found.settings.get(name) != settings[name]:
+                raise ValueError(
+                    f"{folder} holds an evaluation with {name}={found.settings.get(name)!r}, got {name}="
+                    f"{settings[name]!r}: their figures do not compare. Give the same, or another output_dir."
+                )
+        return found
+
+    def as_markdown(self) -> str:
+        """Give the table; the floor stands beside every Frechet distance."""
+        keys = [key for key in FIGURES if any(key in figures for figures in self._all_figures())]
+        heads = ["", "steps", "guidance", *(FIGURES[key][0] for key in keys), "s / image"]
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        lines.append(f"| {' | '.join([REAL, '', '', *(self._cell(self.real, key) for key in keys), ''])} |")
+        for row in self.rows:
+            cells = [row.name, str(row.steps), f"{row.guidance_scale:g}"]
+            cells += [self._cell(row.figures, key, with_floor=True) for key in keys]
+            lines.append(f"| {' | '.join([*cells, f'{row.seconds_per_image:.3f}'])} |")
+        lines += ["", *self._straightness_lines(), *self._notes()]
+        return "\n".join(lines) + "\n"
+
+    def _all_figures(self) -> Iterable[dict[str, Interval]]:
+        return [self.real, *(row.figures for row in self.rows)]
+
+    def _cell(self, figures: dict[str, Interval], key: str, with_floor: bool = False) -> str:
+        if key not in figures:
+            return ""
+        spec, floor = FIGURES[key][1], self.real.get(key)
+        text = format(figures[key], spec)
+        if with_floor and key.startswith(FLOORED) and floor is not None:
+            text += f" (floor {floor.mean:{spec}})"
+        return text
+
+    def _straightness_lines(self) -> list[str]:
+        seen: dict[tuple[str, float], Row] = {}
+        for row in self.rows:
+            if row.per_bin:
+                seen.setdefault((row.name, row.guidance_scale), row)
+        if not seen:
+            return []
+        lines = ["S(Z) per dimension, mean of the integrand in each bin of t:", ""]
+        for row in seen.values():
+            values = ", ".join(f"{value:.4f}" for value in row.per_bin)
+            lines.append(f"- {row.name}, guidance {row.guidance_scale:g}, t from {row.edges[0]:.3f}: {values}")
+        return [*lines, ""]
+
+    def _notes(self) -> list[str]:
+        settings, made = self.settings, self.provenance
+        notes = [
+            f"{settings['num_pictures']} pictures a seed against as many real ones, seeds "
+            f"{', '.join(map(str, settings['seeds']))}; ± is the {CONFIDENCE:.0%} confidence interval of the mean "
+            f"over seeds. Features of the distances: {settings['features']}. The row of real pictures is the floor: "
+            "what other real pictures, of this number, score.",
+        ]
+        if settings.get("alignment"):
+            notes.append(f"Alignment: R-precision, 1 of {settings['candidates']} ({settings['alignment']}).")
+        if made:
+            notes.append(f"{made['hardware']}, {made['threads']} threads; {made['date']}; {made['versions']}.")
+        return [line for note in notes for line in (note, "")][:-1]
+
+
+def provenance(device: Any) -> dict[str, Any]:
+    """Say what machine and which releases an evaluation ran on, and when."""
+    versions = []
+    for package in _PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue  # an optional one
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else None
+    gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None
+    return {
+        "hardware": gpu or f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} CPUs",
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "versions": ", ".join(versions),
+    }
+
+
+def _intervals(figures: dict[str, Any]) -> dict[str, Interval]:
+    return {
+        key: Interval(value["mean"], value["half_width"], tuple(value["values"])) for key, value in figures.items()
+    }

@@ -1,0 +1,61 @@
+"""How single numbers of a picture change over t: straight lines for a straight flow, bends for a curved one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.denoiser import latent_shape
+from rectified_diffusers.evaluation.straightness import PipelineVelocity
+from rectified_diffusers.flow.ode import euler
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """One path from noise to data, of which some numbers are followed.
+
+    Attributes:
+        t: flow times `(T,)`.
+        latents: values of some positions of the latent `(T, K)`.
+        pixels: values in [0, 1] of some positions of the picture that the VAE decodes from the state `(T, K)`.
+    """
+
+    t: Tensor
+    latents: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def trajectories(
+    pipeline: Any, prompt: str, guidance_scale: float = 1.0, steps: int = 25, values: int = 20, seed: int = 0
+) -> Trajectories:
+    """Follow some numbers along the Euler path of a text-to-image pipeline, flow or diffusion.
+
+    Noise and positions come from the seed on the CPU: for pipelines with latents and pictures of one size they are
+    the same. A diffusion pipeline is followed from where its schedule begins.
+
+    Args:
+        values: numbers followed, of the latent and of the picture each.
+    """
+    noise = torch.randn(1, *latent_shape(pipeline), generator=torch.Generator().manual_seed(seed))
+    velocity = PipelineVelocity.of(pipeline, [prompt], guidance_scale)
+    state = velocity.state_at_start(noise.to(pipeline.device))
+    states = euler(velocity, state, steps, velocity.start, return_trajectory=True)[:, 0]  # (T, C, H, W)
+    pictures = torch.cat([_decode(pipeline, part) for part in states.split(8)])
+    t = torch.linspace(velocity.start, 1, steps + 1)
+    return Trajectories(t, _follow(states, values, seed), _follow(pictures, values, seed))
+
+
+def _decode(pipeline: Any, latents: Tensor) -> Tensor:
+    """Decode VAE-scaled latents to pictures `(B, 3, H, W)` in [0, 1]."""
+    vae = pipeline.vae
+    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    return (vae.decode(latents.to(vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
+
+
+def _follow(states: Tensor, values: int, seed: int) -> Tensor:
+    """Take some positions, drawn from the seed, of every state `(T, ...)`: `(T, K)` float32 on the CPU."""
+    flat = states.flatten(1).float().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    return flat[:, torch.randperm(flat.shape[1], generator=generator)[:values]]

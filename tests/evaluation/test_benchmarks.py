@@ -1,0 +1,141 @@
+"""The scripts of the tables, at a tiny scale."""
+
+import argparse
+import importlib
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from tests.evaluation.conftest import CAPTIONS
+from tests.tiny import make_tiny_pipeline
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The two scripts as modules; they import each other from their folder, as they do when run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    modules = [importlib.import_module(name) for name in ("table", "ablation")]
+    yield modules
+    for name in ("table", "ablation"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def arguments(data, sentence_encoder, alignment, tmp_path):
+    """The arguments of a run from a tiny teacher, with as small weights as the scripts want to find."""
+    make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "teacher")
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "minilm").symlink_to(sentence_encoder)
+    lpips = pytest.importorskip("lpips", exc_type=ImportError)
+    assert lpips
+    from torchvision.models import alexnet
+
+    save_file(alexnet(weights=None).features.state_dict(prefix="features."), weights / "lpips_alexnet.safetensors")
+    folders = {"teacher": tmp_path / "teacher", "data": data, "prompts": tmp_path / "prompts.txt", "weights": weights}
+    folders |= {"alignment": alignment, "work": tmp_path / "work", "output": tmp_path / "results" / "table"}
+    return [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]
+
+
+def test_every_row_has_the_whole_budget(scripts):
+    table, ablation = scripts
+    for line in [*table.ROWS.values(), *ablation.lines_of(list(ablation.VARIANTS)).values()]:
+        assert sum(stage.share for stage in line.stages) in ((1,) if line.stages else (0,)), line
+
+
+def test_the_variants_change_what_they_name(scripts):
+    _, ablation = scripts
+    lines = ablation.lines_of(["time density", "distillation loss", "EMA", "triplets"])
+    reflow, l2, lpips = lines["base"].stages
+    assert (reflow.method, l2.options, lpips.options) == ("reflow", {"loss": "l2"}, {"loss": "lpips"})
+    assert lines["time density: U-shaped"].stages == (
+        type(reflow)("reflow", Fraction(1, 2), {"time_density": "u_shaped"}),
+        l2,
+        lpips,
+    )
+    assert [stage.options["loss"] for stage in lines["distillation loss: LPIPS-Huber"].stages[1:]] == [
+        "lpips_huber"
+    ] * 2
+    assert all(stage.options["ema_decay"] == 0.99 for stage in lines["EMA: 0.99"].stages)
+    assert lines["triplets: twice as many"].triplets == 2
+
+
+def run(module, arguments, monkeypatch, *more):
+    tiny = ["--budget", "tiny", "--num-pictures", "4", "--mixed-precision", "no", *more]
+    monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
+    module.main()
+    output = Path(arguments[arguments.index("--output") + 1])
+    return json.loads(output.with_suffix(".json").read_text()), output.with_suffix(".md").read_text()
+
+
+@pytest.fixture
+def tiny_pictures(monkeypatch, scripts, pooled):
+    (_, ablation), counted = scripts, []
+    monkeypatch.setattr("rectified_diffusers.evaluation.drawing.Drawer.seconds_per_image", lambda self, prompts: 0.5)
+    original = scripts[0].Table.train_stage
+
+    def train_stage(self, stage, *rest):
+        counted.append(stage.method)
+        return original(self, stage, *rest)
+
+    monkeypatch.setattr(scripts[0].Table, "train_stage", train_stage)
+    monkeypatch.setattr(ablation, "CRITERION", "frechet_distance_seen")
+    return counted
+
+
+def test_a_table_is_made_and_made_again_from_what_is_there(scripts, arguments, tiny_pictures, monkeypatch):
+    rows = ["--rows", "teacher-8", "2rf-1", "--seeds", "0", "1"]
+    found, _ = run(scripts[0], arguments, monkeypatch, *rows)
+    assert [(row["name"], row["steps"]) for row in found["rows"]] == [
+        ("diffusion teacher, DPM-Solver++", 8),
+        ("2-RF", 1),
+    ]
+    assert all(len(row["figures"]["frechet_distance_seen"]["values"]) == 2 for row in found["rows"])
+    assert found["settings"]["seeds"] == [0, 1]
+    assert tiny_pictures == ["reflow", "reflow"]
+    again, _ = run(scripts[0], arguments, monkeypatch, *rows)
+    assert tiny_pictures == ["reflow", "reflow"]
+    assert again["rows"] == found["rows"]
+
+
+@pytest.mark.slow
+def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkeypatch):
+    rows = ["--rows", "teacher-8", "2rf-1", "progressive-4", "stacked-distill", "--seeds", "0"]
+    found, text = run(scripts[0], arguments, monkeypatch, *rows)
+    assert [(row["name"], row["steps"]) for row in found["rows"]] == [
+        ("diffusion teacher, DPM-Solver++", 8),
+        ("2-RF", 1),
+        ("progressive distillation", 4),
+        ("2-RF + distillation, stacked U-Net", 1),
+    ]
+    # 12 steps of 4: two U-Nets cost twice, so that the last stages of the stacked one have half of their 3 + 3
+    assert [row["optimizer_steps"] for row in found["costs"]] == [[], [12], [12], [6, 1, 1]]
+    assert "progressive {'teacher_steps': 32" in text
+    assert tiny_pictures == ["reflow", "progressive", "reflow", "distill", "distill"]
+
+
+@pytest.mark.slow
+def test_an_ablation_is_run(scripts, arguments, tiny_pictures, monkeypatch):
+    found, _ = run(scripts[1], arguments, monkeypatch, "--kinds", "prompt dropout", "EMA", "--seeds", "0")
+    names = [row["name"] for row in found["rows"]]
+    assert names[:4] == ["base: 2-RF + distillation", "prompt dropout: none", "EMA: 0.99", "EMA: 0.9999"]
+    assert len(tiny_pictures) >= 4 * 3
+
+
+def test_the_best_of_each_kind_are_combined(scripts):
+    names = ["base: 2-RF + distillation", "prompt dropout: none", "EMA: 0.99", "EMA: 0.9999"]
+    report = argparse.Namespace(rows=[])
+    for name, value in zip(names, (5.0, 4.0, 6.0, 3.0), strict=True):
+        figures = {"frechet_distance_seen": argparse.Namespace(mean=value)}
+        report.rows.append(argparse.Namespace(name=name, figures=figures))
+    together = scripts[1].best_together(report, ["prompt dropout", "EMA"])
+    assert together.name == "together: prompt dropout none, EMA 0.9999"
+    assert together.stages[0].options == {"ema_decay": 0.9999, "prompt_dropout": 0.0}
+    assert scripts[1].best_together(report, ["EMA"]) is None

@@ -1,0 +1,167 @@
+import shutil
+
+import pytest
+import torch
+
+from rectified_diffusers import cli
+from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.triplets import generate_triplets
+from rectified_diffusers.evaluation import drawing
+from rectified_diffusers.evaluation.config import EvaluationConfig
+from rectified_diffusers.evaluation.evaluate import CACHE, evaluate
+from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
+from rectified_diffusers.evaluation.pictures import choose, read_pictures
+from rectified_diffusers.evaluation.report import Evaluation
+from tests.evaluation.conftest import SIZE
+from tests.tiny import make_tiny_pipeline
+
+SMALL = {
+    "num_pictures": 6,
+    "seeds": (0,),
+    "diversity_prompts": 2,
+    "diversity_pictures": 2,
+    "straightness_prompts": 0,
+}
+STRAIGHT = {"straightness_prompts": 2, "straightness_steps": 4, "straightness_bins": 2}
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Count the pictures that are drawn; the timed ones are not."""
+    counted = []
+    original = drawing.Drawer.draw
+
+    def draw(self, prompts, seeds):
+        counted.extend(seeds)
+        return original(self, prompts, seeds)
+
+    monkeypatch.setattr(drawing.Drawer, "draw", draw)
+    monkeypatch.setattr(drawing.Drawer, "seconds_per_image", lambda self, prompts: 0.5)
+    return counted
+
+
+def run(data, folder, kind="flow", name="model", **options):
+    config = EvaluationConfig(**{**SMALL, **options})
+    return evaluate(make_tiny_pipeline(kind), read_pictures(data, SIZE), folder, config, name, progress=False)
+
+
+def test_every_figure_is_there(data, pooled, draws, alignment, sentence_encoder, tmp_path):
+    judge = {"alignment": alignment, "sentence_encoder": str(sentence_encoder)}
+    report = run(data, tmp_path, steps=(1, 2), seeds=(0, 1), **judge, **STRAIGHT)
+    of_both = {
+        f"{figure}_{part}"
+        for figure in ("frechet_distance", "kernel_distance", "alignment")
+        for part in ("seen", "held_out")
+    }
+    one, two = report.rows
+    assert set(one.figures) == {*of_both, "diversity"} == set(report.real)
+    assert set(two.figures) == {*of_both, "diversity", "straightness"}
+    assert len(two.per_bin) == 2
+    assert two.figures["straightness"].mean == pytest.approx(sum(two.per_bin) / 2)
+    assert all(len(interval.values) == 2 for interval in one.figures.values())
+    assert len(report.real["alignment_seen"].values) == 1  # of the whole style that the judge has not seen
+    assert one.figures["frechet_distance_seen"].mean > report.real["frechet_distance_seen"].mean
+    assert Evaluation.read(tmp_path) == report
+    assert len(report.prompts) == 3
+
+
+def test_the_figures_are_those_of_the_pictures(data, pooled, draws, tmp_path):
+    report = run(data, tmp_path, seeds=(3,))
+    pictures = read_pictures(data, SIZE)
+    choice = choose(pictures, "train", 6, seed=3)
+    drawer = drawing.Drawer(drawing.for_evaluation(make_tiny_pipeline("flow")), 1, 1.0)
+    drawn = drawer.draw(choice.prompts, [f"3/seen/{i}" for i in range(6)])
+    statistics = [statistics_of([pooled(images)]) for images in (drawn, pictures.read(choice.reference))]
+    assert report.rows[0].figures["frechet_distance_seen"].mean == pytest.approx(frechet_distance(*statistics))
+    statistics[0] = statistics_of([pooled(pictures.read(choice.floor))])
+    assert report.real["frechet_distance_seen"].mean == pytest.approx(frechet_distance(*statistics))
+
+
+def test_a_killed_run_goes_on_and_ends_alike(data, pooled, draws, monkeypatch, tmp_path):
+    whole = run(data, tmp_path / "whole", steps=(1, 2))
+    drawn = len(draws)
+
+    def fail(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(drawing.Drawer, "seconds_per_image", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "cut", steps=(1, 2))
+    resumed = run(data, tmp_path / "cut", steps=(1, 2))
+    assert len(draws) == 2 * drawn  # nothing twice
+    assert (resumed.rows, resumed.real) == (whole.rows, whole.real)
+    seen = pooled.seen
+    run(data, tmp_path / "cut", steps=(1, 2))
+    assert (len(draws), pooled.seen) == (2 * drawn, seen)
+    shutil.rmtree(tmp_path / "cut" / CACHE)
+    assert run(data, tmp_path / "cut", steps=(1, 2)).rows == whole.rows
+
+
+def test_a_second_model_joins_the_table_and_other_settings_do_not(data, pooled, draws, tmp_path):
+    run(data, tmp_path, **STRAIGHT)
+    options = {"steps": (2,), "guidance_scale": 2.0, "batch_size": 2, **STRAIGHT}
+    report = run(data, tmp_path, "diffusion", "teacher", **options)
+    assert [row.key for row in report.rows] == [("model", 1, 1.0), ("teacher", 2, 2.0)]
+    assert 0 < report.rows[1].edges[0] < 0.1  # where the schedule of the diffusion model begins
+    with pytest.raises(ValueError, match="num_pictures=6, got num_pictures=5"):
+        run(data, tmp_path, num_pictures=5, **STRAIGHT)
+
+
+def test_figures_can_be_left_out(data, pooled, draws, tmp_path):
+    report = run(data, tmp_path, steps=(2,), diversity_prompts=0, held_out_split="none")
+    assert set(report.rows[0].figures) == {"frechet_distance_seen", "kernel_distance_seen"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny-flow"
+    make_tiny_pipeline("flow").save_pretrained(folder)
+    return str(folder)
+
+
+ARGUMENTS = ["--device", "cpu", "--seeds", "0", "--num-pictures", "6", "--diversity-prompts", "2"]
+CURVED = ["--straightness-prompts", "2", "--straightness-steps", "10", "--steps", "1", "2"]
+
+
+def test_the_command_prints_the_table_and_draws_the_plots(data, model, pooled, tmp_path, capsys):
+    output = ["--output-dir", str(tmp_path), "--plots"]
+    assert cli.main(["evaluate", "--model", model, "--data", str(data), *output, *ARGUMENTS, *CURVED]) == 0
+    report = Evaluation.read(tmp_path)
+    assert capsys.readouterr().out == report.as_markdown()
+    assert {row.key for row in report.rows} == {("tiny-flow", 1, 1.0), ("tiny-flow", 2, 1.0)}
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert plots == {"trajectories.png", "straightness.png", "grid.png", "quality.png"}
+
+
+def test_triplets_can_stand_for_the_real_pictures(model, pooled, tmp_path):
+    teacher = make_tiny_pipeline("flow")
+    config = TripletConfig(num_triplets=12, num_inference_steps=2, guidance_scale=1.0, triplets_per_shard=8)
+    dataset = generate_triplets(teacher, ["a cat", "the sea"], tmp_path / "triplets", config, progress=False)
+    output = ["--output-dir", str(tmp_path / "out"), "--triplets", str(dataset.folder), "--name", "the same"]
+    assert cli.main(["evaluate", "--model", model, *output, *ARGUMENTS, "--straightness-prompts", "0"]) == 0
+    report = Evaluation.read(tmp_path / "out")
+    assert report.rows[0].name == "the same"
+    data = dataset.rows([0]).data
+    with torch.no_grad():
+        decoded = teacher.vae.decode(data / teacher.vae.config.scaling_factor).sample
+    expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    from rectified_diffusers.cli.evaluate import _pictures_of_triplets
+
+    pictures = _pictures_of_triplets(dataset.folder, teacher, EvaluationConfig())
+    assert torch.equal(pictures.read([0]), expected)
+    assert pictures.captions == ["a cat", "the sea"] * 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "no folder 'nowhere'"),
+        (["--data", ".", "--triplets", "."], "not allowed with"),
+        ([], "one of the arguments --data --triplets is required"),
+        (["--data", ".", "--steps", "0"], "steps must be one or more"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
+    assert cli.main(["evaluate", "--output-dir", str(tmp_path), *arguments]) == 2
+    assert message in capsys.readouterr().err
