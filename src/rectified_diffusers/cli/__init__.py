@@ -12,15 +12,30 @@ import sys
 from collections.abc import Sequence
 
 from rectified_diffusers import __version__
+from rectified_diffusers.cli.completion import SHELLS, PrintCompletion
 from rectified_diffusers.cli.delta import add_delta
+from rectified_diffusers.cli.demo import add_demo
+from rectified_diffusers.cli.evaluate import add_evaluate
 from rectified_diffusers.cli.export import add_export
 from rectified_diffusers.cli.generate import add_generate
 from rectified_diffusers.cli.interpolate import add_interpolate
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser
-from rectified_diffusers.cli.training import add_distill, add_reflow
-from rectified_diffusers.cli.triplets import add_triplets
+from rectified_diffusers.cli.training import add_distill, add_progressive, add_reflow
+from rectified_diffusers.cli.triplets import add_triplets, add_verify
 
-COMMANDS = (add_generate, add_interpolate, add_triplets, add_reflow, add_distill, add_export, add_delta)
+COMMANDS = (
+    add_generate,
+    add_interpolate,
+    add_demo,
+    add_triplets,
+    add_verify,
+    add_reflow,
+    add_distill,
+    add_progressive,
+    add_evaluate,
+    add_export,
+    add_delta,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog=PROG, description="Text-to-image in one step: draw pictures, and train models that can.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=PrintCompletion,
+        choices=SHELLS,
+        metavar="SHELL",
+        help=f"Print a script for the completion of {', '.join(SHELLS)}, for the shell's start-up file to read",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in COMMANDS:
         add(commands).add_argument("--debug", action="store_true", help="Show the traceback of an error.")

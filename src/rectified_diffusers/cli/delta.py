@@ -8,9 +8,11 @@ from typing import Any
 
 from rectified_diffusers.cli.shared import (
     CommandError,
+    add_json,
     check_folder_is_writable,
     check_output_dir,
     load_pipeline,
+    print_result,
 )
 
 MODELS = "Hub id or folder of a pipeline or of its U-Net, or a .safetensors file"
@@ -38,6 +40,7 @@ def _add_make(actions: Any) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="FILE", help="File to write, .safetensors (required)"
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the file (default: float32)")
+    add_json(parser)
     parser.set_defaults(run=run_make, resumable=False)
     return parser
 
@@ -64,6 +67,7 @@ def _add_apply(actions: Any) -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="DIR", help="Folder for the new pipeline (required)"
     )
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the new pipeline (default: float32)")
+    add_json(parser)
     parser.set_defaults(run=run_apply, resumable=False)
     return parser
 
@@ -76,7 +80,9 @@ def run_make(arguments: argparse.Namespace) -> None:
     from rectified_diffusers.weights.delta import compute_weight_delta
 
     delta = compute_weight_delta(arguments.fine_tune, arguments.base, output, dtype=arguments.dtype)
-    print(f"{output}: {delta.metadata['fine_tune']} - {delta.metadata['base']}, {len(delta.weights.shapes)} weights")
+    fine_tune, base, count = delta.metadata["fine_tune"], delta.metadata["base"], len(delta.weights.shapes)
+    text = f"{output}: {fine_tune} - {base}, {count} weights"
+    print_result(arguments, text, output=output, fine_tune=fine_tune, base=base, weights=count)
 
 
 def run_apply(arguments: argparse.Namespace) -> None:
@@ -95,10 +101,11 @@ def run_apply(arguments: argparse.Namespace) -> None:
     if arguments.components_from is not None:
         swap_components(pipeline, arguments.components_from)
     pipeline.save_pretrained(arguments.output)
-    print(f"{arguments.output}: {arguments.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}")
+    text = f"{arguments.output}: {arguments.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}"
+    print_result(arguments, text, output=arguments.output, model=arguments.model, deltas=len(deltas))
 
 
-def parse_delta(text: str) -> tuple[str, float]:
+def parse_delta(text: str, what: str = "delta") -> tuple[str, float]:
     """Split DELTA=SCALE; without a scale, or if the whole names a file or folder, the scale is 1."""
     name, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():
@@ -106,4 +113,4 @@ def parse_delta(text: str) -> tuple[str, float]:
     try:
         return name, float(scale)
     except ValueError as error:
-        raise CommandError(f"the scale of a delta must be a number, got {scale!r} in {text!r}") from error
+        raise CommandError(f"the scale of a {what} must be a number, got {scale!r} in {text!r}") from error

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.cli.shared import CommandError, add_device, check_output_dir, load_pipeline
+from rectified_diffusers.cli.shared import (
+    CommandError,
+    add_device,
+    add_json,
+    check_folder_is_writable,
+    check_output_dir,
+    load_pipeline,
+    print_result,
+)
 
 
 def add_export(commands: Any) -> argparse.ArgumentParser:
@@ -14,27 +22,48 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("export", help=text, description=text)
     parser.add_argument(
         "format",
-        choices=["onnx", "diffusers"],
+        choices=["onnx", "diffusers", "comfyui", "ldm"],
         help="onnx: text encoder, U-Net and VAE decoder as graphs for onnxruntime. diffusers: a stock pipeline with a "
-        "stock flow scheduler, the velocity's sign folded into the U-Net",
+        "stock flow scheduler, the velocity's sign folded into the U-Net. comfyui: the U-Net in one file of the "
+        "original layout, the sign folded, for ComfyUI. ldm: the same as it is",
     )
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id (required)")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="Folder to write (required)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="Folder to write; a .safetensors file for comfyui and ldm (required)",
+    )
     parser.add_argument("--scheduler", choices=["unipc", "dpm_solver++"], help="Of format diffusers (default: unipc)")
     add_device(parser)
+    add_json(parser)
     parser.set_defaults(run=run_export, resumable=False)
     return parser
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    if arguments.format == "onnx" and arguments.scheduler is not None:
-        raise CommandError("--scheduler is of the format diffusers; an ONNX export has no solver in it")
-    check_output_dir(arguments.output)
+    to, is_file = arguments.format, arguments.format in ("comfyui", "ldm")
+    if to != "diffusers" and arguments.scheduler is not None:
+        raise CommandError(f"--scheduler is of the format diffusers; an export to {to} has no solver in it")
+    if is_file:
+        _check_weights_file(arguments.output)
+    else:
+        check_output_dir(arguments.output)
     pipeline = load_pipeline(arguments.model, arguments.device, arguments.dtype)
-    from rectified_diffusers.export import export_diffusers, export_onnx
+    from rectified_diffusers.export import export_diffusers, export_onnx, export_unet
 
-    if arguments.format == "onnx":
+    if is_file:
+        export_unet(pipeline, arguments.output, arguments.format)
+    elif to == "onnx":
         export_onnx(pipeline, arguments.output)
     else:
         export_diffusers(pipeline, arguments.output, arguments.scheduler or "unipc")
-    print(f"{arguments.output}: exported as {arguments.format}")
+    print_result(arguments, f"{arguments.output}: exported as {to}", output=arguments.output, format=to)
+
+
+def _check_weights_file(path: Path) -> None:
+    """Find out before the work whether the file can be written."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise CommandError(f"the output {str(path)!r} must be a file whose name ends in .safetensors")
+    check_folder_is_writable(path.parent)

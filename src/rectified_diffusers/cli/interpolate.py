@@ -11,6 +11,7 @@ from typing import Any
 from rectified_diffusers.cli.shared import (
     CommandError,
     add_device,
+    add_json,
     add_sampling,
     check_folder_is_writable,
     check_picture_file,
@@ -18,6 +19,7 @@ from rectified_diffusers.cli.shared import (
     contact_sheet,
     default_model,
     load_pipeline,
+    print_result,
 )
 
 
@@ -47,6 +49,7 @@ def add_interpolate(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--columns", type=int, metavar="INT", help="Of the contact sheet (default: a square)")
     add_sampling(parser)
     add_device(parser)
+    add_json(parser)
     parser.set_defaults(run=run_interpolate, resumable=False)
     return parser
 
@@ -85,7 +88,8 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
             save_animation(images, output, arguments.fps)
         else:
             contact_sheet(images, arguments.columns or math.ceil(math.sqrt(len(images)))).save(output)
-        print(f"{output}: {len(images)} pictures in {seconds:.2f} s")
+        text = f"{output}: {len(images)} pictures in {seconds:.2f} s"
+        print_result(arguments, text, output=output, pictures=len(images), seconds=seconds)
 
 
 def _check_file(path: Path) -> None:

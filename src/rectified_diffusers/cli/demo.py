@@ -1,0 +1,128 @@
+"""rectified-diffusers demo: the model on a web page."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from rectified_diffusers.cli.delta import parse_delta
+from rectified_diffusers.cli.shared import (
+    CommandError,
+    add_device,
+    add_json,
+    default_model,
+    load_pipeline,
+    print_result,
+)
+from rectified_diffusers.demo.orders import MAX_GUIDANCE, MAX_STEPS, PROMPTS, Order
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_demo(commands: Any) -> argparse.ArgumentParser:
+    text = "Serve a web page that draws as you type."
+    parser = commands.add_parser("demo", help=text, description=text, epilog="Ctrl-C ends it.")
+    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="What it is compared with: the pipeline that it learnt from, or any other"
+    )
+    parser.add_argument("--teacher-steps", type=int, default=25, metavar="INT", help="Of the teacher (default: 25)")
+    parser.add_argument(
+        "--teacher-guidance-scale", type=float, default=5.0, metavar="NUMBER", help="Of the teacher (default: 5)"
+    )
+    parser.add_argument(
+        "--style",
+        dest="styles",
+        action="append",
+        default=[],
+        metavar="FILE[=SCALE]",
+        help="LoRA or weight delta, .safetensors, and where its slider begins, 1 if not given; repeat it for more",
+    )
+    parser.add_argument("--controlnet", metavar="MODEL", help="ControlNet for edges, to draw along sketches")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to serve at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=7860, metavar="INT", help="To serve at (default: 7860)")
+    parser.add_argument("--open", action="store_true", help="Open it in the browser")
+    add_device(parser)
+    add_json(parser)
+    parser.set_defaults(run=run_demo, resumable=False)
+    return parser
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Load the models, serve the page, and wait for Ctrl-C."""
+    styles = [_style(text) for text in arguments.styles]
+    _check(arguments)
+    _be_quiet()
+    model = default_model() if arguments.model is None else arguments.model
+    pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    from rectified_diffusers.demo.studio import Studio
+
+    teacher = controlnet = None
+    if arguments.teacher is not None:
+        teacher = load_pipeline(arguments.teacher, arguments.device, arguments.dtype)
+    if arguments.controlnet is not None:
+        controlnet = _load_controlnet(arguments.controlnet, pipeline.dtype)
+    studio = Studio(
+        pipeline,
+        teacher=teacher,
+        teacher_steps=arguments.teacher_steps,
+        teacher_guidance_scale=arguments.teacher_guidance_scale,
+        controlnet=controlnet,
+        own_name=Path(model).name,
+    )
+    studio.draw(Order(PROMPTS[0], styles=tuple(styles)))  # errors are told here, and the first visitor need not wait
+    _serve(studio, styles, arguments)
+
+
+def _serve(studio: Any, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> None:
+    from rectified_diffusers.demo.page import build_page, launch
+
+    page = build_page(studio, styles)
+    address = launch(page, arguments.host, arguments.port, open_browser=arguments.open)
+    print_result(arguments, f"{address}  (Ctrl-C ends it)", address=address)
+    if arguments.host not in LOOPBACK:
+        print("everyone who can reach this address can draw, and upload files of styles", file=sys.stderr, flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close()
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if importlib.util.find_spec("gradio") is None:
+        raise CommandError('the page needs gradio: pip install "rectified_diffusers[demo]"')
+    if not 0 <= arguments.port <= 65535:
+        raise CommandError(f"--port must be from 1 to 65535, or 0 for a free one, got {arguments.port}")
+    if not 1 <= arguments.teacher_steps <= MAX_STEPS:
+        raise CommandError(f"--teacher-steps must be from 1 to {MAX_STEPS}, got {arguments.teacher_steps}")
+    if not 0 <= arguments.teacher_guidance_scale <= MAX_GUIDANCE:
+        given = arguments.teacher_guidance_scale
+        raise CommandError(f"--teacher-guidance-scale must be from 0 to {MAX_GUIDANCE:g}, got {given}")
+
+
+def _style(text: str) -> tuple[Path, float]:
+    name, scale = parse_delta(text, "style")
+    if not Path(name).is_file():
+        raise CommandError(f"no file {name!r} of a style")
+    return Path(name).resolve(), scale
+
+
+def _load_controlnet(name: str, dtype: Any) -> Any:
+    from diffusers import ControlNetModel
+
+    from rectified_diffusers.loading import dtype_option
+
+    return ControlNetModel.from_pretrained(name, **dtype_option(dtype))
+
+
+def _be_quiet() -> None:
+    """Leave out what diffusers and transformers say about each picture, such as how a prompt is cut: the page does."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()

@@ -1,0 +1,165 @@
+"""One model, or two side by side, that draw what visitors order: one at a time, each with the time it took."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rectified_diffusers.animation import interpolate
+from rectified_diffusers.demo.background import watch
+from rectified_diffusers.demo.drawing import Drawing, draw
+from rectified_diffusers.demo.orders import Order, check_frames
+from rectified_diffusers.demo.sketches import with_controlnet
+from rectified_diffusers.demo.styles import Styles
+
+OWN_STEPS = 8  # of the model itself, in the place of a teacher that is not given
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is drawn beside the model, and what it is called."""
+
+    pipeline: Any
+    name: str
+    steps: int
+    guidance_scale: float
+    remark: str = ""
+
+
+class Studio:
+    """Draws with one model, and with its teacher for comparison. Thread-safe: one picture is drawn at a time.
+
+    Args:
+        pipeline: text to image, of the Stable Diffusion or SDXL family.
+        teacher: any text-to-image pipeline; without one, the model itself with OWN_STEPS steps.
+        teacher_steps, teacher_guidance_scale: how the teacher draws.
+        controlnet: a ControlNetModel for sketches, of a model of ours.
+        own_name: of the model, for the page.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        teacher: Any = None,
+        teacher_steps: int = 25,
+        teacher_guidance_scale: float = 5.0,
+        controlnet: Any = None,
+        own_name: str = "this model",
+    ) -> None:
+        self.name = own_name
+        self._pipeline = pipeline
+        self._turn = threading.Lock()
+        self._styles = Styles(pipeline)
+        self._sketcher = None if controlnet is None else with_controlnet(pipeline, controlnet)
+        if teacher is None:
+            remark = (
+                "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."
+            )
+            self.comparison = Comparison(pipeline, "The same model", OWN_STEPS, 1.0, remark)
+        else:
+            self.comparison = Comparison(teacher, "Teacher", teacher_steps, teacher_guidance_scale)
+        for each in (pipeline, teacher, self._sketcher):
+            if each is not None:
+                each.set_progress_bar_config(disable=True)
+
+    @property
+    def can_sketch(self) -> bool:
+        return self._sketcher is not None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the pictures."""
+        size, factor = self._pipeline.unet.config.sample_size, self._pipeline.vae_scale_factor
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return width * factor, height * factor
+
+    def about(self) -> str:
+        """Say in a line what draws: name, number of weights, size, device and precision."""
+        models = [part for part in self._pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        millions = sum(weight.numel() for model in models for weight in model.parameters()) / 1e6
+        precision = str(self._pipeline.dtype).removeprefix("torch.")
+        width, height = self.size
+        return f"{self.name} · {millions:,.0f} M weights · {width}×{height} · {self._pipeline.device}, {precision}"
+
+    def unread(self, prompt: str) -> str:
+        """Give the end of a prompt that the text encoder has no room for."""
+        tokenizer = self._pipeline.tokenizer
+        ids = tokenizer(prompt, verbose=False).input_ids
+        room = tokenizer.model_max_length - 1  # the last token it reads is the end of the text
+        return tokenizer.decode(ids[room:-1]).strip() if len(ids) > tokenizer.model_max_length else ""
+
+    def draw(self, order: Order) -> Drawing:
+        """Draw with the model. Equal orders give equal pictures, whatever was drawn in between."""
+        with self._turn_wearing(order):
+            return draw(self._pipeline, order)
+
+    def draw_along(self, order: Order, lines: Image.Image, strength: float) -> Drawing:
+        """Draw along the lines of a sketch, white on black as `lines_of` gives them."""
+        if self._sketcher is None:
+            raise ValueError("Sketches need a ControlNet: start the page with --controlnet.")
+        with self._turn_wearing(order):
+            return draw(self._sketcher, order, image=lines, controlnet_conditioning_scale=strength)
+
+    def compare(self, order: Order) -> Iterator[Drawing]:
+        """Draw the same prompt from the same noise with the teacher; how far it is comes in between."""
+        beside = self.comparison
+        order = order.with_steps(beside.steps, beside.guidance_scale)
+
+        def work(emit: Callable[[Drawing], None]) -> None:
+            with self._turn_wearing(order) if beside.pipeline is self._pipeline else self._turn:
+                emit(draw(beside.pipeline, order, watch_steps=emit))
+
+        return watch(work)
+
+    def morph(self, start: Order, end: Order, frames: int, *, loop: bool) -> Iterator[Image.Image]:
+        """Draw the way from one picture to another, picture by picture; steps, guidance and styles are the first's."""
+        check_frames(frames)
+
+        def work(emit: Callable[[Image.Image], None]) -> None:
+            with self._turn_wearing(start):
+                interpolate(
+                    _Watched(self._pipeline, emit),
+                    [start.prompt, end.prompt],
+                    [start.seed, end.seed],
+                    frames,
+                    loop=loop,
+                    num_inference_steps=start.steps,
+                    guidance_scale=start.guidance_scale,
+                    progress=False,
+                )
+
+        return watch(work)
+
+    def try_on(self, order: Order) -> None:
+        """Find out whether the model can wear the styles of an order, and leave it as it is then."""
+        with self._turn_wearing(order):
+            pass
+
+    @contextmanager
+    def _turn_wearing(self, order: Order) -> Iterator[None]:
+        with self._turn:
+            self._styles.wear(order.styles)
+            yield
+
+
+class _Watched:
+    """A pipeline that shows each picture as it is drawn, by which `interpolate` can be watched and stopped."""
+
+    def __init__(self, pipeline: Any, emit: Callable[[Image.Image], None]) -> None:
+        self._pipeline = pipeline
+        self._emit = emit
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy that has no attributes yet
+            raise AttributeError(name)
+        return getattr(self._pipeline, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        result = self._pipeline(**arguments)
+        self._emit(result.images[0])
+        return result

@@ -1,0 +1,127 @@
+"""LoRAs and weight deltas on one model, put on and taken off as the visitors' sliders ask."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from rectified_diffusers.demo.orders import Style
+from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
+
+MAX_LOADED = 8  # LoRAs that stay attached, worn or not, so that a slider costs no loading
+StyleKind = Literal["lora", "delta"]
+
+# What diffusers, PEFT and safetensors raise at a file that is not for this model, by way of its keys and shapes.
+_UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+
+
+def style_kind(path: Path) -> StyleKind:
+    """Tell a LoRA from a weight delta by the names in a safetensors file; nothing else of it is read."""
+    if path.suffix != ".safetensors":
+        raise ValueError(
+            f"A style is a .safetensors file, got {path.name!r}: other formats can run code when they are opened. "
+            "Convert it with safetensors, from its author's program."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is no whole safetensors file ({error}). Download it again.") from error
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read any more ({error}). Upload it again.") from error
+    if "rectified_diffusers" in metadata:
+        return "delta"
+    return "lora" if any("lora" in name for name in names) else "delta"
+
+
+class Styles:
+    """What a pipeline wears. Between two pictures only what differs is changed.
+
+    A LoRA is a sum on the side, so that its scale is set at once. A delta is added to the weights themselves, and
+    taken back, bit for bit, before another scale of it is added: that costs a pass over the U-Net and a copy of it.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._names = (f"style_{i}" for i in itertools.count())
+        self._loras: dict[Path, str] = {}  # attached ones and their adapters' names, the longest unworn first
+        self._worn: dict[Path, float] = {}
+        self._deltas: dict[Path, float] = {}
+        self._applied: AppliedDelta | None = None
+
+    def wear(self, wanted: Sequence[Style]) -> None:
+        """Put on these files at these scales and take off all others.
+
+        Raises:
+            ValueError: a file is not for this model, or damaged. The model then wears nothing.
+        """
+        kinds = {path: style_kind(path) for path, scale in wanted if scale and path not in self._known}
+        loras, deltas = {}, {}
+        for path, scale in wanted:
+            if scale:
+                is_lora = path in self._loras or kinds.get(path) == "lora"
+                (loras if is_lora else deltas)[path] = scale
+        try:
+            if deltas != self._deltas:
+                self._change_deltas(deltas)
+            if loras != self._worn:
+                self._change_loras(loras)
+        except _UNFIT as error:
+            self.take_all_off()
+            names = ", ".join(path.name for path in (*deltas, *loras))
+            raise ValueError(f"{names} cannot be worn by this model: {error}") from error
+
+    def take_all_off(self) -> None:
+        """Restore the model as it was loaded, and free what the styles hold."""
+        self._detach_loras()
+        self._take_deltas_back()
+
+    @property
+    def _known(self) -> set[Path]:
+        return {*self._loras, *self._deltas}
+
+    def _change_deltas(self, deltas: dict[Path, float]) -> None:
+        self._detach_loras()  # their layers rename the weights that a delta is for
+        self._take_deltas_back()
+        if deltas:
+            opened = [load_weight_delta(path) for path in deltas]
+            self._applied = apply_weight_delta(self._pipeline.unet, opened, list(deltas.values()))
+            self._deltas = deltas
+
+    def _change_loras(self, loras: dict[Path, float]) -> None:
+        for path in loras:
+            if path not in self._loras:
+                self._attach(path)
+            self._loras[path] = self._loras.pop(path)  # to the end: worn most recently
+        while len(self._loras) > max(MAX_LOADED, len(loras)):
+            oldest = next(iter(self._loras))
+            self._pipeline.delete_adapters(self._loras.pop(oldest))
+        if loras:
+            self._pipeline.enable_lora()
+            self._pipeline.set_adapters([self._loras[path] for path in loras], list(loras.values()))
+        elif self._loras:
+            self._pipeline.disable_lora()
+        self._worn = loras
+
+    def _attach(self, path: Path) -> None:
+        name = next(self._names)
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dictionary)
+                if not file.get_tensor(key).isfinite().all():
+                    raise ValueError(f"it holds NaN or infinity in {key!r}; download it again")
+        self._loras[path] = name  # first, so that a failure below is cleared away as well
+        self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        if not any(name in adapters for adapters in self._pipeline.get_list_adapters().values()):
+            raise ValueError("none of its layers is in this model; it was made for another architecture")
+
+    def _detach_loras(self) -> None:
+        if self._loras:
+            self._pipeline.unload_lora_weights()
+        self._loras, self._worn = {}, {}
+
+    def _take_deltas_back(self) -> None:
+        if self._applied is not None:
+            self._applied.take_back()
+        self._applied, self._deltas = None, {}

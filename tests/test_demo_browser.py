@@ -1,0 +1,226 @@
+"""The demo in a real Chromium, as a visitor uses it; the pictures of it in docs/images are made here.
+
+The page is drawn with the bundled model, and served by the command itself.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+pytest.importorskip("gradio", reason='no gradio: pip install "rectified_diffusers[demo]"')
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+WAIT = 120_000  # milliseconds: a test waits for what it asserts, and gives up late
+
+
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """Give a weight delta of the bundled model: its own weights, turned down a little."""
+    from safetensors.torch import load_file, save_file
+
+    from rectified_diffusers import bundled_checkpoint
+
+    weights = load_file(bundled_checkpoint() / "unet" / "diffusion_pytorch_model.safetensors")
+    file = tmp_path_factory.mktemp("styles") / "shifted.safetensors"
+    save_file({key: 0.05 * x.float().roll(1, 0) for key, x in weights.items()}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def controlnet(tmp_path_factory):
+    import torch
+    from diffusers import ControlNetModel
+
+    from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint
+
+    unet = RectifiedFlowPipeline.from_pretrained(bundled_checkpoint()).unet
+    torch.manual_seed(0)
+    model = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32, 96))
+    with torch.no_grad():
+        for weight in (weight for weight in model.parameters() if not weight.any()):
+            weight.normal_(std=0.02)
+    folder = tmp_path_factory.mktemp("controlnet")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(controlnet):
+    """Start the command on a free port and give its address."""
+    command = [sys.executable, "-m", "rectified_diffusers.cli", "demo", "--port", "0", "--controlnet", str(controlnet)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        yield line.split()[0]
+        process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as tools:
+        installed = CHROMIUM or tools.chromium.executable_path
+        if not Path(installed).exists():
+            pytest.skip("no Chromium: install the package chromium, or run playwright install chromium")
+        browser = tools.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(WAIT)
+    page.broken, page.hosts = [], set()
+    page.on("pageerror", lambda error: page.broken.append(str(error)))
+    page.on("response", lambda answer: page.broken.append(answer.url) if answer.status >= 400 else None)
+    page.on("request", lambda request: page.hosts.add(request.url.split("/")[2]))
+    page.goto(url)
+    page.wait_for_selector("#picture img")
+    yield page
+    assert page.broken == []
+    assert page.hosts == {url.split("/")[2]}  # nothing is fetched from the net
+    context.close()
+
+
+def shown(page, name="picture"):
+    return page.locator(f"#{name} img").get_attribute("src")
+
+
+def wait_for_another(page, before, name="picture"):
+    picture = page.locator(f"#{name} img")
+    playwright.expect(picture).not_to_have_attribute("src", before or "", timeout=WAIT)
+    return picture.get_attribute("src")
+
+
+def ask(page, prompt):
+    """Write a prompt and press Enter; wait until its own picture and the one beside it are drawn."""
+    page.locator("#prompt textarea").fill(prompt)
+    page.locator("#prompt textarea").press("Enter")
+    wait_for_caption(page, "own-caption", prompt)
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+
+
+def wait_for_caption(page, name, prompt):
+    page.wait_for_selector(f'#{name} .caption[title="{prompt}"]')
+
+
+def test_the_picture_follows_the_typing(page):
+    before = shown(page)
+    page.locator("#prompt textarea").fill("")
+    page.locator("#prompt textarea").press_sequentially("rocket", delay=50)
+    wait_for_caption(page, "own-caption", "rocket")
+    wait_for_another(page, before)
+    playwright.expect(page.locator("#own-caption")).to_contain_text("One step")
+
+
+def test_enter_draws_beside_and_into_the_history(page):
+    ask(page, "a red heart")
+    assert shown(page, "beside")
+    own = shown(page)
+    ask(page, "sun")
+    playwright.expect(page.locator("#history img")).to_have_count(3, timeout=WAIT)  # with the first of the page
+    page.locator("#history button").nth(1).click()
+    wait_for_caption(page, "own-caption", "a red heart")
+    playwright.expect(page.locator("#prompt textarea")).to_have_value("a red heart", timeout=WAIT)
+    playwright.expect(page.locator("#picture img")).to_have_attribute("src", own, timeout=WAIT)
+
+
+def test_stop_ends_the_comparison(page):
+    page.locator("#prompt textarea").fill("ghost")
+    page.locator("#prompt textarea").press("Enter")
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("step", timeout=WAIT)
+    page.click("#stop")
+    page.click("#new-seed")  # the model is free for it
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+
+
+def test_a_reload_brings_the_last_picture_and_the_history_back(page):
+    ask(page, "mushroom")
+    own, count = shown(page), page.locator("#history img").count()
+    page.reload()
+    wait_for_caption(page, "own-caption", "mushroom")
+    playwright.expect(page.locator("#picture img")).to_have_attribute("src", own, timeout=WAIT)
+    playwright.expect(page.locator("#history img")).to_have_count(count, timeout=WAIT)
+
+
+def test_the_picture_can_be_downloaded_with_its_prompt(page):
+    from PIL import Image
+
+    with page.expect_download() as download:
+        page.locator("#picture button[aria-label='Download'], #picture a[download]").first.click()
+    picture = Image.open(download.value.path())
+    assert picture.format == "PNG"
+    assert '"prompt": "a red apple"' in picture.info["rectified_diffusers"]
+
+
+def test_a_style_is_uploaded_and_worn(page, style):
+    before = shown(page)
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(style)
+    slider = page.locator("#styles").get_by_label(re.compile("shifted")).first
+    slider.wait_for()
+    page.locator("#styles input[type=number]").first.fill("0.8")
+    wait_for_another(page, before)
+
+
+def test_a_file_that_is_no_style_is_refused_on_the_page(page, tmp_path):
+    file = tmp_path / "torn.safetensors"
+    file.write_bytes(b"nonsense")
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(file)
+    page.get_by_text("no whole safetensors file").wait_for()
+
+
+def test_a_sketch_is_drawn_along(page):
+    page.get_by_role("tab", name="Sketch").click()
+    draw_house(page)
+    page.wait_for_selector("#sketch-picture img")
+    before = shown(page, "sketch-picture")
+    page.get_by_role("button", name="Undo").click()
+    wait_for_another(page, before, "sketch-picture")
+
+
+def draw_house(page):
+    box = page.locator("#sketch canvas").bounding_box()
+    for line in (((0.2, 0.5), (0.5, 0.2), (0.8, 0.5)), ((0.25, 0.5), (0.25, 0.8), (0.75, 0.8), (0.75, 0.5))):
+        places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
+        page.mouse.move(*places[0])
+        page.mouse.down()
+        for place in places[1:]:
+            page.mouse.move(*place, steps=8)
+        page.mouse.up()
+
+
+def test_an_animation_is_drawn_and_can_be_stopped(page):
+    page.get_by_role("tab", name="Morph").click()
+    page.get_by_label("Pictures on the way").first.fill("4")
+    page.click("#animate")
+    playwright.expect(page.locator("#morph-caption")).to_contain_text("8 pictures", timeout=WAIT)
+    assert shown(page, "morph-picture").endswith(".gif")
+    page.screenshot(path=IMAGES / "demo-morph.png")
+    page.get_by_label("Pictures on the way").first.fill("60")
+    page.click("#animate")
+    playwright.expect(page.locator("#morph-caption")).to_contain_text("of 120", timeout=WAIT)
+    page.click("#stop")
+    page.get_by_role("tab", name="Draw").click()
+    page.locator("#prompt textarea").press_sequentially("!", delay=50)
+    wait_for_caption(page, "own-caption", "a red apple!")
+
+
+def test_the_picture_of_the_page_for_the_readme(page):
+    for prompt in ("sun", "a red heart", "rocket", "tropical fish", "birthday cake", "a red apple, 3d style"):
+        ask(page, prompt)
+    page.screenshot(path=IMAGES / "demo.png")
+    assert (IMAGES / "demo.png").stat().st_size > 10_000

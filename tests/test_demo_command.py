@@ -1,0 +1,104 @@
+"""The command `demo` and what the commands share with it: refusals before any work, --json, completion."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rectified_diffusers import cli
+from rectified_diffusers.cli import demo as demo_command
+from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_pipeline("flow").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "70000"], "--port must be from 1 to 65535"),
+        (["--teacher-steps", "0"], "--teacher-steps must be from 1 to 50"),
+        (["--teacher-guidance-scale", "-1"], "--teacher-guidance-scale must be from 0 to 20"),
+        (["--teacher-guidance-scale", "nan"], "--teacher-guidance-scale must be from 0 to 20"),
+        (["--style", "nowhere.safetensors"], "no file 'nowhere.safetensors' of a style"),
+        (["--style", "nowhere.safetensors=x"], "the scale of a style must be a number"),
+        (["--model", "no/where/at all"], "no folder"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(arguments, message, capsys):
+    assert cli.main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_gradio_the_remedy_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(demo_command.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 2
+    assert 'pip install "rectified_diffusers[demo]"' in capsys.readouterr().err
+
+
+def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
+    served = []
+    monkeypatch.setattr(demo_command, "_serve", lambda studio, styles, arguments: served.append((studio, arguments)))
+    make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(tmp_path / "controlnet")
+    options = ["--teacher", model, "--teacher-steps", "3", "--controlnet", str(tmp_path / "controlnet")]
+    assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
+    ((studio, arguments),) = served
+    assert studio.comparison.steps == 3
+    assert studio.can_sketch
+    assert studio.name == Path(model).name
+    assert arguments.host == "127.0.0.1"
+
+
+def test_json_says_what_the_line_says(model, tmp_path, capsys):
+    picture = tmp_path / "fox.png"
+    command = ["generate", "a fox", "-o", str(picture), "--model", model, "--device", "cpu"]
+    assert cli.main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"output": str(picture), "pictures": 1, "seconds": told["seconds"]}
+    animation = ["interpolate", "a fox", "a dog", "--frames", "2", "--model", model, "--device", "cpu", "--json"]
+    assert cli.main([*animation, "-o", str(tmp_path / "a.gif"), "-o", str(tmp_path / "a.png")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["output"] for line in lines] == [str(tmp_path / "a.gif"), str(tmp_path / "a.png")]
+    assert {line["pictures"] for line in lines} == {3}
+
+
+def test_delta_has_json_too(model, tmp_path, capsys):
+    file = tmp_path / "delta.safetensors"
+    command = ["delta", "make", "--fine-tune", model, "--base", model, "-o", str(file), "--json"]
+    assert cli.main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["output"] == str(file)
+    assert told["weights"] > 0
+
+
+def test_help_answers_without_torch_and_gradio():
+    code = (
+        "import sys\n"
+        "from rectified_diffusers.cli import build_parser\n"
+        "try:\n"
+        "    build_parser().parse_args(['demo', '--help'])\n"
+        "except SystemExit:\n"
+        "    assert not {'torch', 'diffusers', 'numpy', 'PIL', 'gradio', 'shtab'} & set(sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "--controlnet" in result.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_every_command(shell, capsys):
+    pytest.importorskip("shtab", reason="completion needs shtab")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--print-completion", shell])
+    assert end.value.code == 0
+    script = capsys.readouterr().out
+    assert all(command in script for command in ("generate", "interpolate", "demo", "triplets", "reflow", "distill"))
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "--guidance-scale" in script
