@@ -1,4 +1,4 @@
-"""The model for programs that do not know this package: as ONNX graphs, and as a stock diffusers pipeline."""
+"""The model for programs that do not know this package: ONNX graphs, a stock pipeline, the U-Net in one file."""
 
 import copy
 import inspect
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
@@ -18,12 +18,15 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import refuse_lora
+from rectified_diffusers.weights.original_layout import original_unet_layout
 
 StockScheduler = Literal["dpm_solver++", "unipc"]
+UNetFormat = Literal["comfyui", "ldm"]
 _SCHEDULERS = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 OPSET = 17
 
@@ -96,6 +99,41 @@ def fold_sign(unet: Any) -> Any:
     view = copy.copy(unet)
     view.__dict__["_modules"] = {**unet._modules, "conv_out": conv_out}
     return view
+
+
+def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comfyui") -> None:
+    """Save a pipeline's U-Net to one file, under the names of the original Stable Diffusion checkpoints.
+
+    The names are those of `v1-5-pruned-emaonly.safetensors`, `model.diffusion_model.` in front, and the values keep
+    their dtype; `UNet2DConditionModel.from_single_file` reads the file back. There are two kinds:
+
+    - `comfyui` predicts noise - data, as flow models do there: the weight and bias of the last convolution are
+      negated, which is exact. Its node ModelSamplingSD3 with shift 1 then walks as our scheduler does.
+    - `ldm` is the U-Net as it is: a prediction of data - noise, which other programs' samplers do not expect.
+
+    Args:
+        pipeline: with a UNet2DConditionModel of the layout of Stable Diffusion 1.x or 2.x. `comfyui` needs our
+            scheduler, which tells the sign.
+        path: a file that ends in .safetensors; it is replaced.
+    """
+    path, unet = Path(path), pipeline.unet
+    if unet_format not in get_args(UNetFormat):
+        raise ValueError(f"unet_format must be one of {', '.join(get_args(UNetFormat))}, got {unet_format!r}.")
+    if path.suffix != ".safetensors":
+        raise ValueError(f"a U-Net is exported to one file, whose name ends in .safetensors; got {str(path)!r}.")
+    if type(unet) is not UNet2DConditionModel:
+        raise ValueError(f"the original layout is of a UNet2DConditionModel, and this is a {type(unet).__name__}.")
+    refuse_lora(unet.state_dict(), "the pipeline's unet")
+    if unet_format == "comfyui":
+        if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
+            raise ValueError(
+                "the export for ComfyUI is of a rectified flow, with a RectifiedFlowEulerScheduler; got "
+                f"{type(pipeline.scheduler).__name__}. The U-Net of a diffusion model needs no other sign: use 'ldm'."
+            )
+        if pipeline.scheduler.config["velocity_direction"] == "data":
+            unet = fold_sign(unet)
+    weights = original_unet_layout(unet.state_dict(), unet.config["layers_per_block"])
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
 
 
 def _refuse_lora(pipeline: Any) -> None:

@@ -1,0 +1,120 @@
+"""The code of the README and of every page runs, and the pages are complete: nothing public is missing from them."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
+import rectified_diffusers
+from rectified_diffusers import cli
+from tests.documentation import ROOT, blocks_of, run_page
+from tests.hub.client import Client, start_client, the_hub
+from tests.hub.conftest import INSTAFLOW, TWO_FLOW, save_published
+from tests.hub.server import Repository, read_files
+from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A process that is online at a Hub where the models of the pages are, all of them tiny."""
+    make = tmp_path_factory.mktemp("made")
+    with torch.random.fork_rng(devices=[]):
+        save_published(make / "instaflow", 0)
+        save_published(make / "two-flow", 1)
+    for seed, name in enumerate(("base", "fine-tune")):
+        make_tiny_pipeline("diffusion", seed).save_pretrained(make / name)
+    make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(make / "canny")
+    folders = {
+        INSTAFLOW: "instaflow",
+        TWO_FLOW: "two-flow",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": "base",
+        "Lykon/dreamshaper-7": "fine-tune",
+        "lllyasviel/control_v11p_sd15_canny": "canny",
+    }
+    hub = the_hub()
+    for repo_id, folder in folders.items():
+        if repo_id not in hub.repositories:
+            hub.repositories[repo_id] = Repository()
+            hub.repositories[repo_id].commit(read_files(make / folder))
+    with start_client(with_us=True) as client:
+        yield client
+
+
+@pytest.fixture
+def readers_folder(tmp_path: Path) -> Path:
+    """What the pages say that a reader has: prompts, a teacher, pictures, LoRA files."""
+    (tmp_path / "prompts.txt").write_text("a red apple\nthe sea\n")
+    make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "TEACHER")
+    for name in ("photo.png", "edges.png"):
+        Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / name)
+    for seed, name in enumerate(("style", "detail")):
+        pipeline: Any = make_tiny_pipeline("flow", seed)
+        pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+        StableDiffusionPipeline.save_lora_weights(tmp_path, layers, weight_name=f"{name}.safetensors")
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    return tmp_path
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, client, readers_folder):
+    assert client.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
+
+
+@pytest.mark.parametrize("page", PARSED, ids=name_of)
+def test_commands_parse(page):
+    for block in blocks_of(page):
+        for words in block.commands:
+            if words[0] == "rectified-diffusers":
+                cli.build_parser().parse_args(words[1:])
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page for page in PAGES[1:] if f": {page.relative_to(DOCS).as_posix()}\n" not in navigation] == []
+
+
+@pytest.fixture
+def made_pages(monkeypatch) -> Any:
+    """The hooks of the site, if the extra `docs` is installed."""
+    pytest.importorskip("mkdocs")
+    monkeypatch.syspath_prepend(str(DOCS / "scripts"))
+    return importlib.import_module("made_pages")
+
+
+def test_the_reference_has_every_public_name_command_and_error(made_pages):
+    names = made_pages.names()
+    lazy = set(rectified_diffusers.__all__) - {"ModelMixin", "SchedulerMixin"}
+    missing = {name for name in lazy if name in rectified_diffusers._MODULES and f"[`{name}`]" not in names}
+    assert missing == set()
+    commands = made_pages.commands()
+    assert "## generate\n" in commands
+    assert "### delta make\n" in commands
+    assert "`--learning-rate NUMBER`" in commands
+    errors = made_pages.errors()
+    assert "## rectified_diffusers.flow.ode" in errors
+    assert "| ValueError | Expected steps >= 1, got …. |" in errors
+
+
+def test_links_to_files_of_the_repository_become_pages(made_pages):
+    origin = DOCS / "features.md"
+    text = made_pages.rewrite_links(
+        "[a](../examples/edit.py) [b](papers.md#x) [c](https://a.b/c.md)", origin, "features.md"
+    )
+    assert text == "[a](source/examples/edit.py.md) [b](papers.md#x) [c](https://a.b/c.md)"
+    assert made_pages.source_text(ROOT / "examples" / "edit.py").startswith("# examples/edit.py\n\n````python\n")
