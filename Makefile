@@ -1,5 +1,5 @@
 # Every target uses the `python` on PATH: activate the environment first.
-.PHONY: help install check lint format types test test-slow wheel clean
+.PHONY: help install check lint format types test test-slow docs faults wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,8 +26,15 @@ test:  ## the fast tests: no GPU, no network, under three minutes
 test-slow:  ## the rest of the tests that need no GPU
 	python -m pytest -m 'slow and not gpu'
 
+docs:  ## the site, strictly
+	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+
+faults:  ## kills, full disks, rotten files and hostile input, at length (root, for the disks; hours)
+	python -m tests.faults.run --tries 100 --output benchmarks/results/faults.md
+	python -m tests.faults.fuzz --examples 120000 --output benchmarks/results/fuzzing.md
+
 wheel:  ## build dist/*.whl
 	python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis

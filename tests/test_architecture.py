@@ -20,9 +20,13 @@ RANKS = {
     "flow": 1,
     "schedulers": 2,
     "loading": 2,
+    "denoiser": 2.5,  # knows the schedulers; data, evaluation and training ask it
     "models": 2,
+    "speed": 2,
     "weights": 2,
+    "velocity_unet": 2.5,
     "pipelines": 3,
+    "pipelines_xl": 3.5,
     "portable": 3,
     "registration": 3,
     "data": 3,
@@ -30,10 +34,9 @@ RANKS = {
     "animation": 4,
     "export": 4,
     "inversion": 4,
-    "pipelines_xl": 4,
     "training": 4,
     "cli": 5,
-    "demo": 5,
+    "demo": 4.5,  # the command line starts it
 }
 PICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -65,7 +65,7 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
         ["--version"],
         *(
             [name, "--help"]
-            for name in ("generate", "triplets", "reflow", "distill", "delta", "export", "interpolate")
+            for name in ("generate", "triplets", "reflow", "distill", "progressive", "delta", "export", "interpolate")
         ),
     ],
     ids=" ".join,

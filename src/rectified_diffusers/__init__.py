@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 
     from rectified_diffusers.animation import interpolate, save_animation, slerp
     from rectified_diffusers.data.config import TripletConfig
-    from rectified_diffusers.data.prompts import read_prompts
+    from rectified_diffusers.data.prompts import open_prompts, read_prompts
     from rectified_diffusers.data.triplets import TripletDataset, Triplets, generate_triplets, verify_triplets
-    from rectified_diffusers.export import export_diffusers, export_onnx
+    from rectified_diffusers.evaluation.config import EvaluationConfig
+    from rectified_diffusers.evaluation.evaluate import evaluate
+    from rectified_diffusers.evaluation.pictures import read_pictures
+    from rectified_diffusers.evaluation.plots import write_plots
+    from rectified_diffusers.evaluation.report import Evaluation
+    from rectified_diffusers.export import export_diffusers, export_onnx, export_unet
     from rectified_diffusers.inversion import edit, invert, round_trip_error
     from rectified_diffusers.models import StackedUNet
     from rectified_diffusers.pipelines import (
@@ -39,10 +44,14 @@ if TYPE_CHECKING:
     )
     from rectified_diffusers.portable import save_portable
     from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
-    from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
+    from rectified_diffusers.speed.optimize import Optimized, optimize
+    from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
     from rectified_diffusers.training.distill import DistillTrainer
+    from rectified_diffusers.training.objective import FlowBatch, FlowObjective
+    from rectified_diffusers.training.progressive import ProgressiveTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
     from rectified_diffusers.training.trainer import Trainer
+    from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
     from rectified_diffusers.weights.components import SwappedComponents, swap_components
     from rectified_diffusers.weights.delta import (
         AppliedDelta,
@@ -56,9 +65,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AppliedDelta",
+    "DiffusionVelocityUNet",
     "DistillConfig",
     "DistillTrainer",
+    "Evaluation",
+    "EvaluationConfig",
+    "FlowBatch",
+    "FlowObjective",
     "ModelMixin",
+    "Optimized",
+    "ProgressiveConfig",
+    "ProgressiveTrainer",
     "RectifiedFlowAdapterPipeline",
     "RectifiedFlowControlNetImg2ImgPipeline",
     "RectifiedFlowControlNetInpaintPipeline",
@@ -89,12 +106,17 @@ __all__ = [
     "bundled_checkpoint",
     "compute_weight_delta",
     "edit",
+    "evaluate",
     "export_diffusers",
     "export_onnx",
+    "export_unet",
     "generate_triplets",
     "interpolate",
     "invert",
     "load_weight_delta",
+    "open_prompts",
+    "optimize",
+    "read_pictures",
     "read_prompts",
     "register",
     "round_trip_error",
@@ -103,12 +125,21 @@ __all__ = [
     "slerp",
     "swap_components",
     "verify_triplets",
+    "write_plots",
 ]
 
 _MODULES = {
     "AppliedDelta": "rectified_diffusers.weights.delta",
+    "DiffusionVelocityUNet": "rectified_diffusers.velocity_unet",
     "DistillConfig": "rectified_diffusers.training.config",
     "DistillTrainer": "rectified_diffusers.training.distill",
+    "Evaluation": "rectified_diffusers.evaluation.report",
+    "EvaluationConfig": "rectified_diffusers.evaluation.config",
+    "FlowBatch": "rectified_diffusers.training.objective",
+    "FlowObjective": "rectified_diffusers.training.objective",
+    "Optimized": "rectified_diffusers.speed.optimize",
+    "ProgressiveConfig": "rectified_diffusers.training.config",
+    "ProgressiveTrainer": "rectified_diffusers.training.progressive",
     "RectifiedFlowAdapterPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowControlNetImg2ImgPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowControlNetInpaintPipeline": "rectified_diffusers.pipelines",
@@ -136,12 +167,17 @@ _MODULES = {
     "apply_weight_delta": "rectified_diffusers.weights.delta",
     "compute_weight_delta": "rectified_diffusers.weights.delta",
     "edit": "rectified_diffusers.inversion",
+    "evaluate": "rectified_diffusers.evaluation.evaluate",
     "export_diffusers": "rectified_diffusers.export",
     "export_onnx": "rectified_diffusers.export",
+    "export_unet": "rectified_diffusers.export",
     "generate_triplets": "rectified_diffusers.data.triplets",
     "interpolate": "rectified_diffusers.animation",
     "invert": "rectified_diffusers.inversion",
     "load_weight_delta": "rectified_diffusers.weights.delta",
+    "open_prompts": "rectified_diffusers.data.prompts",
+    "optimize": "rectified_diffusers.speed.optimize",
+    "read_pictures": "rectified_diffusers.evaluation.pictures",
     "read_prompts": "rectified_diffusers.data.prompts",
     "round_trip_error": "rectified_diffusers.inversion",
     "save_animation": "rectified_diffusers.animation",
@@ -149,6 +185,7 @@ _MODULES = {
     "slerp": "rectified_diffusers.animation",
     "swap_components": "rectified_diffusers.weights.components",
     "verify_triplets": "rectified_diffusers.data.triplets",
+    "write_plots": "rectified_diffusers.evaluation.plots",
     # diffusers' own, because a saved pipeline names this package: the loader looks for a component's base class in it.
     "ModelMixin": "diffusers",
     "SchedulerMixin": "diffusers",
