@@ -65,7 +65,9 @@ asks for a set's style.
 
 **Recipe.** `examples/emoji/README.md` at commit {commit}. {training}
 
-**Figures.** {figures}
+**Figures.**
+
+{figures}
 
 **Limits.** It knows emoji, not the world: words outside their labels and tags mean little to it, counts and relations
 nothing. Small parts (faces of people, text, clock hands) come out blurred.
@@ -121,7 +123,7 @@ def main() -> None:
         pictures="9,863 pictures",
         commit=commit,
         training=describe_training(args.model),
-        figures="\n\n" + args.figures.read_text(encoding="utf-8").strip(),
+        figures=args.figures.read_text(encoding="utf-8").partition("\n")[2].strip(),  # without its title
     )
     (args.output / "README.md").write_text(card, encoding="utf-8")
     (args.output / "NOTICE").write_text(NOTICE, encoding="utf-8")
