@@ -14,6 +14,7 @@ from rectified_diffusers.pipelines import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.lora import WEIGHTS
 from tests.tiny import make_tiny_pipeline, sample
 from tests.training.helpers import SHORT, TRAINERS, digests, make_trainer
 
@@ -67,7 +68,7 @@ def test_the_result_is_a_lora_and_a_whole_pipeline(finished: tuple[Any, Path, An
     assert whole.unet.state_dict().keys() == network.state_dict().keys() == pipeline.unet.state_dict().keys()
     drawn = sample(whole, num_inference_steps=1, guidance_scale=1.0)
     assert (drawn - untrained).abs().max() > 1e-2
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name=WEIGHTS)  # diffusers 0.36 does not look for it offline
     try:
         found = sample(pipeline, num_inference_steps=1, guidance_scale=1.0)
     finally:
@@ -83,7 +84,7 @@ def test_the_file_is_in_diffusers_format(dataset: TripletDataset, output_dir: Pa
     assert all(name.startswith("unet.") and name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     stock: Any = make_tiny_pipeline("diffusion")
     assert type(stock) is StableDiffusionPipeline
-    stock.load_lora_weights(output_dir)
+    stock.load_lora_weights(output_dir, weight_name=WEIGHTS)
     assert stock.get_list_adapters() == {"unet": ["default_0"]}
     assert isinstance(DiffusionPipeline.from_pretrained(output_dir).unet, UNet2DConditionModel)
 

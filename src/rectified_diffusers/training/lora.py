@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.weights.stored import write_weights
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name under which `pipeline.load_lora_weights(folder)` looks for a LoRA."""
@@ -65,6 +68,12 @@ class Adapter:
         layers = {f"{self.component}_lora_layers": self.tensors}
         settings = {f"{self.component}_lora_adapter_metadata": self.settings}
         pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS, **layers, **settings)
+        # Older safetensors put the metadata in another order each time, and equal runs are to have equal files.
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = dict(sorted(file.metadata().items()))
+        tensors = dict(sorted(load_file(folder / WEIGHTS).items()))
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        write_weights(folder / WEIGHTS, shapes, "float32", metadata, tensors.__getitem__)
 
 
 def _require_layers(network: Any, names: Iterable[str]) -> None:

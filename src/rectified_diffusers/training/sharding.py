@@ -14,9 +14,10 @@ def is_sharded(accelerator: Accelerator) -> bool:
     What it made of a network has no weights by the names of the checkpoint.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version != 2:
+    version = getattr(plugin, "fsdp_version", 1)  # accelerate before 1.6 knows no other
+    if plugin is not None and version != 2:
         raise ValueError(
-            f"Expected FSDP version 2, got {plugin.fsdp_version}. Set fsdp_version: 2 in accelerate's config, as "
+            f"Expected FSDP version 2, got {version}. Set fsdp_version: 2 in accelerate's config, as "
             "examples/accelerate_configs/fsdp.yaml does, or launch with --fsdp_version 2."
         )
     return plugin is not None
