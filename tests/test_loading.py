@@ -1,5 +1,7 @@
 """Between pipelines (`from_pipe`), from one file in the original layout (`from_single_file`), and what is damaged."""
 
+import contextlib
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -16,7 +18,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
 )
-from rectified_diffusers.loading import dtype_option, remedies
+from rectified_diffusers.loading import _NETWORK, dtype_option, remedies
 from tests.hub.client import sample
 from tests.original_layout import original_layout
 from tests.tiny import make_components, make_tiny_pipeline
@@ -165,3 +167,67 @@ def test_a_half_precision_folder_is_loaded_in_float32_throughout_unless_asked(tm
     assert sample(pipeline).dtype == torch.float32
     half = RectifiedFlowPipeline.from_pretrained(tmp_path, **dtype_option(torch.float16))
     assert {part.dtype for part in (half.unet, half.vae, half.text_encoder)} == {torch.float16}
+
+
+def test_a_model_that_is_nowhere_says_how_to_bring_it(tmp_path):
+    """diffusers' own text speaks of "the stacktrace above"; the tests' process is offline."""
+    with pytest.raises(ConnectionError, match=r"the Hub cannot be reached .* hf download somebody/flow --local-dir"):
+        RectifiedFlowPipeline.from_pretrained("somebody/flow", cache_dir=tmp_path)
+
+
+# What comes from the Hub; through its client, the same is tested beside the Hub
+
+
+@pytest.mark.parametrize("right", [hashlib.sha1(b"blob 2\0{}"), hashlib.sha256(b"{}")], ids=["git", "sha256"])
+@pytest.mark.parametrize("error", [None, OSError("no JSON"), TypeError("no number")], ids=repr)
+def test_what_came_into_the_cache_is_compared_with_its_name(tmp_path, right, error):
+    """Whether or not the load itself stumbled over it."""
+    blob = tmp_path / "models--a--b" / "blobs" / right.hexdigest()
+    file = tmp_path / "models--a--b" / "snapshots" / "0" / "unet" / "config.json"
+    for path in (blob, file):
+        path.parent.mkdir(parents=True)
+
+    def load(content):
+        with remedies("a/b", cache_dir=tmp_path):
+            if content is not None:
+                blob.write_bytes(content)
+                file.symlink_to(blob)
+            if error is not None:
+                raise error
+
+    words = r"a/b: unet/config.json was damaged on its way.*deleted from the cache; load again"
+    with pytest.raises(OSError, match=words):
+        load(b"[]")
+    assert not blob.exists()
+    assert not file.is_symlink()
+    for content in (b"{}", None):
+        with contextlib.suppress(OSError, ValueError):
+            load(content)
+        assert file.exists()
+        blob.write_bytes(b"[]")  # by the user's own hand: what is there before a call was compared when it came
+    with contextlib.suppress(OSError, ValueError):
+        load(None)
+    assert file.exists()
+
+
+def test_an_error_of_the_network_names_what_was_asked_for():
+    words = r"a/b could not be fetched: \w+: cut off\. Nothing half-fetched is used"
+    with pytest.raises(ConnectionError, match=words), remedies("a/b"):
+        raise _NETWORK[-1]("cut off")
+
+
+def test_pickles_on_the_hub_are_named(tmp_path):
+    listed = "Could not find the necessary `safetensors` weights in {'unet/model.bin', 'vae/model.safetensors'}"
+    words = r"a/b has weights as pickles \(unet/model\.bin\).*DiffusionPipeline"
+    with pytest.raises(OSError, match=words), remedies("a/b", cache_dir=tmp_path):
+        raise OSError(listed)
+
+
+def test_a_runtime_error_of_the_machine_stays_what_it_is(tmp_path):
+    error = RuntimeError("CUDA error: the launch timed out")
+    with pytest.raises(RuntimeError) as raised, remedies(tmp_path):
+        raise error
+    assert raised.value is error
+    words = r"of another type or size than expected .*size mismatch for conv_in"
+    with pytest.raises(ValueError, match=words), remedies(tmp_path):
+        raise RuntimeError("size mismatch for conv_in")

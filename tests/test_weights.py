@@ -202,6 +202,19 @@ def test_a_pickle_is_refused_unopened_with_the_conversion(tmp_path, suffix):
         load_weight_delta(file)
 
 
+def test_metadata_that_are_null_are_none(tmp_path):
+    text = b'{"__metadata__": null, "bias": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    (tmp_path / "delta.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert load_weight_delta(tmp_path / "delta.safetensors").metadata == {}
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 7}', '{"weight_map": {"a": ["x"]}}', "[" * 100_000])
+def test_an_index_of_shards_of_other_types_is_refused(tmp_path, content):
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"index\.json is no index of shards.*Download it again"):
+        load_weight_delta(tmp_path)
+
+
 def test_a_folder_of_pickles_is_refused_with_the_conversion(tmp_path):
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(FileNotFoundError, match=r"got diffusion_pytorch_model.bin. Convert it once.*use_safetensors"):

@@ -9,7 +9,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,6 +55,23 @@ class Repository:
         return sha if sha in self.commits else None
 
 
+@dataclass
+class Fault:
+    """What is wrong with the answers about a file.
+
+    Args:
+        statuses: errors to answer with first, one for each request.
+        loop: redirect the content to itself, for ever.
+        damage: what comes of the content on its way; its metadata stays that of the whole file.
+        pause: seconds between the quarters of the content.
+    """
+
+    statuses: list[int] = field(default_factory=list)
+    loop: bool = False
+    damage: Callable[[bytes], bytes] = bytes
+    pause: float = 0.0
+
+
 def entry_of(path: str, content: bytes) -> dict[str, Any]:
     """Describe a file as the Hub's listing does."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
@@ -70,7 +88,8 @@ class Hub(ThreadingHTTPServer):
     """Serve `repositories` on a free port of this machine from `with` on; `requests` records what was asked for.
 
     `cuts` counts, by the end of a file's path, how often its content shall break off in the middle. A break is not
-    clean: the length was announced, and the connection goes away. With `out_of_order` every answer is 503.
+    clean: the length was announced, and the connection goes away. With `out_of_order` every answer is 503. `faults`
+    are by the end of a path, too, and `moved` has the new names of repositories.
     """
 
     daemon_threads = True
@@ -80,6 +99,8 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.cuts: dict[str, int] = {}
+        self.faults: dict[str, Fault] = {}
+        self.moved: dict[str, str] = {}
         self.uploads: dict[str, bytes] = {}
         self.out_of_order = False
         self.lock = threading.Lock()
@@ -105,6 +126,16 @@ class Hub(ThreadingHTTPServer):
                     return True
         return False
 
+    def fault_of(self, path: str) -> Fault:
+        return next((fault for name, fault in self.faults.items() if path.endswith(name)), Fault())
+
+    def recover(self) -> None:
+        """Be well again."""
+        self.cuts.clear()
+        self.faults.clear()
+        self.moved.clear()
+        self.out_of_order = False
+
     def downloads(self) -> list[str]:
         """Give the files whose content was asked for, by path; once more for each further part of a broken-off one."""
         pattern = re.compile(r"(?:/[^/]+/[^/]+/resolve/[^/]+|/weights/[^/]+/[^/]+/[0-9a-f]{40})/(.+)")
@@ -120,8 +151,16 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         with self.server.lock:
             self.server.requests.append((self.command, path))
+        fault = self.server.fault_of(path)
+        moved = next((name for name in self.server.moved if f"/{name}/" in f"{path}/"), None)
         if self.server.out_of_order:
             self._refuse(503, None, "Service unavailable")
+        elif fault.statuses:
+            self._refuse(fault.statuses.pop(0), None, "Something went wrong on our side")
+        elif moved is not None:
+            self._send(307, {"Location": self.path.replace(moved, self.server.moved[moved], 1)})
+        elif fault.loop and (path.startswith("/weights/") or not path.endswith(WEIGHTS)):
+            self._send(307, {"Location": self.path})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._send_info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
@@ -270,12 +309,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_content(self, content: bytes, path: str, headers: Mapping[str, str] | None = None) -> None:
         """Send a file, or what of it is asked for from a byte on."""
         status, headers = 200, dict(headers or {})
+        if self.command == "GET":
+            content = self.server.fault_of(path).damage(content)
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             status, content = 206, content[start:]
         cut = self.command == "GET" and self.server.take_cut(path)
-        self._send(status, headers, content, len(content) // 2 if cut else None)
+        pause = self.server.fault_of(path).pause
+        self._send(status, headers, content, len(content) // 2 if cut else None, pause)
 
     def _send_json(self, value: Any, headers: Mapping[str, str]) -> None:
         self._send(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
@@ -284,14 +326,27 @@ class _Handler(BaseHTTPRequestHandler):
         codes = {"X-Error-Code": code} if code else {}
         self._send(status, {**codes, "X-Error-Message": message, **(headers or {})}, message.encode())
 
-    def _send(self, status: int, headers: Mapping[str, str], body: bytes = b"", length: int | None = None) -> None:
+    def _send(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        length: int | None = None,
+        pause: float = 0.0,
+    ) -> None:
         """Answer; with `length`, go away after that many bytes of a body announced as longer."""
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:length])
+            body = body[:length]
+            quarter = len(body) // 4 + 1
+            for start in range(0, len(body), quarter) if pause else ():
+                self.wfile.write(body[start : start + quarter])
+                time.sleep(pause)
+            if not pause:
+                self.wfile.write(body)
         if length is not None:
             self.close_connection = True
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from rectified_diffusers.demo.orders import Style
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
+from rectified_diffusers.weights.lora import check_factor
 
 MAX_LOADED = 8  # LoRAs that stay attached, worn or not, so that a slider costs no loading
 StyleKind = Literal["lora", "delta"]
@@ -109,8 +110,7 @@ class Styles:
         name = next(self._names)
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                if not file.get_tensor(key).isfinite().all():
-                    raise ValueError(f"it holds NaN or infinity in {key!r}; download it again")
+                check_factor(key, file.get_tensor(key))  # the pipeline need not be one of ours, which look themselves
         self._loras[path] = name  # first, so that a failure below is cleared away as well
         self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
         if not any(name in adapters for adapters in self._pipeline.get_list_adapters().values()):

@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from rectified_diffusers.arguments import require_pipeline
 from rectified_diffusers.weights.lora import refuse_lora
 from rectified_diffusers.weights.stored import check_same_shapes
 
@@ -36,6 +37,7 @@ def swap_components(
         fine_tune: folder or Hub id of a pipeline; the named components alone are read.
         components: names of models in the pipeline; the U-Net takes a delta instead (`apply_weight_delta`).
     """
+    require_pipeline("swap_components", pipeline, "components")
     models = {name: value for name, value in pipeline.components.items() if isinstance(value, nn.Module)}
     replaced: dict[str, Any] = {}
     for name in components:
@@ -59,4 +61,6 @@ def _load_like(old: Any, fine_tune: str | Path, name: str) -> Any:
             f"The scaling_factor of {whose} is {scale}, expected {expected_scale} as in {whose_expected}. Leave "
             f"{name!r} out of `components`."
         )
-    return new.to(old.device, old.dtype).train(old.training)
+    if new.dtype != old.dtype:  # diffusers warns of every conversion, even of none
+        new = new.to(old.dtype)
+    return new.to(old.device).train(old.training)

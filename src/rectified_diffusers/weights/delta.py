@@ -12,12 +12,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.weights.lora import refuse_lora
 from rectified_diffusers.weights.stored import (
     StorageDtype,
@@ -176,6 +178,7 @@ def apply_weight_delta(
         keep_undo: keep the weights as they were, on the CPU, for `take_back()`: as much memory as the U-Net. Without,
             a delta costs a few copies of one tensor, and loading the model again takes it back.
     """
+    require_type("unet", unet, nn.Module, "Give the model itself: pipeline.unet.")
     terms = _terms(delta, scale)
     weights = _weights_of(unet)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -191,9 +194,13 @@ def apply_weight_delta(
 
 
 def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float]) -> list[tuple[WeightDelta, float]]:
+    many = (str, Path, Mapping, WeightDelta, Sequence)
+    require_type("delta", delta, many, "Give what load_weight_delta gives or takes, or a list of them.")
+    for value in scale if isinstance(scale, Sequence) else [scale]:
+        require_type("scale", value, Real, "It is a number for all deltas, or a list of one for each.")
     single = isinstance(delta, (str, Path, Mapping, WeightDelta))
     deltas = [cast(AnyDelta, delta)] if single else list(cast("Sequence[AnyDelta]", delta))
-    scales = [float(scale)] * len(deltas) if isinstance(scale, (int, float)) else [float(value) for value in scale]
+    scales = [float(value) for value in scale] if isinstance(scale, Sequence) else [float(scale)] * len(deltas)
     if not deltas or len(scales) != len(deltas):
         raise ValueError(
             f"Expected at least one delta, and one scale for all or one for each, got {len(deltas)} "

@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.weights.lora import refuse_lora
 
 StorageDtype = Literal["float32", "float16", "bfloat16"]
@@ -59,7 +60,12 @@ def open_weights(source: WeightSource, variant: str | None = None) -> StoredWeig
         source: Hub id or folder of a pipeline or of its U-Net, a safetensors file, or a state dict.
         variant: part of the file name in a folder or on the Hub, as in `from_pretrained`.
     """
+    require_type(
+        "a source of weights", source, (str, Path, Mapping), "Give a file, a folder, a Hub id or a state dict."
+    )
     if isinstance(source, Mapping):
+        for key, tensor in source.items():
+            require_type(f"the weight {key!r}", tensor, Tensor, "Give a model's state_dict().")
         weights = _open_state_dict(cast(Mapping[str, Tensor], source), variant)
     else:
         weights = _open_files(*_find(source, variant))
@@ -156,7 +162,7 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None) or {}  # null is valid, and means none
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 others[key] = entry["dtype"]
@@ -234,13 +240,7 @@ def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Pa
     if whole.is_file():
         return [whole]
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
-                raise FileNotFoundError(
-                    f"{name}: expected the shard {shard!r} that {index.name} lists, got none. Download it again."
-                )
-        return [folder / shard for shard in shards]
+        return _shards_of(index, name)
     here = sorted(path.name for path in folder.glob(f"{_WEIGHTS_NAME}*"))
     remedy = "Give the folder of a pipeline or of its U-Net, and `variant` if the file name has one"
     if here and all(file.endswith(_PICKLES) for file in here):
@@ -248,3 +248,20 @@ def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Pa
     raise FileNotFoundError(
         f"{name}: expected {whole.name} or {index.name}, got {', '.join(here) or 'none'}. {remedy}."
     )
+
+
+def _shards_of(index: Path, name: str) -> list[Path]:
+    """Read the files that an index lists; each must be there and lie beside it."""
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: {index.name} is no index of shards, which has their names under weight_map "
+            f"({type(error).__name__}). Download it again."
+        ) from error
+    for shard in sorted(listed, key=str):
+        if not isinstance(shard, str) or Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"{name}: expected the shard {shard!r} that {index.name} lists, got none. Download it again."
+            )
+    return [index.parent / shard for shard in sorted(listed)]
