@@ -35,7 +35,9 @@ pictures = [draw()]
 
 weights = {}
 for text in arguments.lora:
-    file, _, weight = text.rpartition("=")
+    file, equals, weight = text.rpartition("=")
+    if not equals:
+        parser.error(f"expected FILE=WEIGHT, such as {text}=0.8, got {text}")
     name = f"lora_{len(weights)}"  # PEFT allows no dots in a name
     pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name, adapter_name=name)
     weights[name] = float(weight)

@@ -1,6 +1,7 @@
 """The command line: what it draws, what it refuses and how, and that --help does not load torch."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_generate_writes_one_picture_and_says_so(model, tmp_path, capsys):
 def test_several_pictures_make_a_contact_sheet(model, tmp_path, arguments, rows, columns):
     sheet = generate(model, tmp_path / "sheet.png", *arguments)
     assert sheet.shape == (rows * SIZE, columns * SIZE, 3)
+
+
+def test_advice_to_install_torchvision_is_not_shown(model, tmp_path):
+    """A plain installation has none, and transformers says so for each class of pictures that diffusers imports."""
+    generate(model, tmp_path / "apple.png", "a red apple")
+    logger = logging.getLogger("transformers.utils.import_utils")
+    shown = [
+        bool(logger.filter(logging.LogRecord("", logging.WARNING, "", 0, text, None, None)))
+        for text in ("`CLIPImageProcessor` requires torchvision (not installed); falling back", "another warning")
+    ]
+    assert shown == [False, True]
 
 
 def test_the_last_row_is_filled_up_with_white(model, tmp_path):

@@ -24,6 +24,7 @@ PACKAGE = ROOT / "src" / "rectified_diffusers"
 sys.path.insert(0, str(PACKAGE.parent))
 
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
+PICTURES = (".png", ".svg", ".gif")
 MORE_MODULES = [  # public by their own names, which the package does not repeat
     "flow.interpolation",
     "flow.prediction",
@@ -61,6 +62,9 @@ def on_files(files: Files, config: Any) -> Files:
             page = source_page(target)
             if page not in origins:
                 origins[page] = target
+                if target.suffix in PICTURES:
+                    files.append(File.generated(config, page, abs_src_path=str(target)))
+                    continue
                 files.append(File.generated(config, page, content=source_text(target)))
                 if target.suffix == ".md":
                     waiting.append((page, target))
@@ -101,7 +105,9 @@ def is_on_site(target: Path) -> bool:
 
 
 def source_page(target: Path) -> str:
-    return f"source/{target.relative_to(ROOT).as_posix()}.md"
+    """Name the page that shows a file; a picture is itself."""
+    name = f"source/{target.relative_to(ROOT).as_posix()}"
+    return name if target.suffix in PICTURES else f"{name}.md"
 
 
 def source_text(target: Path) -> str:
