@@ -15,11 +15,13 @@ MAX_FUNCTION_LINES = 60
 # A module imports from lower ranks, or from its own folder; modules of one rank do not know each other.
 RANKS = {
     "options": 0,
+    "arguments": 0,
     "data.config": 1,  # free of torch, for --help
     "training.config": 1,
     "flow": 1,
     "schedulers": 2,
     "loading": 2,
+    "loaders": 2.5,
     "denoiser": 2.5,  # knows the schedulers; data, evaluation and training ask it
     "models": 2,
     "speed": 2,

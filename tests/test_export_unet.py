@@ -202,6 +202,8 @@ def test_it_refuses(tmp_path):
         export_unet(pipeline, file)
     with pytest.raises(ValueError, match=r"weight 'down_blocks\.0\.resnets\.0\.attn\.to_q\.weight', which has no"):
         original_unet_layout({"down_blocks.0.resnets.0.attn.to_q.weight": torch.zeros(1)}, 2)
+    with pytest.raises(ValueError, match="weight 'add_embedding'"):
+        original_unet_layout({"add_embedding": torch.zeros(1)}, 2)
     assert not file.exists()
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rectified_diffusers.options import add_options, option, options_from
+from rectified_diffusers.options import add_options, check_options, option, options_from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,7 @@ class Base:
     steps: int = option(25, "Number of steps.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}.")
 
@@ -121,3 +122,30 @@ def test_a_type_without_a_form_on_the_command_line_is_refused():
 
     with pytest.raises(TypeError, match="no form on the command line"):
         add_options(argparse.ArgumentParser(), Nested)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "match"),
+    [
+        ("steps", "25", TypeError, "a whole number, got '25' of type str"),
+        ("steps", 2.0, TypeError, "a whole number, got 2.0 of type float"),
+        ("steps", True, TypeError, "a whole number, got True of type bool"),
+        ("learning_rate", "1e-6", TypeError, "a number, got '1e-6'"),
+        ("learning_rate", None, TypeError, "a number, got None"),
+        ("half", 1, TypeError, "True or False, got 1"),
+        ("height", "tall", TypeError, "a whole number or None, got 'tall'"),
+        ("prompts", "a cat", TypeError, "a tuple, each item a text, got 'a cat'"),
+        ("sizes", (1, "2"), TypeError, "a tuple, each item a whole number"),
+        ("output_dir", 3, TypeError, "a path, got 3"),
+        ("solver", Path("euler"), TypeError, "a text, got"),
+        ("loss", "l3", ValueError, "one of 'l2', 'huber', got 'l3'"),
+        ("level", 3, ValueError, "one of 1, 2, got 3"),
+    ],
+)
+def test_types_and_choices_are_held(name, value, error, match):
+    with pytest.raises(error, match=f"{name} must be {match}"):
+        check_options(Everything(**{"output_dir": Path("out"), name: value}))
+
+
+def test_what_means_the_same_is_taken():
+    check_options(Everything(output_dir="out", learning_rate=1, prompts=["a cat"], sizes=(), height=None, level=None))  # pyright: ignore[reportArgumentType]

@@ -3,9 +3,10 @@
 import copy
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from rectified_diffusers.arguments import require_count, require_number, require_pipeline, require_texts, require_type
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -31,6 +34,11 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
         weight: in [0, 1].
         dim: the dimensions that make up one vector.
     """
+    for name, x in (("start", start), ("end", end)):
+        require_type(name, x, Tensor, "slerp turns tensors; make one with torch.as_tensor.")
+        if not x.is_floating_point() or not bool(x.isfinite().all()):
+            raise ValueError(f"{name} must be finite numbers in floating point, got {x.dtype} with NaN or whole ones.")
+    require_type("weight", weight, Real, "It is the share of the way, in [0, 1].")
     if start.shape != end.shape:
         raise ValueError(f"slerp needs tensors of one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
     if not 0 <= weight <= 1:
@@ -59,6 +67,8 @@ def _unit(x: Tensor, norm: Tensor) -> Tensor:
 
 def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tuple[str, int]]:
     """Give the keys (prompt, seed) of an animation; one prompt or one seed is held while the other changes."""
+    if prompts:
+        require_texts("prompts", prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = [seeds] if isinstance(seeds, int) else list(seeds)
     count = max(len(texts), len(numbers))
@@ -68,6 +78,7 @@ def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
             f"got {len(texts)} prompts and {len(numbers)} seeds."
         )
     for seed in numbers:
+        require_type("a seed", seed, SupportsIndex, "Pass whole numbers.")
         if not 0 <= seed < 2**63:
             raise ValueError(f"a seed must be in [0, 2^63), got {seed}.")
     texts, numbers = (texts * (count // len(texts)), numbers * (count // len(numbers)))
@@ -102,8 +113,10 @@ def interpolate(
         height, width: in pixels; the model's by default.
     """
     keys = check_keys(prompts, seeds)
-    if frames < 1:
-        raise ValueError(f"frames must be at least 1, got {frames}.")
+    require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
+    require_count("frames", frames)
+    require_count("num_inference_steps", num_inference_steps)
+    require_number("guidance_scale", guidance_scale)
     size = _picture_size(pipeline, height, width)
     quiet = copy.copy(pipeline)  # its progress bar is per picture; the models are shared
     quiet.set_progress_bar_config(disable=True)
@@ -183,6 +196,9 @@ def save_animation(images: Sequence[Image.Image], path: str | Path, frames_per_s
     """
     path = Path(path)
     check_animation(path)
+    for image in images:
+        require_type("each of images", image, Image.Image, "Give what `interpolate` or a pipeline made.")
+    require_type("frames_per_second", frames_per_second, Real, "Give a number in (0, 50].")
     if not images or len({image.size for image in images}) > 1:
         raise ValueError(f"an animation needs pictures of one size, got sizes {[image.size for image in images]}.")
     if not 0 < frames_per_second <= 50:

@@ -21,6 +21,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rectified_diffusers.arguments import require_count, require_pipeline
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import refuse_lora
 from rectified_diffusers.weights.original_layout import original_unet_layout
@@ -53,6 +54,8 @@ def export_diffusers(
             Diffusion pipelines need an init_noise_sigma, which it does not have.
         solver_order: 1 is the Euler method; 2 is better from a few steps on, and the same as 1 in one step.
     """
+    require_pipeline("export_diffusers", pipeline, "unet", "scheduler", "components")
+    require_count("solver_order", solver_order)
     solver = _stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines run a UNet2DConditionModel, and this is a {type(pipeline.unet).__name__}.")
@@ -116,6 +119,7 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
             scheduler, which tells the sign.
         path: a file that ends in .safetensors; it is replaced.
     """
+    require_pipeline("export_unet", pipeline, "unet", "scheduler")
     path, unet = Path(path), pipeline.unet
     if unet_format not in get_args(UNetFormat):
         raise ValueError(f"unet_format must be one of {', '.join(get_args(UNetFormat))}, got {unet_format!r}.")

@@ -6,12 +6,20 @@ c h^(p+1), which a step back undoes when p is even. The noise itself is off by h
 """
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from rectified_diffusers.arguments import (
+    require_latents,
+    require_number,
+    require_pipeline,
+    require_texts,
+    require_type,
+)
 from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import euler, heun
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
@@ -99,6 +107,7 @@ def round_trip_error(
 
 def _time(strength: float) -> float:
     """Return the flow time at which a part of the flow begins, t = 1 - strength."""
+    require_type("strength", strength, Real, "It is a share, in (0, 1].")
     if not 0 < strength <= 1:
         raise ValueError(f"strength is the share of the flow that is run, in (0, 1], got {strength}.")
     return 1 - strength
@@ -117,6 +126,8 @@ def _solve(
     """Integrate the pipeline's velocity under prompts from `start` to `end`, under the pipeline's progress bar."""
     if solver not in _SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}.")
+    require_number("guidance_scale", guidance_scale)
+    require_texts("prompts", prompts)
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(state):
         raise ValueError(f"pass one prompt, or one per picture: got {len(prompts)} for {len(state)} pictures.")
@@ -133,6 +144,7 @@ def _solve(
 
 def _data(pipeline: Any, pictures: Pictures) -> Tensor:
     """Check the pipeline, and encode pictures into VAE-scaled latents `(B, C, H, W)`, in float32 or wider."""
+    require_pipeline("inversion", pipeline, "unet", "vae", "scheduler")
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, RectifiedFlowEulerScheduler) or hasattr(pipeline, "text_encoder_2"):
         raise TypeError(
@@ -143,15 +155,23 @@ def _data(pipeline: Any, pictures: Pictures) -> Tensor:
         channels = pipeline.unet.config.in_channels
         if pictures.ndim != 4 or pictures.shape[1] != channels:
             raise ValueError(f"latents must be (B, {channels}, H, W), got {tuple(pictures.shape)}.")
+        require_latents("latents", pictures)
         latents = pictures
     else:
-        latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else list(pictures))
+        latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else _listed(pictures))
     # Half precision would be the floor of every error; the velocity is cast to it for the U-Net alone.
     return latents.to(pipeline.device, torch.promote_types(latents.dtype, torch.float32))
 
 
+def _listed(pictures: Any) -> list[Image.Image]:
+    require_type("pictures", pictures, Sequence, "Give a picture of PIL, a list of them, or latents as one tensor.")
+    return list(pictures)
+
+
 def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
     """Encode pictures into the mean of the VAE's latents, scaled."""
+    for picture in pictures:
+        require_type("each of pictures", picture, Image.Image, "Give pictures of PIL, or latents as one tensor.")
     if not pictures or len({picture.size for picture in pictures}) > 1:
         raise ValueError(f"pass pictures of one size, got sizes {[picture.size for picture in pictures]}.")
     pixels = pipeline.image_processor.preprocess([picture.convert("RGB") for picture in pictures])

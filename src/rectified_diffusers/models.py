@@ -63,6 +63,11 @@ class StackedUNet(UNet2DConditionModel):
                 does not say how its second half started; `UNet2DConditionModel.from_config(unet.config)` is random.
         """
         second = unet if second is None else second
+        for given in (unet, second):
+            if not isinstance(given, UNet2DConditionModel):
+                raise TypeError(
+                    f"Expected UNet2DConditionModels to stack, got {type(given).__name__}. Give pipeline.unet."
+                )
         stacked: Any = cls.from_config(unet.config)
         weights = {**unet.state_dict(), **second.state_dict(prefix=SECOND)}
         removed = ("conv_norm_out.", "conv_out.", SECOND + "conv_in.")

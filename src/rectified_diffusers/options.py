@@ -7,6 +7,7 @@ instance. It imports nothing but the standard library, so that `--help` answers 
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Config = TypeVar("Config")
 
+_WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "True or False"}
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
@@ -54,6 +56,43 @@ def options_from(namespace: argparse.Namespace, config_class: type[Config]) -> C
     """Make the config from what `add_options` parsed; its `__post_init__` checks the values."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     return config_class(**{field.name: given[field.name] for field in _fields(config_class) if field.name in given})
+
+
+def check_options(config: Any) -> None:
+    """Hold every option to its type and every `Literal` to its values, which Python itself does not check.
+
+    To be called first in `__post_init__`, so that later checks can compare numbers. A whole number is a number, a text
+    is a path, a list is a tuple; True is no number.
+
+    Raises:
+        TypeError: a value of another type, such as one text for several.
+        ValueError: a value that is not among those of a `Literal`.
+    """
+    types_of = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        base, optional = _without_none(types_of[field.name])
+        value = getattr(config, field.name)
+        if get_origin(base) is Literal and value not in get_args(base) and not (optional and value is None):
+            known = ", ".join(map(repr, get_args(base)))
+            raise ValueError(f"{field.name} must be one of {known}, got {value!r}.")
+        many = get_origin(base) is tuple
+        words = _WORDS.get(get_args(base)[0] if many else base)
+        if words is None or (optional and value is None) or _has_type(value, base):
+            continue
+        expected = f"a tuple, each item {words}" if many else words
+        raise TypeError(
+            f"{field.name} must be {expected}{' or None' if optional else ''}, got {value!r} of type "
+            f"{type(value).__name__}; convert it."
+        )
+
+
+def _has_type(value: Any, base: Any) -> bool:
+    if get_origin(base) is tuple:
+        return isinstance(value, (tuple, list)) and all(_has_type(item, get_args(base)[0]) for item in value)
+    if isinstance(value, bool):
+        return base is bool
+    accepted = {float: (int, float), Path: (str, os.PathLike)}
+    return isinstance(value, accepted.get(base, base))
 
 
 def _fields(config_class: type) -> list[dataclasses.Field]:

@@ -24,9 +24,11 @@ from diffusers import (
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from rectified_diffusers.loading import dtype_option, remedies
+from rectified_diffusers.arguments import require_count, require_finite, require_latents, require_number, require_texts
+from rectified_diffusers.loaders import SafetensorsLoaders
+from rectified_diffusers.loading import dtype_option, remedies, safetensors_only
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
-from rectified_diffusers.weights.lora import cannot_be_saved, mend_kohya
+from rectified_diffusers.weights.lora import cannot_be_saved
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,39 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
+        _check_call(arguments.arguments)
         return call(*arguments.args, **arguments.kwargs)
 
     call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return call_with_defaults
 
 
-class RectifiedFlowMixin(DiffusionPipeline):
+def _check_call(given: dict[str, Any]) -> None:
+    """Check what diffusers would draw from without a word, or refuse with an error of torch."""
+    prompt, embeds, latents = (given.get(name) for name in ("prompt", "prompt_embeds", "latents"))
+    unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
+    if unknown:
+        known = ", ".join(name for name in given if name not in ("self", "kwargs"))
+        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Is it misspelt?")
+    copies = given.get("num_images_per_prompt")
+    require_number("guidance_scale", given["guidance_scale"])
+    if copies is not None:
+        require_count("num_images_per_prompt", copies)
+    if isinstance(prompt, list):  # anything else is checked by diffusers
+        require_texts("prompt", prompt)
+    if embeds is not None:
+        require_finite("prompt_embeds", embeds)
+    if latents is not None:
+        require_latents("latents", latents, given["self"].vae.config["latent_channels"])
+        rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+        if len(latents) != rows * (copies or 1):
+            raise ValueError(
+                f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
+                "many prompts, or num_images_per_prompt."
+            )
+
+
+class RectifiedFlowMixin(SafetensorsLoaders):
     """Make a diffusers pipeline sample a rectified flow, whatever scheduler its checkpoint was saved with.
 
     A scheduler reaches a pipeline in three ways, and each is met where it can be told from the others:
@@ -75,8 +103,9 @@ class RectifiedFlowMixin(DiffusionPipeline):
         """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do.
 
         Unasked, every part is loaded in float32: transformers 5 would take a half precision text encoder as it is
-        stored, beside diffusers' U-Net in float32.
+        stored, beside diffusers' U-Net in float32. Weights are read from safetensors alone: pickles are refused.
         """
+        kwargs = safetensors_only(kwargs)
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs |= dtype_option(torch.float32)
         where = {name: kwargs.get(name) for name in ("variant", "cache_dir", "revision")}
@@ -129,15 +158,6 @@ class RectifiedFlowMixin(DiffusionPipeline):
                 "RectifiedFlowEulerScheduler(); for a diffusion model use the stock diffusers pipeline."
             )
         super().__setattr__(name, value)
-
-    @classmethod
-    def lora_state_dict(cls, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Read a LoRA as diffusers does, and mend what it makes of a file in kohya's layout."""
-        stock: Any = super()
-        weights, alphas, *metadata = stock.lora_state_dict(*args, **kwargs)
-        if alphas is not None:
-            weights, alphas = mend_kohya(weights, alphas)
-        return weights, alphas, *metadata
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, but refuse a model with a LoRA attached, which could not be loaded again."""

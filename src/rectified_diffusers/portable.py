@@ -8,6 +8,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from rectified_diffusers import schedulers
+from rectified_diffusers.arguments import require_pipeline
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 
 # The file in the folder `scheduler`, and the library that the index says the scheduler comes from: a file format.
@@ -55,6 +56,7 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
 
 def _check_components(pipeline: DiffusionPipeline) -> None:
     """Check that a stranger can load each component."""
+    require_pipeline("save_portable", pipeline, "components")
     components: dict[str, Any] = pipeline.components
     scheduler = components.get("scheduler")
     if type(scheduler) is not RectifiedFlowEulerScheduler:

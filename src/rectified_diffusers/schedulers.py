@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -55,6 +56,10 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         prediction_type: str = "flow_prediction",
     ) -> None:
+        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int):
+            raise TypeError(f"num_train_timesteps must be a whole number, got {num_train_timesteps!r}. Pass an int.")
+        if not isinstance(shift, Real):
+            raise TypeError(f"shift must be a number, got {shift!r}. Pass a float, 1 for none.")
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}.")
         if velocity_direction not in get_args(VelocityDirection):
@@ -62,8 +67,8 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 f"velocity_direction must be 'data' (the model predicts data - noise, as InstaFlow) or 'noise' "
                 f"(noise - data, as Stable Diffusion 3 and Flux), got {velocity_direction!r}."
             )
-        if not shift > 0:
-            raise ValueError(f"shift must be above 0 (1 leaves the grid as it is), got {shift}.")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be above 0 and finite (1 leaves the grid as it is), got {shift}.")
         if prediction_type not in _PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. This "
@@ -140,16 +145,25 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         if given is None:
             if num_inference_steps is None:
                 raise ValueError("Pass num_inference_steps, timesteps or sigmas: the length of the grid is unknown.")
+            if not isinstance(start, Real):
+                raise TypeError(f"start must be a number in [0, 1), got {start!r}. Pass a float.")
             if not 0 <= start < 1:
                 raise ValueError(f"start is the flow time of the first step, in [0, 1), got {start}.")
             grid = _uniform_sigmas(num_inference_steps)
         else:
             if start != 0:
                 raise ValueError("Pass start or a grid of your own, not both: the grid already says where it begins.")
-            grid = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+            try:
+                grid = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"A grid must be a list of numbers or a tensor, got {given!r}: {error}.") from error
             if timesteps is not None:
                 grid = 1 - timestep_to_time(grid, self.config["num_train_timesteps"])
             self._check_grid(grid, num_inference_steps)
+        if mu is not None and not math.isfinite(mu):
+            raise ValueError(
+                f"mu is the logarithm of a shift, a finite number, got {mu}. Leave it out for the config's."
+            )
         # Timesteps are taken as they are: they name the times that the model shall be asked at.
         shift = self.config["shift"] if mu is None else math.exp(mu)
         if timesteps is None and shift != 1:
@@ -221,6 +235,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         """
         if self.num_inference_steps is None:
             raise ValueError("The grid is not laid yet: call set_timesteps(num_inference_steps) before step.")
+        _check_tensors(model_output=model_output, sample=sample)
         index = self._step_index
         if index is None:
             index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
@@ -242,6 +257,9 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             noise: `(B, C, H, W)`.
             timesteps: `(B,)`, or one for all, in [0, num_train_timesteps]; not rounded and not bound to the grid.
         """
+        _check_tensors(original_samples=original_samples, noise=noise)
+        if not isinstance(timesteps, Tensor):
+            raise TypeError(f"timesteps must be a tensor, got {timesteps!r}. Make one: torch.tensor([500.0]).")
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         timesteps = timesteps.to(original_samples.device, dtype)
         if timesteps.ndim > 1 or timesteps.numel() not in (1, len(original_samples)):
@@ -261,6 +279,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             noise: `(B, C, H, W)`.
             timesteps: accepted for those scripts; a straight path has one velocity.
         """
+        _check_tensors(sample=sample, noise=noise)
         return sample - noise if self.config["velocity_direction"] == "data" else noise - sample
 
     def __len__(self) -> int:
@@ -276,6 +295,18 @@ def _uniform_sigmas(num_steps: int) -> Tensor:
     if count < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {count}.")
     return 1 - torch.arange(count, dtype=torch.float64) / count
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Raise unless all are tensors of one shape: torch would broadcast, and sample something else without a word."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor (B, C, H, W), got {type(value).__name__}; of a model, its .sample."
+            )
+    if len({value.shape for value in tensors.values()}) > 1:
+        shapes = " and ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise ValueError(f"Expected tensors of one shape (B, C, H, W), got {shapes}. Nothing is broadcast here.")
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

@@ -133,7 +133,7 @@ def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
 
 def _read_schedule(scheduler: Any) -> dict[str, Any]:
     """Read off a scheduler's config what makes its alphas_cumprod, and check that it does."""
-    config, wanted = scheduler.config, getattr(scheduler, "alphas_cumprod", None)
+    config, wanted = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
     kind = config.get("prediction_type")
     if wanted is None or kind not in ("epsilon", "v_prediction", "sample") or config.get("use_flow_sigmas"):
         raise ValueError(

@@ -158,6 +158,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_another_failure_of_a_write_is_told_as_it_is(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomically(tmp_path / "file", b"new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_partial_files_are_removed_and_others_kept(tmp_path):
     for name in (".shard-00000.safetensors.17.partial", "notes.partial", ".hidden"):
         (tmp_path / name).touch()

@@ -16,7 +16,7 @@ from rectified_diffusers.evaluation.config import EvaluationConfig
         ({"diversity_pictures": 1}, "diversity_pictures must be at least 2"),
         ({"diversity_prompts": -1}, "diversity_prompts must be at least 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
-        ({"features": "clip"}, "features must be mobilenet_v2 or inception_v3"),
+        ({"features": "clip"}, "features must be one of 'mobilenet_v2', 'inception_v3', got 'clip'"),
         ({"straightness_steps": 15}, "multiple of 10 bins"),
         ({"straightness_bins": 0}, "straightness_bins must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),

@@ -117,6 +117,11 @@ def test_mobilenet_takes_8_bit_images_alone(weights):
             features(images)
 
 
+def test_a_download_that_fails_says_what_to_do(no_network):
+    with pytest.raises(OSError, match=r"cannot be downloaded .* then give mobilenet_weights"):
+        MobileNetV2Features(None)
+
+
 def test_what_mobilenet_needs_is_told(weights, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="no MobileNetV2 weights"):
         MobileNetV2Features(tmp_path / "none.safetensors")

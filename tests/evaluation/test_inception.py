@@ -88,6 +88,11 @@ def test_what_is_wrong_is_told(inception_weights, tmp_path, monkeypatch):
         InceptionV3Features(inception_weights)
 
 
+def test_a_download_that_fails_says_what_to_do(no_network):
+    with pytest.raises(OSError, match=r"cannot be downloaded .* then give inception_weights"):
+        InceptionV3Features()
+
+
 def test_without_a_file_torch_fidelity_downloads(inception_weights, monkeypatch):
     from safetensors.torch import load_file
     from torch_fidelity import feature_extractor_inceptionv3 as library

@@ -114,9 +114,10 @@ def _style(text: str) -> tuple[Path, float]:
 def _load_controlnet(name: str, dtype: Any) -> Any:
     from diffusers import ControlNetModel
 
-    from rectified_diffusers.loading import dtype_option
+    from rectified_diffusers.loading import dtype_option, remedies
 
-    return ControlNetModel.from_pretrained(name, **dtype_option(dtype))
+    with remedies(name):
+        return ControlNetModel.from_pretrained(name, use_safetensors=True, **dtype_option(dtype))
 
 
 def _be_quiet() -> None:

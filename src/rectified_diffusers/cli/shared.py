@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import logging
 import math
 import re
 import tempfile
@@ -146,15 +147,22 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     """Load any diffusers pipeline, ours or not, from a folder or the Hub."""
     _check_model(model)
     resolved = _device(device)
+    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
-    from rectified_diffusers.loading import dtype_option
+    from rectified_diffusers.loading import dtype_option, remedies
     from rectified_diffusers.registration import register
 
     register()
-    with _without_loading_bars():
-        pipeline = DiffusionPipeline.from_pretrained(model, **dtype_option(_dtype(dtype, resolved)))
+    with _without_loading_bars(), remedies(model):
+        precision = dtype_option(_dtype(dtype, resolved))
+        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)
     return pipeline.to(resolved)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """Say whether a line of transformers is other than the advice to install torchvision, which no model needs."""
+    return "requires torchvision" not in record.getMessage()
 
 
 @contextmanager
@@ -163,13 +171,13 @@ def _without_loading_bars() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        for logging in (diffusers_logging, transformers_logging):
-            logging.enable_progress_bar()
+        for library in (diffusers_logging, transformers_logging):
+            library.enable_progress_bar()
 
 
 def _check_model(model: str) -> None:

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import MISSING, dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
-from rectified_diffusers.options import option
+from rectified_diffusers.options import check_options, option
 
 _AT_LEAST_ONE = ("num_triplets", "num_inference_steps", "batch_size", "triplets_per_shard")
 
@@ -61,6 +61,7 @@ class TripletConfig:
     width: int | None = option(None, "Picture width in pixels; none is the teacher's own.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -71,13 +72,3 @@ class TripletConfig:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}.")
-        _check_choices(self)
-
-
-def _check_choices(config: TripletConfig) -> None:
-    """Hold every `Literal` field to its values, which Python itself does not check."""
-    hints = get_type_hints(type(config))
-    for name in ("solver", "storage_dtype", "mixed_precision"):
-        known, value = get_args(hints[name]), getattr(config, name)
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}.")

@@ -214,6 +214,8 @@ def check_prompts(prompts: Iterable[str]) -> Sequence[str]:
         return prompts
     if isinstance(prompts, str):
         raise TypeError(f"prompts must be a list of texts, got the text {prompts!r}; pass [{prompts!r}].")
+    if not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must be a list of texts, got {prompts!r}; read a file with read_prompts.")
     prompts = list(prompts)
     if not prompts:
         raise ValueError('prompts must hold at least one prompt, got none; pass [""] for unconditional triplets.')

@@ -19,6 +19,7 @@ from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.manifest import (
     STORAGE_DTYPES,
@@ -59,6 +60,8 @@ class Triplets:
     text_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("noise", "data"):
+            require_type(name, getattr(self, name), Tensor, "Triplets hold latents (B, C, H, W).")
         if self.noise.shape != self.data.shape or len(self.noise) != len(self.prompts):
             raise ValueError(
                 f"Triplets need noise and data of one shape and a prompt for each, got {len(self.prompts)} prompts, "
@@ -86,6 +89,7 @@ def generate_triplets(
             changed.
         prompts: a list, or what `open_prompts` opened.
     """
+    require_type("config", config, TripletConfig, "Make one: TripletConfig(num_triplets=1000).")
     prompts = check_prompts(prompts)
     adapted = Teacher.of(teacher, config)
     folder = Path(output_dir)

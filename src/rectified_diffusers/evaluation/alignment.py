@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rectified_diffusers.options import option
+from rectified_diffusers.options import check_options, option
 
 
 class AlignmentModel(nn.Module):
@@ -93,9 +93,13 @@ class AlignmentConfig:
     seed: int = option(0, "Seed of the weights and of what each step sees.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in ("joint_dimensions", "max_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
 
 
 def train_alignment(
@@ -186,7 +190,7 @@ class SentenceFeatures:
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(model))
-        self.network = AutoModel.from_pretrained(str(model)).eval()
+        self.network = AutoModel.from_pretrained(str(model), use_safetensors=True).eval()
         self.batch_size = batch_size
 
     @torch.no_grad()

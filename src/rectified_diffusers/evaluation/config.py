@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rectified_diffusers.options import option
+from rectified_diffusers.options import check_options, option
 
 _AT_LEAST_ONE = ("straightness_bins", "batch_size", "feature_size")
 _AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts")
@@ -53,6 +53,7 @@ class EvaluationConfig:
     batch_size: int = option(16, "Pictures drawn at once; the noise does not depend on it.")
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in _AT_LEAST_ONE:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in _AT_LEAST_ZERO:
@@ -66,7 +67,6 @@ class EvaluationConfig:
         _require(self, "diversity_pictures", self.diversity_pictures >= 2, "at least 2")
         finite = math.isfinite(self.guidance_scale) and self.guidance_scale >= 0
         _require(self, "guidance_scale", finite, "a finite number of at least 0")
-        _require(self, "features", self.features in ("mobilenet_v2", "inception_v3"), "mobilenet_v2 or inception_v3")
         multiple = self.straightness_steps >= 2 and self.straightness_steps % self.straightness_bins == 0
         _require(self, "straightness_steps", multiple, f"at least 2 and a multiple of {self.straightness_bins} bins")
 

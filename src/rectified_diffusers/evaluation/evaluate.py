@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.arguments import require_pipeline, require_type
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.diversity import diversity
 from rectified_diffusers.evaluation.drawing import Drawer, Gallery, cached, digest_of, fingerprint, for_evaluation
@@ -56,6 +57,10 @@ def evaluate(
         pipeline: a diffusers text-to-image pipeline, flow or diffusion; the latter is solved by DPM-Solver++.
         name: of the model in the table. A row of the same name, steps and guidance is replaced.
     """
+    require_pipeline("evaluate", pipeline, "vae", "scheduler", "components")
+    require_type("pictures", pictures, RealPictures, "Open a folder of them: read_pictures(folder, size).")
+    require_type("config", config, EvaluationConfig, "Make one: EvaluationConfig(steps=(1,)).")
+    require_type("name", name, str, "It is the model's, in the table.")
     folder, adapted = Path(output_dir), for_evaluation(pipeline)
     judges = Judges(config, pictures.captions, folder / CACHE, pipeline.device, progress)
     settings = {option: getattr(config, option) for option in _COMPARED}

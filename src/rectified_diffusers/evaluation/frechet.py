@@ -6,6 +6,7 @@ MobileNetV2 here makes it one that a CPU can afford. Figures of different featur
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,14 @@ class MobileNetV2Features(nn.Module):
 
         if weights is not None and not Path(weights).is_file():
             raise FileNotFoundError(f"no MobileNetV2 weights at {weights}: expected a safetensors file.")
-        network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
+        try:
+            network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
+        except URLError as error:
+            raise OSError(
+                f"The weights of torchvision's mobilenet_v2 cannot be downloaded ({error}). Where there is a network, "
+                "safetensors.torch.save_file(torchvision.models.mobilenet_v2(weights='IMAGENET1K_V1').state_dict(), "
+                "'mobilenet.safetensors'); then give mobilenet_weights (--mobilenet-weights mobilenet.safetensors)."
+            ) from error
         if weights is not None:
             network.load_state_dict(load_file(weights))
         self.size = size

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from unittest.mock import patch
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,15 @@ class InceptionV3Features(nn.Module):
         except ImportError as error:
             raise ImportError("InceptionV3Features needs torch-fidelity: pip install torch-fidelity") from error
         if weights is None:
-            self.network = library.FeatureExtractorInceptionV3("inception-v3", ["2048"])
+            try:
+                self.network = library.FeatureExtractorInceptionV3("inception-v3", ["2048"])
+            except URLError as error:
+                raise OSError(
+                    f"The weights of Inception-v3 cannot be downloaded ({error}). Where there is a network, fetch "
+                    f"{library.URL_INCEPTION_V3} and write safetensors.torch.save_file(torch.load(path, "
+                    "weights_only=True), 'inception.safetensors'); then give inception_weights "
+                    "(--inception-weights inception.safetensors)."
+                ) from error
         else:
             tensors = _read(Path(weights))
             # A file that torch-fidelity is given it unpickles without restriction: hand it the tensors in the place

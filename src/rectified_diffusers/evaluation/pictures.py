@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.arguments import require_count
+
 
 @dataclass(frozen=True)
 class RealPictures:
@@ -60,6 +62,7 @@ def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPi
         split: that of the pictures which name none.
     """
     folder = Path(folder)
+    require_count("size", size)
     if (folder / "rows.jsonl").is_file() and (folder / "images.safetensors").is_file():
         return _read_tensor(folder, split)
     if (folder / "metadata.jsonl").is_file():
@@ -100,7 +103,7 @@ def choose(pictures: RealPictures, split: str, count: int | None, seed: int) -> 
     if len(floor) < max(2, count or 2):
         raise ValueError(
             f"{count or 2} pictures of split {split!r} need as many other real pictures for the floor, and there are "
-            f"{len(numbers)} in all; lower the number."
+            f"{len(numbers)} in all. Lower num_pictures, or num_held_out for the held-out split."
         )
     return Choice([pictures.captions[number] for number in reference], reference, floor, paired)
 

@@ -75,6 +75,8 @@ def _evaluate(velocity: Velocity, x: Tensor, t: float) -> Tensor:
 def _integrate(
     step: _Step, velocity: Velocity, x: Tensor, steps: int, start: float, end: float, return_trajectory: bool
 ) -> Tensor:
+    if not hasattr(steps, "__index__"):
+        raise TypeError(f"Expected a whole number of steps, got {steps!r}. Pass an int.")
     if steps < 1:
         raise ValueError(f"Expected steps >= 1, got {steps}.")
     if not (0 <= start <= 1 and 0 <= end <= 1):

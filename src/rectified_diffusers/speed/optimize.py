@@ -121,10 +121,15 @@ def optimize(
 
 
 def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
-    """Replace each "auto" by what suits the pipeline's device."""
+    """Replace each "auto" by what suits the pipeline's device; refuse what is no setting of a switch."""
+    for name, value in asked.items():
+        if name != "dtype" and value not in (True, False, "auto"):
+            raise ValueError(f"{name} must be True, False or 'auto', got {value!r}.")
     device = pipeline.unet.device
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
     dtype = asked["dtype"]
+    if not (dtype in ("auto", None) or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.float16, 'auto' or None, got {dtype!r}.")
     if dtype == "auto":
         dtype = None if lossless else fast_dtype(device, wide_range="text_encoder_2" in pipeline.components)
     computed_in = pipeline.unet.dtype if dtype is None else dtype
@@ -167,7 +172,7 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
     """Load the small decoder if need be, and see that it reads the same latents as the VAE."""
     tiny: Any = decoder
     if isinstance(decoder, (str, os.PathLike)):
-        tiny = AutoencoderTiny.from_pretrained(decoder)
+        tiny = AutoencoderTiny.from_pretrained(decoder, use_safetensors=True)
     if not isinstance(tiny, AutoencoderTiny):
         raise TypeError(f"decoder must be an AutoencoderTiny, its folder or its Hub id, got {type(tiny).__name__}.")
     vae = pipeline.vae

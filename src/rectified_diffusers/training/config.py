@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar
 
-from rectified_diffusers.options import option
+from rectified_diffusers.options import check_options, option
 
 Config = TypeVar("Config", bound="TrainerConfig")
 PresetName = Literal["instaflow", "modern"]
@@ -85,10 +85,7 @@ class TrainerConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                known = get_args(hint)
-                _require(self, name, getattr(self, name) in known, f"one of {', '.join(map(repr, known))}")
+        check_options(self)
         for name in ("max_steps", "batch_size", "save_every_steps", "keep_checkpoints", "log_every_steps"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "validate_every_steps", "weight_decay", "straightness_paths"):
@@ -97,6 +94,8 @@ class TrainerConfig:
             _require(self, name, getattr(self, name) > 0, "greater than 0")
         micro = self.micro_batch_size
         _require(self, "micro_batch_size", micro is None or 1 <= micro <= self.batch_size, "in [1, batch_size]")
+        guidance = self.validation_guidance_scale
+        _require(self, "validation_guidance_scale", 0 <= guidance < math.inf, "finite and not negative")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
         if self.validate_every_steps and not self.validation_prompts:
             raise ValueError("validate_every_steps is set but validation_prompts is empty: give at least one prompt.")
@@ -183,6 +182,7 @@ class ProgressiveConfig(TrainerConfig):
     max_steps: int = field(init=False, default=1)
 
     def __post_init__(self) -> None:
+        check_options(self)
         for name in ("student_steps", "steps_per_round"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         halvings = self.teacher_steps / self.student_steps

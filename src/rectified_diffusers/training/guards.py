@@ -3,16 +3,25 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.data.triplets import Triplets
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
+from rectified_diffusers.training.config import TrainerConfig
 
 ROWS = 8
 _OPPOSITE = -0.5
+
+
+def require_config(trainer: type, config: Any) -> None:
+    """Raise if the options are another trainer's: `class ReflowTrainer(Trainer[ReflowConfig])` says which it takes."""
+    named = [kind for base in getattr(trainer, "__orig_bases__", ()) for kind in get_args(base)]
+    expected = next((kind for kind in named if isinstance(kind, type)), TrainerConfig)
+    require_type("config", config, expected, f"{trainer.__name__} has options of its own.")
 
 
 def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:

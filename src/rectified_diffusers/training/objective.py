@@ -1,12 +1,14 @@
 """The objective of rectified flow as one object for training loops of others, such as diffusers' own scripts."""
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.flow.interpolation import Straight
-from rectified_diffusers.flow.loss import LossKind, velocity_loss
+from rectified_diffusers.flow.loss import LOSS_KINDS, LossKind, velocity_loss
 from rectified_diffusers.flow.time_density import TimeDensity, Uniform
 from rectified_diffusers.schedulers import time_to_timestep
 
@@ -43,8 +45,14 @@ class FlowObjective:
     loss_kind: LossKind = "l2"
 
     def __post_init__(self) -> None:
+        require_type("at_noise", self.at_noise, Real, "It is a share of the examples, in [0, 1].")
         if not 0 <= self.at_noise <= 1:
             raise ValueError(f"at_noise is a share of the examples, in [0, 1], got {self.at_noise}.")
+        require_type(
+            "time_density", self.time_density, TimeDensity, "Give one of rectified_diffusers.flow, Uniform()."
+        )
+        if self.loss_kind not in LOSS_KINDS:
+            raise ValueError(f"loss_kind must be one of {', '.join(LOSS_KINDS)}, got {self.loss_kind!r}.")
 
     def prepare(self, *, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
         """Draw a time for each example and give the point of the path there, with the velocity to predict.
@@ -54,6 +62,10 @@ class FlowObjective:
             data: VAE-scaled latents, of the same shape; their dtype is kept.
             generator: of the times, on any device; torch's global one of the CPU if not given.
         """
+        for name, x in (("noise", noise), ("data", data)):
+            require_type(name, x, Tensor, "Give latents (B, C, H, W).")
+            if not x.is_floating_point() or x.numel() == 0:
+                raise ValueError(f"{name} must be latents in floating point, got {x.dtype} {tuple(x.shape)}.")
         generator = torch.default_generator if generator is None else generator
         t = self.time_density.sample(len(data), generator)
         from_noise = torch.rand(len(data), generator=generator, device=generator.device) < self.at_noise

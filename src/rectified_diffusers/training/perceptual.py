@@ -3,6 +3,7 @@
 import warnings
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 from safetensors.torch import load_file
@@ -50,7 +51,15 @@ def load_lpips(network: str, weights: Path | None) -> nn.Module:
         ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torchvision")  # lpips spells an argument as torchvision used to
-        metric = lpips.LPIPS(net=network, pnet_rand=weights is not None, verbose=False)
+        try:
+            metric = lpips.LPIPS(net=network, pnet_rand=weights is not None, verbose=False)
+        except URLError as error:
+            model = {"alex": "alexnet", "vgg": "vgg16"}[network]
+            raise OSError(
+                f"The weights of torchvision's {model} cannot be downloaded ({error}). Where there is a network, "
+                f"safetensors.torch.save_file(torchvision.models.{model}(weights='DEFAULT').state_dict(), "
+                f"'{model}.safetensors'); then give lpips_weights (--lpips-weights {model}.safetensors)."
+            ) from error
     if weights is not None:
         _load_backbone(metric.net, Path(weights))
     return metric.requires_grad_(False).eval()

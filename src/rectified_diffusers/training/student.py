@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from rectified_diffusers.arguments import require_type
 from rectified_diffusers.data.triplets import TripletDataset
 from rectified_diffusers.denoiser import Denoiser, latent_channels
 from rectified_diffusers.pipelines import RectifiedFlowPipeline
 from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.training.guards import require_same_latents
 from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 
 
@@ -19,6 +21,7 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
     A network that takes guidance as an input is trained at the guidance of the triplets: there it starts as the flow
     that made them, and there it is to be sampled.
     """
+    require_type("dataset", dataset, TripletDataset, "Open a folder of triplets: TripletDataset(folder).")
     denoiser = Denoiser.of(pipeline, dataset.manifest.get("guidance_scale", 1.0))
     shape, channels = tuple(dataset.rows([0]).data.shape), latent_channels(pipeline)
     if shape[1] != channels:
@@ -26,6 +29,7 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
             f"The {denoiser.component} takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
             "Make the triplets with a teacher that shares the VAE of this pipeline."
         )
+    require_same_latents(pipeline.vae, dataset.manifest)
     return denoiser
 
 

@@ -32,7 +32,7 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import ROWS, require_direction, require_finite, require_same_latents
+from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_finite
 from rectified_diffusers.training.hub import Card, base_model_of, measure_straightness, require_repository, upload
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -63,8 +63,8 @@ class Trainer(ABC, Generic[Config]):
     validation_steps: ClassVar[tuple[int, ...]]
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
+        require_config(type(self), config)
         self.denoiser = denoiser_for(pipeline, dataset)
-        require_same_latents(pipeline.vae, dataset.manifest)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         # accelerate fixes its mixed precision for the life of the process. bf16 needs only autocast, which
         # predict_velocity does itself, so that runs of either precision can follow each other; fp16 needs a scaler.

@@ -1,0 +1,99 @@
+"""Bad arguments of every command: exit code 2 and one line that names the option, before anything is loaded."""
+
+import argparse
+from collections.abc import Iterator
+
+import pytest
+
+from rectified_diffusers import cli
+
+NUMBERS = ("int", "float")
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Give the parser of every command, of `delta` those of its own commands, by the words that call it."""
+    return dict(_below(cli.build_parser(), ""))
+
+
+def _below(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    groups = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not groups:
+        yield words.strip(), parser
+    for group in groups:
+        for name, inner in group.choices.items():
+            yield from _below(inner, f"{words} {name}")
+
+
+def options() -> list[tuple[str, str, str]]:
+    """List every option that takes a number or one of some words: command, option, its kind."""
+    found = []
+    for words, parser in commands().items():
+        for action in parser._actions:
+            kind = getattr(action.type, "__name__", "")
+            if action.option_strings and (kind in NUMBERS or action.choices):
+                found.append((words, action.option_strings[-1], kind))
+    return found
+
+
+def filled(words: str) -> list[str]:
+    """Give a command with all that it requires, none of which is there."""
+    arguments, parser = words.split(), commands()[words]
+    one_of = [group._group_actions[0] for group in parser._mutually_exclusive_groups if group.required]
+    for action in parser._actions:
+        if action.required or action in one_of:
+            value = str(next(iter(action.choices))) if action.choices else "1"
+            arguments += [*action.option_strings[-1:], value]
+    return arguments
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(arguments: list[str]) -> str:
+        assert cli.main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("rectified-diffusers: error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize(("words", "option", "kind"), options(), ids=lambda value: value or "choice")
+def test_what_is_no_number_or_no_choice_is_told(refused, words, option, kind):
+    assert option in refused([*filled(words), option, "many"])
+
+
+@pytest.mark.parametrize("words", commands())
+def test_an_unknown_option_is_told(refused, words):
+    assert "--no-such-option" in refused([*filled(words), "--no-such-option"])
+
+
+@pytest.mark.parametrize("words", [words for words, parser in commands().items() if filled(words) != words.split()])
+def test_a_missing_argument_is_told(refused, words):
+    assert "required" in refused(words.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["generate", "", "-o", "a.png"], "a prompt is empty"),
+        (["generate", "a", "-o", "a.png", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["generate", "a", "-o", "a.png", "--num-images", "-1"], "--num-images must be at least 1"),
+        (["generate", "a", "-o", "a.png", "--guidance-scale", "nan"], "--guidance-scale must be finite"),
+        (["generate", "a", "-o", "a.png", "--height", "-8", "--width", "8"], "--height must be at least 1"),
+        (["generate", "a", "-o", "a.png", "--seed", "-1"], "--seed must be between"),
+        (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "-1"], "--refine-strength must be"),
+        (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "nan"], "--refine-strength must be"),
+        (["generate", "a", "-o", "a.xyz"], "cannot write a picture"),
+        (["generate", "a", "-o", "a.png", "--model", "no/such/model"], "no folder"),
+        (["interpolate", "a", "-o", "a.gif"], "two prompts or seeds"),
+        (["interpolate", "a", "b", "-o", "a.avi"], "suffix '.avi'"),
+        (["interpolate", "a", "b", "-o", "a.gif", "--frames", "-2"], "--frames must be at least 1"),
+        (["no-such-command"], "invalid choice: 'no-such-command'"),
+        ([], "required"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value[:12],
+)
+def test_values_out_of_range_are_told(refused, arguments, text):
+    assert text in refused(arguments)
