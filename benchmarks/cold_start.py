@@ -7,7 +7,6 @@ With --imports, the packages that the first picture spends most of its imports o
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from machine import median, provenance, seconds
+from machine import median, provenance, seconds, write_results
 
 DRAW = """
 import time
@@ -87,11 +86,7 @@ def main() -> None:
     if results["imports"]:
         lines += ["", "| package | seconds of its own modules |", "|---|---|"]
         lines += [f"| {name} | {spent:.2f} |" for name, spent in results["imports"]]
-    lines += ["", *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    write_results(args.output, results, lines)
 
 
 if __name__ == "__main__":

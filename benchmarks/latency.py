@@ -19,7 +19,6 @@ its own, so that no cached embedding is timed; what the cache saves is the stage
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -38,7 +37,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from machine import median, peak_memory, provenance, rates, seconds
+from machine import median, peak_memory, provenance, rates, seconds, write_results
 from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline, StackedUNet, bundled_checkpoint
 from rectified_diffusers.speed.optimize import optimize
 
@@ -273,7 +272,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> str:
+def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Give the lines of the report, without where it was made."""
     lines = [f"# Latency: {args.model}, {args.size}x{args.size}, {args.device}", ""]
     stages = ("text", "text again", "U-Net", "decoder", "bytes")
     for batch, rows in results["sizes"].items():
@@ -295,8 +295,7 @@ def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> str:
         lines.append(f"- {name}: {flops / 1e9:.0f} GFLOP/s of a matrix product, {size / 1e9:.1f} GB/s of a copy")
     if "sd" in args.ways and args.sd_steps < SD_STEPS:
         lines.append(f"- sd: {SD_STEPS} steps, extrapolated from {args.sd_steps} and {args.sd_steps + 1}")
-    lines += ["- the weights are random; memory is the most that the way's process has held, all sizes so far", ""]
-    return "\n".join([*lines, *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""])
+    return [*lines, "- the weights are random; memory is the most that the way's process has held, all sizes so far"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -328,10 +327,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = {"provenance": provenance(args.device), **measure(args)}
     results["settings"] = {name: str(value) for name, value in vars(args).items()}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(as_markdown(results, args), encoding="utf-8")
-    print(as_markdown(results, args))
+    write_results(args.output, results, as_markdown(results, args))
 
 
 if __name__ == "__main__":

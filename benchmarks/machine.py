@@ -1,5 +1,6 @@
 """What the speed benchmarks share: where and when they ran, how fast that machine is, medians of times."""
 
+import json
 import os
 import platform
 import re
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +35,15 @@ def provenance(device: str = "cpu") -> dict[str, str]:
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")),
     }
+
+
+def write_results(output: Path, results: dict[str, Any], lines: Sequence[str]) -> None:
+    """Print a report and write it as OUTPUT.md, its provenance at the end, beside OUTPUT.json with the figures."""
+    text = "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 def synchronize(device: str) -> None:

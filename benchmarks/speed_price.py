@@ -8,7 +8,6 @@ difference are over all pictures, pixels and colours.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from machine import median, provenance, seconds
+from machine import median, provenance, seconds, write_results
 from rectified_diffusers import bundled_checkpoint
 from rectified_diffusers.speed.optimize import optimize
 
@@ -105,11 +104,7 @@ def main() -> None:
         lines.append(
             f"| {row['switch']} | {row['ms']:.1f} | {row['ms_of_8']:.1f} | {row['largest']} | {row['mean']:.4f} |"
         )
-    lines += ["", *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    write_results(args.output, results, lines)
 
 
 if __name__ == "__main__":
