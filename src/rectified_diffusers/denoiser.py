@@ -224,10 +224,14 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
+def _network_of(pipeline: Any) -> Any:
+    unet = getattr(pipeline, "unet", None)
+    return pipeline.transformer if unet is None else unet
+
+
 def latent_channels(pipeline: Any) -> int:
     """Give the channels of a pipeline's latents."""
-    unet = getattr(pipeline, "unet", None)
-    channels = (pipeline.transformer if unet is None else unet).config["in_channels"]
+    channels = _network_of(pipeline).config["in_channels"]
     return channels // 4 if packs_latents(pipeline) else channels
 
 
@@ -236,8 +240,7 @@ def latent_shape(pipeline: Any, height: int | None = None, width: int | None = N
 
     Any pipeline with a U-Net or a transformer will do whose latents are `(B, C, H, W)`, or Flux's.
     """
-    unet = getattr(pipeline, "unet", None)
-    network = pipeline.transformer if unet is None else unet
+    network = _network_of(pipeline)
     own = pipeline.default_sample_size if packs_latents(pipeline) else network.config.get("sample_size")
     own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
     factor = pipeline.vae_scale_factor
