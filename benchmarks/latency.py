@@ -14,7 +14,7 @@ speed does not depend. The ways:
   and of one more, and the 25 are extrapolated from both.
 
 Each way lives in a process of its own, since a setting of the memory and compiled code belong to a process. Only one
-of them works at a time; the ways take turns, and the medians of the turns are reported. Every picture has a prompt of
+of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Every picture has a prompt of
 its own, so that no cached embedding is timed; what the cache saves is the stage "text".
 """
 
@@ -234,10 +234,24 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Let the ways take turns; one warm-up turn for each size comes first, in which compiled ones compile."""
+    """Time the fast ways and eager, which take turns, then sd by itself: all at once are more than 24 GB hold."""
+    half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
+    measured = {"float32": rates(torch.float32, args.device), "half": rates(half, args.device)}
+    sizes: dict[int, dict[str, Any]] = {batch: {} for batch in args.batches}
+    for together in ([name for name in args.ways if name != "sd"], [name for name in args.ways if name == "sd"]):
+        for batch, rows in take_turns(args, together).items():
+            for name, row in rows.items():
+                if name != "sd":
+                    row["floor"] = floor(args, name, batch, measured)
+            sizes[batch] |= rows
+    return {"rates": measured, "sizes": sizes}
+
+
+def take_turns(args: argparse.Namespace, names: list[str]) -> dict[int, dict[str, Any]]:
+    """Time some ways by turns; one warm-up turn for each size comes first, in which compiled ones compile."""
     context = multiprocessing.get_context("spawn")
     ends, processes = {}, []
-    for name in args.ways:
+    for name in names:
         ends[name], theirs = context.Pipe()
         processes.append(context.Process(target=work, args=(args, name, theirs), daemon=True))
         processes[-1].start()
@@ -247,29 +261,23 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         ends[name].send((question, batch))
         return ends[name].recv()
 
-    half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
-    measured = {"float32": rates(torch.float32, args.device), "half": rates(half, args.device)}
-    results: dict[str, Any] = {"rates": measured, "sizes": {}}
+    sizes = {}
     for batch in args.batches:
-        rows: dict[str, Any] = {name: {"whole": [], "stages": []} for name in args.ways}
+        rows: dict[str, Any] = {name: {"whole": [], "stages": []} for name in names}
         for turn in range(-args.warm_up, args.rounds):
-            for name in args.ways:
-                if turn < 0 and name == "sd" and not args.device.startswith("cuda"):
-                    continue  # the same models as eager's, at a minute a turn
+            for name in names:
                 answer = ask(name, "whole", batch), {} if name == "sd" else ask(name, "stages", batch)
                 if turn >= 0:
                     for key, value in zip(("whole", "stages"), answer, strict=True):
                         rows[name][key].append(value)
         for name, row in rows.items():
             row["memory"] = ask(name, "memory", batch)
-            if name != "sd":
-                row["floor"] = floor(args, name, batch, measured)
-        results["sizes"][batch] = rows
-    for name in args.ways:
+        sizes[batch] = rows
+    for name in names:
         ends[name].send(None)
     for process in processes:
         process.join()
-    return results
+    return sizes
 
 
 def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
