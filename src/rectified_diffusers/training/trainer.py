@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.data.processes import several_on_cpu
 from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.denoiser import Conditioning, Denoiser
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.training.checkpoint import (
@@ -32,7 +33,7 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_finite
+from rectified_diffusers.training.guards import ROWS, require_config, require_direction
 from rectified_diffusers.training.hub import Card, base_model_of, measure_straightness, require_repository, upload
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -42,6 +43,7 @@ from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable, whole
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_picture, start_trackers, tracker_arguments
+from rectified_diffusers.training.update import Update
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -61,6 +63,8 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: ClassVar[tuple[int, ...]]
+    figures: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
+    """What `train_step` gives, by the names that the log has for it."""
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
         require_config(type(self), config)
@@ -89,8 +93,9 @@ class Trainer(ABC, Generic[Config]):
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
         self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
         self.parameters = trainable(self.student)  # after prepare, which may shard them
+        self.update = Update(self.accelerator, self.model, self.optimizer, self.parameters, config, self.output)
         self.ema = self.make_ema()
-        self.since_line: list[tuple[float, float]] = []
+        self.since_line: list[tuple[float, ...]] = []
 
     @property
     def schedule_steps(self) -> int:
@@ -126,10 +131,13 @@ class Trainer(ABC, Generic[Config]):
 
         `(B, C, H, W)` in float32, for times t `(B,)`.
         """
-        conditioning = self.prompt_encoder(prompts)
+        return self.ask(self.denoiser, network or self.model, x_t, t, self.prompt_encoder(prompts))
+
+    def ask(self, denoiser: Denoiser, network: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Give the velocity of a network of any pipeline, in the precision of the config, as float32."""
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            velocity = self.denoiser.velocity(network or self.model, x_t, t, conditioning)
+            velocity = denoiser.velocity(network, x_t, t, conditioning)
         return velocity.float()
 
     def train(self) -> Any:
@@ -150,8 +158,8 @@ class Trainer(ABC, Generic[Config]):
         with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
             while step < config.max_steps:
                 step += 1
-                loss, grad_norm = self.train_step(step)
-                self.since_line.append((loss, grad_norm))
+                figures = self.train_step(step)
+                self.since_line.append(figures)
                 if step % config.log_every_steps == 0:
                     self.log(step)
                 due = config.validate_every_steps and step % config.validate_every_steps == 0
@@ -161,15 +169,13 @@ class Trainer(ABC, Generic[Config]):
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
-                bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False)
+                bar.set_postfix(loss=f"{figures[0]:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False)
 
     def begin(self, step: int) -> None:
         """Find out what would stop the training later, and make ready for what follows `step`."""
         config = self.config
         if self.accelerator.is_main_process:
-            # Weights, their average and the optimizer's two moments.
-            size = 4 * sum(weight.nbytes for weight in self.parameters)
-            require_space(self.output.checkpoints, size, config.keep_checkpoints)
+            require_space(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
             if config.push_to_hub and config.hub_model_id:
                 require_repository(config.hub_model_id)
         self.prompt_encoder.remember(self.dataset)
@@ -179,49 +185,38 @@ class Trainer(ABC, Generic[Config]):
         start_trackers(self.accelerator, config, step)
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: weights, their average and the optimizer's two moments."""
+        return 4 * sum(weight.nbytes for weight in self.parameters)
+
+    @property
     def starts_as_flow(self) -> bool:
         """Whether the student predicts a velocity before the first step, and not what a diffusion model predicts."""
         return self.config.initialisation == "snr_matching" or self.denoiser.diffusion() is None
 
-    def generator_for(self, step: int) -> torch.Generator:
-        """Give the CPU generator of one optimizer step, the same on every process and after a resume."""
-        digest = hashlib.blake2b(f"{self.config.seed}/{step}".encode(), digest_size=8).digest()
+    def generator_for(self, step: int, use: str = "") -> torch.Generator:
+        """Give the CPU generator of one use in an optimizer step, the same on every process and after a resume."""
+        digest = hashlib.blake2b(f"{self.config.seed}/{step}{use}".encode(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, step: int) -> tuple[Tensor, ...]:
         """Draw what a step sees, for the whole batch: rows of the data, flow times, which prompts are dropped."""
         generator, count = self.generator_for(step), self.config.batch_size
         rows = torch.randint(len(self.dataset), (count,), generator=generator)
         t = self.time_density.sample(count, generator)
         return rows, t, torch.rand(count, generator=generator) < self.prompt_dropout
 
-    def train_step(self, step: int) -> tuple[float, float]:
+    def train_step(self, step: int) -> tuple[float, ...]:
         """Do one update of the weights and their average; give the loss and the norm of its gradient."""
-        drawn = self.draw(step)
-        count = self.config.batch_size // self.accelerator.num_processes
-        mine = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
-        size = min(self.config.micro_batch_size or count, count)
-        micro_batches = list(zip(*(part[mine].split(size) for part in drawn), strict=True))
-        total = torch.zeros((), device=self.device)
-        # Only a network with dropout draws from here: seeded, it does the same after a resume.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(self.generator_for(step).initial_seed() + self.accelerator.process_index)
-            for i, (rows, t, dropped) in enumerate(micro_batches, start=1):
-                with nullcontext() if i == len(micro_batches) else self.accelerator.no_sync(self.model):
-                    losses = self.compute_loss(self.read(rows, dropped), t.to(self.device))
-                    share = losses.sum() / count  # the processes' gradients are averaged
-                    self.accelerator.backward(share)
-                total += share.detach()
-        mean_loss: Any = self.accelerator.reduce(total, "mean")
-        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        loss, grad_norm = mean_loss.item(), norm.item()
-        require_finite(step, loss, grad_norm, self.accelerator.scaler, self.output.checkpoints)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        seed = self.generator_for(step).initial_seed()
+        figures = self.update(step, self.draw(step), self.example_losses, self.learning_rate(step), seed)
         self.average()
-        return loss, grad_norm
+        return figures
+
+    def example_losses(self, *drawn: Tensor) -> Tensor:
+        """Give the losses of the examples of a micro-batch, `(B,)`, by its part of what `draw` gave."""
+        rows, t, dropped = drawn
+        return self.compute_loss(self.read(rows, dropped), t.to(self.device))
 
     def average(self) -> None:
         """Move the averaged weights by 1 - decay towards the weights: `EMAModel.step` without its copy of them all."""
@@ -243,14 +238,10 @@ class Trainer(ABC, Generic[Config]):
 
     def log(self, step: int) -> None:
         """Write a line with the means since the previous line; no times, so that equal runs have equal files."""
-        losses, grad_norms = zip(*self.since_line, strict=True)
+        figures = zip(self.figures, zip(*self.since_line, strict=True), strict=True)
+        means = {name: math.fsum(values) / len(values) for name, values in figures}
         self.since_line = []
-        line = {
-            "step": step,
-            "loss": math.fsum(losses) / len(losses),
-            "grad_norm": math.fsum(grad_norms) / len(grad_norms),
-            "learning_rate": self.learning_rate(step),
-        }
+        line = {"step": step, **means, "learning_rate": self.learning_rate(step)}
         if self.accelerator.is_main_process:
             self.output.append_log(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
@@ -357,7 +348,7 @@ class Trainer(ABC, Generic[Config]):
         copy_weights((weights[name] for name in names), self.parameters)
         copy_weights((averaged[name] for name in names), self.ema.shadow_params)
         self.ema.optimization_step = state["ema_steps"]
-        self.since_line = [tuple(pair) for pair in state["since_line"]]
+        self.since_line = [tuple(figures) for figures in state["since_line"]]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
