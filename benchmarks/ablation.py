@@ -4,17 +4,19 @@
         --weights work/weights --alignment work/alignment --budget cpu
 
 The base is the row `2-RF + distillation` of table.py: the paper's setting, with the learning rates of the budget.
-Every variant changes one option of it and has the same number of training examples. The last row has of each kind the
+Every variant changes one option of it and has the same number of training examples; a finish takes its share of that
+from the stages before it, and has fewer examples as each is more work. The last row has of each kind the
 variant with the lowest Frechet distance (seen captions, mean over the seeds), where one is below the base. Resumable,
 as table.py is, and sharing its work folder: what table.py has trained is not trained again.
 """
 
 import argparse
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 from rectified_diffusers.evaluation.report import Evaluation
-from table import ROWS, Line, Table, add_arguments, parsed, write
+from table import ROWS, Line, Stage, Table, add_arguments, parsed, write
 
 BASE = "2rf-distill"
 CRITERION = "frechet_distance_seen"
@@ -39,9 +41,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prompt dropout": {"none": {"reflow": {"prompt_dropout": 0.0}}},
     "triplets": {"twice as many": {"triplets": {"times": 2}}, "four times as many": {"triplets": {"times": 4}}},
+    "distribution-matching finish": {
+        "a quarter of the budget": {"finish": {"share": "1/4"}},
+        "half of the budget": {"finish": {"share": "1/2"}},
+    },
 }
 """By kind and name, the options that a variant changes: of the stages of a trainer, of the distillation by its loss in
-the base, of all of them, or the number of triplets."""
+the base, of all of them, the number of triplets, or the share of the budget that a finish has."""
 
 
 def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
@@ -50,6 +56,10 @@ def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
     for stage in base.stages:
         key = stage.method if stage.method == "reflow" else stage.options["loss"]
         stages.append(replace(stage, options={**stage.options, **changes.get("all", {}), **changes.get(key, {})}))
+    if "finish" in changes:
+        share = Fraction(changes["finish"]["share"])
+        stages = [replace(stage, share=stage.share * (1 - share)) for stage in stages]
+        stages.append(Stage("dmd", share, changes.get("all", {})))
     times = changes.get("triplets", {}).get("times", base.triplets)
     return replace(base, name=name, stages=tuple(stages), triplets=times)
 

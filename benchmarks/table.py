@@ -4,10 +4,11 @@
         --weights work/weights --alignment work/alignment --budget cpu
 
 Every row begins with the diffusion teacher and has the same number of training examples, divided among its stages as
-ROWS says; a stage of the stacked U-Net, twice the work, has half. Stages that rows share are trained once. Triplets
-are made by the teacher or, after a reflow, by the reflowed model; what they cost is no part of the budget and is in
-the second table. The first triplets are the same for all seeds; a seed decides the training, all triplets after it
-and what the evaluation draws. Kill it and run the same command again: triplets, trainings and evaluations go on.
+ROWS says; a stage whose steps are more work, of the stacked U-Net or of distribution matching, has fewer. Stages that
+rows share are trained once. Triplets are made by the teacher or, after a reflow, by the reflowed model; what they cost
+is no part of the budget and is in the second table. The first triplets are the same for all seeds; a seed decides the
+training, all triplets after it and what the evaluation draws. Kill it and run the same command again: triplets,
+trainings and evaluations go on.
 
 Budgets: `cpu` is a day on two cores for the emoji model, `gpu` a few hours on one GPU, `tiny` a test. Each number can
 be given by itself. CIFAR-10 or COCO need a teacher, a folder of pictures with metadata.jsonl, and nothing else.
@@ -37,8 +38,14 @@ from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.pictures import read_pictures
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig
+from rectified_diffusers.training.config import (
+    DistillConfig,
+    DistributionMatchingConfig,
+    ProgressiveConfig,
+    ReflowConfig,
+)
 from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.matching import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 
@@ -46,9 +53,12 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "reflow": (ReflowTrainer, ReflowConfig),
     "distill": (DistillTrainer, DistillConfig),
     "progressive": (ProgressiveTrainer, ProgressiveConfig),
+    "dmd": (DistributionMatchingTrainer, DistributionMatchingConfig),
 }
 PROGRESSIVE_START = 32  # Euler steps of the teacher of the first round
 LPIPS_RATE = 1 / 3  # learning rate of the lpips stage, relative to the others
+MATCHING_RATE = 1 / 10  # likewise of distribution matching
+FAKE_UPDATES = 5  # of distribution matching
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,14 @@ class Stage:
     share: Fraction
     options: Mapping[str, Any] = field(default_factory=dict)
     stacked: bool = False  # of a doubled U-Net, which is doubled where it is not yet
+
+    @property
+    def cost(self) -> Fraction:
+        """The work of a step, in steps of a reflow, of which each is three forward passes: one, and one backward."""
+        # Of distribution matching: a pass of the student and three of the fake for each update of that, three of the
+        # student for its own, one of the fake, two of the guided teacher.
+        matching = Fraction(4 * FAKE_UPDATES + 6, 3) if self.method == "dmd" else Fraction(1)
+        return matching * (2 if self.stacked else 1)
 
 
 @dataclass(frozen=True)
@@ -195,16 +213,17 @@ class Table:
 
     def steps(self, stage: Stage) -> int:
         """Give the optimizer steps of a stage: its share of the budget, half of that if each costs twice."""
-        return max(1, int(self.budget.steps * stage.share) // (2 if stage.stacked else 1))
+        return max(1, int(int(self.budget.steps * stage.share) / stage.cost))
 
     def config(self, stage: Stage, output_dir: Path, seed: int) -> Any:
         budget, (_, config_class) = self.budget, TRAINERS[stage.method]
         options = dict(stage.options)
         lpips = str(options.get("loss", "")).startswith("lpips")
+        rate = MATCHING_RATE if stage.method == "dmd" else LPIPS_RATE if lpips else 1
         common = {
             "output_dir": output_dir,
             "batch_size": budget.batch_size,
-            "learning_rate": budget.learning_rate * (LPIPS_RATE if lpips else 1),
+            "learning_rate": budget.learning_rate * rate,
             "lr_schedule": "cosine",
             "ema_decay": budget.ema_decay,
             "warmup_steps": budget.warmup_steps,
@@ -221,6 +240,9 @@ class Table:
             common["teacher_guidance_scale"] = self.guidance("teacher")
         else:
             common["max_steps"] = steps
+        if stage.method == "dmd":
+            common |= {"fake_updates": FAKE_UPDATES, "teacher_guidance_scale": self.guidance("teacher")}
+            common["warmup_steps"] = min(budget.warmup_steps, steps // 10)
         return config_class(**{**common, **options})
 
     def train_stage(self, stage: Stage, model: Path, triplets: Path, folder: Path, seed: int) -> None:
@@ -228,9 +250,10 @@ class Table:
         pipeline = self.load(model)
         if stage.stacked and not isinstance(pipeline.unet, StackedUNet):
             pipeline.unet = StackedUNet.from_unet(pipeline.unet)
+        own = {"teacher": self.load(self.args.teacher)} if stage.method == "dmd" else {}
         at_once = not folder.exists()
         begin = time.perf_counter()
-        trainer_class(pipeline, TripletDataset(triplets), self.config(stage, folder, seed)).train()
+        trainer_class(pipeline, TripletDataset(triplets), self.config(stage, folder, seed), **own).train()
         if at_once:
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - begin), encoding="utf-8")
 

@@ -30,6 +30,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "reflow": {**TRAINING, "max_steps": 2},
     "distill": {**TRAINING, "max_steps": 2},
     "progressive": {**TRAINING, "steps_per_round": 1},
+    "dmd": {**TRAINING, "max_steps": 2, "fake_updates": 1, "first_fake_updates": 0},
     "interpolate": {"frames": 2},
 }
 PARSED = {"demo"}  # serves until it is stopped

@@ -20,7 +20,7 @@ RANKS = {
     "training.config": 1,
     "flow": 1,
     "schedulers": 2,
-    "loading": 2,
+    "loading": 1.5,
     "loaders": 2.5,
     "denoiser": 2.5,  # knows the schedulers; data, evaluation and training ask it
     "models": 2,

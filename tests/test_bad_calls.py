@@ -97,6 +97,13 @@ CONFIGS: list[Case] = [
     *options("ReflowConfig", ("prompt_dropout", NAN, "in"), ("time_density", None, "one of")),
     *options("DistillConfig", ("loss", 1, "one of"), ("batch_size", "8", "a whole number")),
     *options("ProgressiveConfig", ("teacher_steps", "8", "a whole number"), ("student_steps", 0, "at least 1")),
+    *options(
+        "DistributionMatchingConfig",
+        ("fake_updates", "5", "a whole number"),
+        ("fake_learning_rate", NAN, "greater than 0"),
+        ("teacher_guidance_scale", NAN, "finite"),
+        ("min_t", 1.0, "in"),
+    ),
     ("ReflowConfig", lambda w: rd.ReflowConfig(learning_rat=1.0, **RUN), "learning_rat"),
     ("ProgressiveConfig", lambda w: rd.ProgressiveConfig(teacher_steps=6, **RUN), "student_steps times 2, 4, 8"),
 ]
@@ -217,6 +224,11 @@ TRAINING: list[Case] = [
         "DistillConfig",
     ),
     ("ProgressiveTrainer", lambda w: rd.ProgressiveTrainer(w.pipe, w.dataset, CONFIG), "of type ProgressiveConfig"),
+    (
+        "DistributionMatchingTrainer",
+        lambda w: rd.DistributionMatchingTrainer(w.pipe, w.dataset, rd.DistributionMatchingConfig(**RUN), "teacher"),
+        "or a subclass, got str",
+    ),
 ]
 
 WEIGHTS: list[Case] = [

@@ -64,10 +64,8 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
     [
         ["--help"],
         ["--version"],
-        *(
-            [name, "--help"]
-            for name in ("generate", "triplets", "reflow", "distill", "progressive", "delta", "export", "interpolate")
-        ),
+        *([name, "--help"] for name in ("generate", "interpolate", "triplets", "delta", "export")),
+        *([name, "--help"] for name in ("reflow", "distill", "progressive", "dmd")),
     ],
     ids=" ".join,
 )

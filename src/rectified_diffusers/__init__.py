@@ -45,8 +45,15 @@ if TYPE_CHECKING:
     from rectified_diffusers.portable import save_portable
     from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
     from rectified_diffusers.speed.optimize import Optimized, optimize
-    from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
+    from rectified_diffusers.training.config import (
+        DistillConfig,
+        DistributionMatchingConfig,
+        ProgressiveConfig,
+        ReflowConfig,
+        TrainerConfig,
+    )
     from rectified_diffusers.training.distill import DistillTrainer
+    from rectified_diffusers.training.matching import DistributionMatchingTrainer
     from rectified_diffusers.training.objective import FlowBatch, FlowObjective
     from rectified_diffusers.training.progressive import ProgressiveTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
@@ -68,6 +75,8 @@ __all__ = [
     "DiffusionVelocityUNet",
     "DistillConfig",
     "DistillTrainer",
+    "DistributionMatchingConfig",
+    "DistributionMatchingTrainer",
     "Evaluation",
     "EvaluationConfig",
     "FlowBatch",
@@ -133,6 +142,8 @@ _MODULES = {
     "DiffusionVelocityUNet": "rectified_diffusers.velocity_unet",
     "DistillConfig": "rectified_diffusers.training.config",
     "DistillTrainer": "rectified_diffusers.training.distill",
+    "DistributionMatchingConfig": "rectified_diffusers.training.config",
+    "DistributionMatchingTrainer": "rectified_diffusers.training.matching",
     "Evaluation": "rectified_diffusers.evaluation.report",
     "EvaluationConfig": "rectified_diffusers.evaluation.config",
     "FlowBatch": "rectified_diffusers.training.objective",

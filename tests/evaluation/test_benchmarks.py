@@ -67,6 +67,17 @@ def test_the_variants_change_what_they_name(scripts):
     assert lines["triplets: twice as many"].triplets == 2
 
 
+def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
+    table, ablation = scripts
+    base, line, _ = ablation.lines_of(["distribution-matching finish"]).values()
+    *before, finish = line.stages
+    assert [stage.share for stage in before] == [Fraction(3, 4) * stage.share for stage in base.stages]
+    assert [stage.options for stage in before] == [stage.options for stage in base.stages]
+    assert (finish.method, finish.share, finish.cost) == ("dmd", Fraction(1, 4), Fraction(26, 3))
+    whole = argparse.Namespace(budget=argparse.Namespace(steps=10_400))
+    assert table.Table.steps(whole, finish) == 300
+
+
 def run(module, arguments, monkeypatch, *more):
     tiny = ["--budget", "tiny", "--num-pictures", "4", "--mixed-precision", "no", *more]
     monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
@@ -119,6 +130,14 @@ def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkey
     assert [row["optimizer_steps"] for row in found["costs"]] == [[], [12], [12], [6, 1, 1]]
     assert "progressive {'teacher_steps': 32" in text
     assert tiny_pictures == ["reflow", "progressive", "reflow", "distill", "distill"]
+
+
+@pytest.mark.slow
+def test_a_finish_is_run(scripts, arguments, tiny_pictures, monkeypatch):
+    found, text = run(scripts[1], arguments, monkeypatch, "--kinds", "distribution-matching finish", "--seeds", "0")
+    assert [row["name"].split(": ")[0] for row in found["rows"]][:3] == ["base"] + ["distribution-matching finish"] * 2
+    assert tiny_pictures.count("dmd") == 2
+    assert "dmd {}" in text
 
 
 @pytest.mark.slow

@@ -19,8 +19,15 @@ from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.data.triplets import TripletDataset
 from rectified_diffusers.pipelines import RectifiedFlowPipeline
 from rectified_diffusers.training import checkpoint
-from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.config import (
+    DistillConfig,
+    DistributionMatchingConfig,
+    ProgressiveConfig,
+    ReflowConfig,
+    TrainerConfig,
+)
 from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.matching import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.trainer import Trainer
@@ -67,10 +74,11 @@ SHORT: dict[str, Any] = {
     "save_every_steps": 2,
     "log_every_steps": 3,
 }
-TRAINERS: dict[str, tuple[type[Trainer[Any]], type[TrainerConfig]]] = {
+TRAINERS: dict[str, tuple[Any, type[TrainerConfig]]] = {
     "reflow": (ReflowTrainer, ReflowConfig),
     "distill": (DistillTrainer, DistillConfig),
     "progressive": (ProgressiveTrainer, ProgressiveConfig),
+    "dmd": (DistributionMatchingTrainer, DistributionMatchingConfig),
 }
 ROUNDS: dict[str, Any] = {"teacher_steps": 8, "steps_per_round": 2}  # 8 -> 4 -> 2 -> 1
 
@@ -80,15 +88,28 @@ def make_trainer(
 ) -> Trainer[Any]:
     """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time.
 
-    The 6 steps of a progressive distillation are three rounds of two.
+    The 6 steps of a progressive distillation are three rounds of two. The teacher of a distribution matching is a flow
+    with other weights in its network.
     """
     trainer_class, config_class = TRAINERS[method]
     options = {**SHORT, **options}
     if config_class is ProgressiveConfig:
         options = {**ROUNDS, **options}
         del options["max_steps"]  # follows from the rounds
+    teacher: dict[str, Any] = {}
+    if config_class is DistributionMatchingConfig:
+        options = {"fake_updates": 2, **options}
+        teacher["teacher"] = make_matching_teacher()
     config = config_class(output_dir=output_dir, **options)
-    return trainer_class(make_tiny_pipeline(kind), dataset, config)
+    return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
+
+
+def make_matching_teacher(kind: Any = "flow") -> Any:
+    """Build a pipeline with the tiny text encoder and VAE, and a network of its own."""
+    pipeline, other = make_tiny_pipeline(kind), make_tiny_pipeline(kind, seed=1)
+    network = "unet" if hasattr(pipeline, "unet") else "transformer"
+    pipeline.register_modules(**{network: getattr(other, network)})
+    return pipeline
 
 
 def one_step_error(method: str, dataset: TripletDataset, output_dir: Path, max_steps: int, **options: Any) -> float:

@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 
 from rectified_diffusers.training.checkpoint import config_to_json, recorded_options, require_same_run
-from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.config import (
+    DistillConfig,
+    DistributionMatchingConfig,
+    ProgressiveConfig,
+    ReflowConfig,
+    TrainerConfig,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +64,7 @@ def test_validation_needs_prompts() -> None:
 
 
 def test_every_option_has_its_text() -> None:
-    for config_class in (ReflowConfig, DistillConfig, ProgressiveConfig):
+    for config_class in (ReflowConfig, DistillConfig, ProgressiveConfig, DistributionMatchingConfig):
         for field in dataclasses.fields(config_class):
             assert not field.init or field.metadata["help"].endswith("."), field.name
 

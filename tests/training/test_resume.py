@@ -1,5 +1,6 @@
 """A run that was stopped, killed or damaged ends in the files of a run that was not, bit for bit."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,14 @@ def stop() -> None:
 
 
 # In the middle of writing the second checkpoint (the fifth file), the finished pipeline (the ninth rename), and the
-# checkpoint after the third step, the first one of the second round, with its teacher.
-KILLS = {"reflow": ("save_file", "5"), "distill": ("replace", "9"), "progressive": ("save_file", "7")}
+# checkpoint after the third step, the first one of the second round, with its teacher. A checkpoint of distribution
+# matching has five files.
+KILLS = {
+    "reflow": ("save_file", "5"),
+    "distill": ("replace", "9"),
+    "progressive": ("save_file", "7"),
+    "dmd": ("save_file", "9"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,16 @@ def test_a_run_stopped_anywhere_equals_one(
             interrupted.train()
     make_trainer("reflow", dataset, output_dir).train()
     assert digests(output_dir) == digests(whole)
+
+
+def test_a_run_killed_before_its_pipeline_was_written(dataset: TripletDataset, tmp_path: Path) -> None:
+    """No step is left, so that this process encodes no prompt: the tokenizer's files do not tell."""
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    make_trainer("distill", dataset, whole, max_steps=2, log_every_steps=1).train()
+    shutil.copytree(whole / "checkpoints", rest / "checkpoints")
+    shutil.copy(whole / "log.jsonl", rest)
+    make_trainer("distill", dataset, rest, max_steps=2, log_every_steps=1).train()
+    assert digests(rest) == digests(whole)
 
 
 def test_a_finished_run_is_not_repeated(whole: Path, dataset: TripletDataset, monkeypatch: pytest.MonkeyPatch) -> None:

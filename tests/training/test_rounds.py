@@ -9,8 +9,15 @@ from rectified_diffusers import cli
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.triplets import generate_triplets
 from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.config import (
+    DistillConfig,
+    DistributionMatchingConfig,
+    ProgressiveConfig,
+    ReflowConfig,
+    TrainerConfig,
+)
 from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.matching import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_tiny_pipeline
@@ -69,6 +76,7 @@ COMMANDS: dict[str, tuple[Any, type[TrainerConfig], dict[str, Any]]] = {
     "reflow": (ReflowTrainer, ReflowConfig, {"preset": "modern", "max_steps": 2}),
     "distill": (DistillTrainer, DistillConfig, {"preset": "instaflow", "max_steps": 2, "lora_rank": 2}),
     "progressive": (ProgressiveTrainer, ProgressiveConfig, {"teacher_steps": 4, "steps_per_round": 1}),
+    "dmd": (DistributionMatchingTrainer, DistributionMatchingConfig, {"max_steps": 2, "fake_updates": 1}),
 }
 
 
@@ -81,8 +89,13 @@ def test_the_command_line_is_the_python_api(command: str, tmp_path: Path) -> Non
     triplets = make_triplets(pipeline, tmp_path / "triplets")
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     given = ["--model", str(tmp_path / "model"), "--triplets", str(tmp_path / "triplets")]
+    teacher: dict[str, Any] = {}
+    if command == "dmd":
+        make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "teacher")
+        given += ["--teacher", str(tmp_path / "teacher")]
+        teacher["teacher"] = make_tiny_pipeline("diffusion")
     assert cli.main([command, *given, "--output-dir", str(tmp_path / "cli"), *words]) == 0
     preset = options.pop("preset", None)
     make = (lambda **given: config_class.preset(preset, **given)) if preset else config_class
-    trainer_class(pipeline, triplets, make(output_dir=tmp_path / "api", **options)).train()
+    trainer_class(pipeline, triplets, make(output_dir=tmp_path / "api", **options), **teacher).train()
     assert digests(tmp_path / "cli") == digests(tmp_path / "api")

@@ -20,7 +20,7 @@ from rectified_diffusers.cli.export import add_export
 from rectified_diffusers.cli.generate import add_generate
 from rectified_diffusers.cli.interpolate import add_interpolate
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser
-from rectified_diffusers.cli.training import add_distill, add_progressive, add_reflow
+from rectified_diffusers.cli.training import add_distill, add_dmd, add_progressive, add_reflow
 from rectified_diffusers.cli.triplets import add_triplets, add_verify
 
 COMMANDS = (
@@ -32,6 +32,7 @@ COMMANDS = (
     add_reflow,
     add_distill,
     add_progressive,
+    add_dmd,
     add_evaluate,
     add_export,
     add_delta,

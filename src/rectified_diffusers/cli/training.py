@@ -1,4 +1,4 @@
-"""rectified-diffusers reflow, distill and progressive: a trainer's config as options, and the trainer."""
+"""rectified-diffusers reflow, distill, progressive and dmd: a trainer's config as options, and the trainer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import Any
 
 from rectified_diffusers.cli.shared import PROG, CommandError, add_json, check_output_dir, load_pipeline, print_result
 from rectified_diffusers.options import add_options, options_from
-from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
+from rectified_diffusers.training.config import (
+    DistillConfig,
+    DistributionMatchingConfig,
+    ProgressiveConfig,
+    ReflowConfig,
+    TrainerConfig,
+)
 
 
 def add_reflow(commands: Any) -> argparse.ArgumentParser:
@@ -24,6 +30,20 @@ def add_distill(commands: Any) -> argparse.ArgumentParser:
 def add_progressive(commands: Any) -> argparse.ArgumentParser:
     text = "Distill a flow by halving its steps again and again: the baseline that InstaFlow is compared with."
     return _add_training(commands, "progressive", text, ProgressiveConfig)
+
+
+def add_dmd(commands: Any) -> argparse.ArgumentParser:
+    text = (
+        "Finish a one-step model by distribution matching (DMD2): its pictures become like the teacher's as a whole, "
+        "not each like the one that the teacher draws from the same noise."
+    )
+    parser = _add_training(commands, "dmd", text, DistributionMatchingConfig)
+    parser.add_argument(
+        "--teacher",
+        required=True,
+        help="Pipeline folder or Hub id of a diffusion model, or of a flow that was not reflowed (required)",
+    )
+    return parser
 
 
 def _add_training(commands: Any, name: str, text: str, config_class: type[TrainerConfig]) -> argparse.ArgumentParser:
@@ -52,13 +72,21 @@ def run_training(arguments: argparse.Namespace) -> None:
     pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
     from rectified_diffusers.data.triplets import TripletDataset
     from rectified_diffusers.training.distill import DistillTrainer
+    from rectified_diffusers.training.matching import DistributionMatchingTrainer
     from rectified_diffusers.training.progressive import ProgressiveTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
 
-    trainers = {ReflowConfig: ReflowTrainer, DistillConfig: DistillTrainer, ProgressiveConfig: ProgressiveTrainer}
-    trainer_class = trainers[arguments.config_class]
+    trainers: dict[Any, Any] = {
+        ReflowConfig: ReflowTrainer,
+        DistillConfig: DistillTrainer,
+        ProgressiveConfig: ProgressiveTrainer,
+        DistributionMatchingConfig: DistributionMatchingTrainer,
+    }
+    own: dict[str, Any] = {}
+    if "teacher" in arguments:
+        own["teacher"] = load_pipeline(arguments.teacher, "cpu", "float32")
     try:
-        trainer = trainer_class(pipeline, TripletDataset(arguments.triplets), config)
+        trainer = trainers[arguments.config_class](pipeline, TripletDataset(arguments.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not know
         raise CommandError(str(error)) from error
     trainer.train()

@@ -99,7 +99,7 @@ class Teacher:
             "pipeline": type(self.pipeline).__name__,
             "teacher_dtype": str(self.denoiser.dtype).removeprefix("torch."),
             "mixed_precision": self.config.mixed_precision,
-            "teacher_sha256": _fingerprint(_models(self.pipeline)),
+            "teacher_sha256": fingerprint(_models(self.pipeline)),
             "solver": type(self.pipeline.scheduler).__name__,
             "solver_config": _plain_config(self.pipeline.scheduler),
             "num_inference_steps": self.config.num_inference_steps,
@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _fingerprint(models: dict[str, nn.Module]) -> str:
+def fingerprint(models: dict[str, nn.Module]) -> str:
     """Return a SHA-256 of the networks: every tensor's name, shape and dtype, and values at even distances.
 
     A teacher that was tuned, merged or loaded otherwise differs in it; a folder's name would not show that. Tensors

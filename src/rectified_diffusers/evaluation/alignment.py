@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from rectified_diffusers.loading import remedies
 from rectified_diffusers.options import check_options, option
 
 
@@ -189,8 +190,9 @@ class SentenceFeatures:
     def __init__(self, model: str | Path, batch_size: int = 64) -> None:
         from transformers import AutoModel, AutoTokenizer
 
-        self.tokenizer = AutoTokenizer.from_pretrained(str(model))
-        self.network = AutoModel.from_pretrained(str(model), use_safetensors=True).eval()
+        with remedies(str(model)):
+            self.tokenizer = AutoTokenizer.from_pretrained(str(model))
+            self.network = AutoModel.from_pretrained(str(model), use_safetensors=True).eval()
         self.batch_size = batch_size
 
     @torch.no_grad()

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from rectified_diffusers.arguments import require_type
 from rectified_diffusers.data.triplets import Triplets
+from rectified_diffusers.denoiser import Conditioning
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
 
 ROWS = 8
 _OPPOSITE = -0.5
+_ROUNDING = 0.1  # of text encoders in half precision
 
 
 def require_config(trainer: type, config: Any) -> None:
@@ -33,6 +35,18 @@ def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
                 f"The triplets were made with a VAE of {name} {made}, the pipeline's has {here}: it would "
                 "decode them to other pictures. Train a pipeline with the teacher's VAE, or make the triplets again "
                 "with a teacher that has this one."
+            )
+
+
+def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
+    """Raise if two pipelines do not say the same of the same prompts, as those with the same text encoders do."""
+    for name in sorted(student.keys() | teacher.keys()):
+        own, other = (told[name].float().cpu() if name in told else torch.empty(0) for told in (student, teacher))
+        if own.shape != other.shape or (own - other).norm() > _ROUNDING * own.norm():
+            raise ValueError(
+                f"The teacher's text encoders are not the student's: of the same prompts, {name} is "
+                f"{tuple(other.shape)} and {tuple(own.shape)} or has other values. Give a teacher with the text "
+                "encoders of the pipeline."
             )
 
 

@@ -18,6 +18,10 @@ METHODS = {
     "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to picture were straightened."),
     "DistillTrainer": ("distillation", "Distillation into one step, as InstaFlow's (arXiv:2309.06380)."),
     "ProgressiveTrainer": ("progressive-distillation", "Progressive distillation (arXiv:2202.00512)."),
+    "DistributionMatchingTrainer": (
+        "distribution-matching-distillation",
+        "Distribution matching distillation into one step, as DMD2 (arXiv:2405.14867) but without a discriminator.",
+    ),
 }
 
 
@@ -81,9 +85,8 @@ class Card:
         lines += ["", "## Measured", ""]
         if "loss" in self.last_line:
             loss, step = self.last_line["loss"], self.last_line["step"]
-            lines += [
-                f"- Training loss ({self.record.get('loss')}): {loss:.4g} in the last line of the log, step {step}"
-            ]
+            kind = self.record.get("loss", "distribution matching")
+            lines += [f"- Training loss ({kind}): {loss:.4g} in the last line of the log, step {step}"]
         if self.straightness is not None:
             total, count = self.straightness.total, self.straightness.count
             lines += [f"- Straightness S(Z), per dimension, 0 is straight: {total:.4g} over {count} paths"]

@@ -106,6 +106,7 @@ class RunFolder:
         (self.path / INDEX).unlink(missing_ok=True)
         staging = self.path / f"{TEMPORARY}pipeline"
         remove(staging)
+        _forget_last_call(pipeline)
         pipeline.save_pretrained(staging)
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
@@ -119,6 +120,19 @@ class RunFolder:
             part.replace(target)
         staging.rmdir()
         flush(self.path, recursive=False)
+
+
+def _forget_last_call(pipeline: Any) -> None:
+    """Let the tokenizers be saved without padding and truncation of their last call.
+
+    They would write them to their files, which then told whether this process encoded a prompt: not all do, when the
+    last step was done by an earlier one. Every call sets them anew.
+    """
+    for part in pipeline.components.values():
+        tokenizer = getattr(part, "backend_tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
 
 
 def _text_of(record: dict[str, Any]) -> str:

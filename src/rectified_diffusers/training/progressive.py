@@ -57,12 +57,12 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         """Give the learning rate of a step, whose schedule begins anew with each round."""
         return super().learning_rate((step - 1) % self.config.steps_per_round + 1)
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, step: int) -> tuple[Tensor, ...]:
         """Draw rows, times on the student's grid and dropped prompts."""
         self.time_density = Grid(self.steps_of(step))
         return super().draw(step)
 
-    def train_step(self, step: int) -> tuple[float, float]:
+    def train_step(self, step: int) -> tuple[float, ...]:
         """Do one update; the first of a round makes the student the teacher."""
         self.step = step
         if step > 1 and self.round_of(step) > self.round_of(step - 1):

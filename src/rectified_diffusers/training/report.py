@@ -27,6 +27,7 @@ MAX_SHEETS, MAX_WIDTH = 24, 1280
 # Columns of log.jsonl, each with its heading and what to know about it.
 CURVES = {
     "loss": ("Loss", "mean over the steps since the previous point"),
+    "fake_loss": ("Loss of the fake velocity", "mean of its updates since the previous point"),
     "straightness": ("Straightness S(Z)", "0 is a flow of straight lines, which one step draws exactly"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
