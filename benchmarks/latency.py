@@ -14,8 +14,8 @@ speed does not depend. The ways:
   and of one more, and the 25 are extrapolated from both.
 
 Each way lives in a process of its own, since a setting of the memory and compiled code belong to a process. Only one
-of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Every picture has a prompt of
-its own, so that no cached embedding is timed; what the cache saves is the stage "text".
+of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Every picture has a
+prompt of its own, so that no cached embedding is timed; what the cache saves is the stage "text".
 """
 
 import argparse
