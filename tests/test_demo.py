@@ -1,9 +1,11 @@
 """What the demo page is made of, without the page: orders, history, work that can be stopped, styles, the studio."""
 
 import base64
+import copy
 import io
 import json
 import struct
+import sys
 import threading
 import zlib
 
@@ -13,15 +15,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from rectified_diffusers.demo.answers import OWN_STEPS, comparison_with
 from rectified_diffusers.demo.background import Stopped, Wishes, watch
 from rectified_diffusers.demo.drawing import draw
 from rectified_diffusers.demo.history import LENGTH, THUMBNAIL, pack, remember, unpack
 from rectified_diffusers.demo.look import comparison_caption, own_caption, seconds
 from rectified_diffusers.demo.orders import MAX_CHARACTERS, Order, cut_prompt
-from rectified_diffusers.demo.sketches import lines_of, with_controlnet
-from rectified_diffusers.demo.studio import OWN_STEPS, Studio
+from rectified_diffusers.demo.sketches import lines_of
+from rectified_diffusers.demo.studio import Studio, _Watched, with_controlnet
 from rectified_diffusers.demo.styles import Styles, style_kind
 from rectified_diffusers.demo.visit import SLOTS, Visit, other_prompt, unread_remark
+from rectified_diffusers.demo.waiting import ComingStudio
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 WAIT = 60  # seconds, for what happens in another thread
@@ -222,6 +226,14 @@ def test_stopping_a_comparison_frees_the_model(studio):
     assert studio.draw(Order("a red apple")).done  # would wait for ever if the comparison kept its turn
 
 
+def test_a_watched_pipeline_is_the_pipeline_in_all_but_its_own():
+    pipeline = make_tiny_pipeline()
+    watched = _Watched(pipeline, lambda picture: None)
+    assert watched.unet is pipeline.unet
+    assert copy.copy(watched).unet is pipeline.unet  # a copy is asked for `__setstate__` before it has attributes
+    assert not hasattr(watched, "_execution_device")
+
+
 def test_morph_goes_from_one_picture_to_the_other(studio):
     start, end = Order("a red apple", seed=1), Order("red", seed=2)
     pictures = list(studio.morph(start, end, 4, loop=False))
@@ -309,6 +321,51 @@ def test_only_a_few_loras_stay_loaded(lora, tmp_path, monkeypatch):
         file.write_bytes(lora.read_bytes())
         styles.wear([(file, 1.0)])
         assert sum(map(len, pipeline.get_list_adapters().values())) <= 2
+
+
+# ---------------------------------------------------------------------------------------------- waiting
+
+
+def coming() -> ComingStudio:
+    return ComingStudio("a model", comparison_with(True, 5, 3.0), can_sketch=False)
+
+
+def test_a_studio_is_waited_for():
+    studio, order, pictures = coming(), Order("a red apple"), []
+    waiting = threading.Thread(target=lambda: pictures.append(studio.draw(order)), daemon=True)
+    waiting.start()
+    assert studio.about() == "a model · is being loaded"
+    assert studio.comparison.steps == 5
+    made = Studio(make_tiny_pipeline("flow"))
+    interval = sys.getswitchinterval()
+    studio.set_up(lambda: made)
+    waiting.join(WAIT)
+    assert pixels(pictures[0]) == pixels(made.draw(order))
+    assert studio.about() == made.about()
+    assert sys.getswitchinterval() == interval
+
+
+def test_who_waits_for_a_studio_that_fails_is_told():
+    studio, errors = coming(), []
+
+    def wait() -> None:
+        try:
+            studio.draw(Order("a red apple"))
+        except OSError as error:
+            errors.append(str(error))
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+
+    def fail() -> Studio:
+        raise OSError("no weights")
+
+    with pytest.raises(OSError, match="no weights"):
+        studio.set_up(fail)
+    waiting.join(WAIT)
+    assert errors == ["no weights"]
+    with pytest.raises(AttributeError, match="_private"):
+        _ = studio._private
 
 
 # ---------------------------------------------------------------------------------------------- sketches

@@ -123,6 +123,48 @@ def test_the_picture_follows_the_typing(page):
     playwright.expect(page.locator("#own-caption")).to_contain_text("One step")
 
 
+def test_the_picture_follows_a_paste_a_cut_and_a_deletion(page):
+    text = page.locator("#prompt textarea")
+    text.select_text()
+    text.press("ControlOrMeta+x")
+    playwright.expect(page.locator("#own-caption")).to_contain_text("type, and it is drawn", timeout=WAIT)
+    before = shown(page)
+    text.fill("a blue heart")
+    wait_for_caption(page, "own-caption", "a blue heart")
+    before = wait_for_another(page, before)
+    text.press("End")
+    text.press("ControlOrMeta+v")
+    wait_for_caption(page, "own-caption", "a blue hearta red apple")
+    before = wait_for_another(page, before)
+    text.press("Backspace")
+    wait_for_caption(page, "own-caption", "a blue hearta red appl")
+    wait_for_another(page, before)
+
+
+def test_the_picture_follows_seed_and_sliders(page):
+    before = shown(page)
+    page.locator("#seed input").fill("7")
+    before = wait_for_another(page, before)
+    page.locator("#steps input[type=number]").fill("3")
+    before = wait_for_another(page, before)
+    playwright.expect(page.locator("#own-caption")).to_contain_text("3 steps", timeout=WAIT)
+    slider = page.locator("#steps input[type=range]")
+    slider.focus()
+    slider.press("ArrowRight")
+    wait_for_another(page, before)
+    playwright.expect(page.locator("#own-caption")).to_contain_text("4 steps", timeout=WAIT)
+
+
+def test_enter_right_after_the_last_key_keeps_the_comparison(page):
+    page.locator("#prompt textarea").fill("")
+    page.locator("#prompt textarea").press_sequentially("cat face")
+    page.locator("#prompt textarea").press("Enter")
+    wait_for_caption(page, "own-caption", "cat face")
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+    page.wait_for_timeout(1000)  # for a live picture that should not come
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long")
+
+
 def test_enter_draws_beside_and_into_the_history(page):
     ask(page, "a red heart")
     assert shown(page, "beside")
@@ -189,6 +231,10 @@ def test_a_sketch_is_drawn_along(page):
     page.wait_for_selector("#sketch-picture img")
     before = shown(page, "sketch-picture")
     page.get_by_role("button", name="Undo").click()
+    before = wait_for_another(page, before, "sketch-picture")
+    page.get_by_label("How closely").first.fill("0")
+    before = wait_for_another(page, before, "sketch-picture")
+    page.locator("#prompt textarea").fill("rocket")
     wait_for_another(page, before, "sketch-picture")
 
 

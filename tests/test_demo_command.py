@@ -1,8 +1,11 @@
 """The command `demo` and what the commands share with it: refusals before any work, --json, completion."""
 
 import json
+import shutil
 import subprocess
 import sys
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,7 @@ def model(tmp_path_factory) -> str:
         (["--style", "nowhere.safetensors"], "no file 'nowhere.safetensors' of a style"),
         (["--style", "nowhere.safetensors=x"], "the scale of a style must be a number"),
         (["--model", "no/where/at all"], "no folder"),
+        (["--teacher", "no/where/at all"], "no folder"),
     ],
 )
 def test_mistakes_are_told_before_any_work(arguments, message, capsys):
@@ -44,7 +48,14 @@ def test_without_gradio_the_remedy_is_told(monkeypatch, capsys):
 
 def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
     served = []
-    monkeypatch.setattr(demo_command, "_serve", lambda studio, styles, arguments: served.append((studio, arguments)))
+
+    @contextmanager
+    def serve(studio, styles, arguments):
+        served.append((studio, arguments))
+        yield
+
+    monkeypatch.setattr(demo_command, "_served", serve)
+    monkeypatch.setattr(demo_command, "_wait", lambda: None)
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(tmp_path / "controlnet")
     options = ["--teacher", model, "--teacher-steps", "3", "--controlnet", str(tmp_path / "controlnet")]
     assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
@@ -53,6 +64,28 @@ def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
     assert studio.can_sketch
     assert studio.name == Path(model).name
     assert arguments.host == "127.0.0.1"
+    assert studio.about().startswith(Path(model).name)
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectified_diffusers[demo]"')
+    torn = tmp_path / "torn"
+    shutil.copytree(model, torn)
+    weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert cli.main(["demo", "--model", str(torn), "--device", "cpu", "--port", "0", "--json"]) == 2
+    told = capsys.readouterr()
+    address = json.loads(told.out)["address"]
+    assert "error:" in told.err
+    with pytest.raises(OSError):
+        urllib.request.urlopen(address, timeout=60)
+
+
+def test_the_page_is_served_without_waiting_for_torch():
+    pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectified_diffusers[demo]"')
+    code = "import sys, rectified_diffusers.demo.page; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_json_says_what_the_line_says(model, tmp_path, capsys):

@@ -123,9 +123,7 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_others(server, monkeypatch):
         return stepped(beside, drawing, own_seconds)
 
     monkeypatch.setattr(page_module.look, "comparison_caption", caption)
-    monkeypatch.setattr(
-        server.studio, "comparison", server.studio.comparison.__class__(server.studio._pipeline, "x", 50, 1.0)
-    )
+    monkeypatch.setattr(server.studio, "comparison", server.studio.comparison.__class__("x", 50, 1.0))
     compare = next(
         each["api_name"] for each in server.config["dependencies"] if str(each["api_name"]).startswith("_compare")
     )

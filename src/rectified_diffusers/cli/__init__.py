@@ -21,13 +21,14 @@ from rectified_diffusers.cli.generate import add_generate
 from rectified_diffusers.cli.interpolate import add_interpolate
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser
 from rectified_diffusers.cli.training import add_distill, add_dmd, add_progressive, add_reflow
-from rectified_diffusers.cli.triplets import add_triplets, add_verify
+from rectified_diffusers.cli.triplets import add_real_triplets, add_triplets, add_verify
 
 COMMANDS = (
     add_generate,
     add_interpolate,
     add_demo,
     add_triplets,
+    add_real_triplets,
     add_verify,
     add_reflow,
     add_distill,

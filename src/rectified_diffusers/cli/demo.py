@@ -6,19 +6,26 @@ import argparse
 import importlib.util
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rectified_diffusers.cli.delta import parse_delta
 from rectified_diffusers.cli.shared import (
     CommandError,
     add_device,
     add_json,
+    check_model,
     default_model,
     load_pipeline,
     print_result,
 )
 from rectified_diffusers.demo.orders import MAX_GUIDANCE, MAX_STEPS, PROMPTS, Order
+
+if TYPE_CHECKING:
+    from rectified_diffusers.demo.studio import Studio
+    from rectified_diffusers.demo.waiting import ComingStudio
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -53,11 +60,46 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Load the models, serve the page, and wait for Ctrl-C."""
+    """Serve the page, load the models while the browser opens it, and wait for Ctrl-C."""
     styles = [_style(text) for text in arguments.styles]
     _check(arguments)
-    _be_quiet()
     model = default_model() if arguments.model is None else arguments.model
+    check_model(model)
+    if arguments.teacher is not None:
+        check_model(arguments.teacher)
+    from rectified_diffusers.demo.answers import comparison_with
+    from rectified_diffusers.demo.waiting import ComingStudio
+
+    beside = comparison_with(arguments.teacher is not None, arguments.teacher_steps, arguments.teacher_guidance_scale)
+    studio = ComingStudio(Path(model).name, beside, can_sketch=arguments.controlnet is not None)
+    with _served(studio, styles, arguments):
+        studio.set_up(lambda: _studio(model, styles, arguments))
+        _wait()
+
+
+def _wait() -> None:
+    threading.Event().wait()
+
+
+@contextmanager
+def _served(studio: ComingStudio, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Iterator[None]:
+    from rectified_diffusers.demo.page import build_page, launch
+
+    page = build_page(studio, styles)
+    address = launch(page, arguments.host, arguments.port, open_browser=arguments.open)
+    try:
+        print_result(arguments, f"{address}  (Ctrl-C ends it)", address=address)
+        if arguments.host not in LOOPBACK:
+            warning = "everyone who can reach this address can draw, and upload files of styles"
+            print(warning, file=sys.stderr, flush=True)
+        yield
+    finally:
+        page.close(verbose=False)  # whose line would be no JSON
+
+
+def _studio(model: str, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Studio:
+    """Load the models, and draw once: errors are told here, and the first visitor's picture is not the slow first."""
+    _be_quiet()
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
     from rectified_diffusers.demo.studio import Studio
 
@@ -74,22 +116,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
         controlnet=controlnet,
         own_name=Path(model).name,
     )
-    studio.draw(Order(PROMPTS[0], styles=tuple(styles)))  # errors are told here, and the first visitor need not wait
-    _serve(studio, styles, arguments)
-
-
-def _serve(studio: Any, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> None:
-    from rectified_diffusers.demo.page import build_page, launch
-
-    page = build_page(studio, styles)
-    address = launch(page, arguments.host, arguments.port, open_browser=arguments.open)
-    print_result(arguments, f"{address}  (Ctrl-C ends it)", address=address)
-    if arguments.host not in LOOPBACK:
-        print("everyone who can reach this address can draw, and upload files of styles", file=sys.stderr, flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        page.close()
+    studio.draw(Order(PROMPTS[0], styles=tuple(styles)))
+    return studio
 
 
 def _check(arguments: argparse.Namespace) -> None:

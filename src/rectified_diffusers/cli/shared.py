@@ -145,7 +145,7 @@ def default_model() -> str:
 
 def load_pipeline(model: str, device: str, dtype: str) -> Any:
     """Load any diffusers pipeline, ours or not, from a folder or the Hub."""
-    _check_model(model)
+    check_model(model)
     resolved = _device(device)
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
@@ -180,7 +180,7 @@ def _without_loading_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
     """Tell a folder that is not there from a Hub id, before diffusers asks the Hub for either."""
     folder = Path(model)
     if folder.is_dir():

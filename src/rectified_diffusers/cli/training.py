@@ -50,7 +50,14 @@ def _add_training(commands: Any, name: str, text: str, config_class: type[Traine
     epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id to start from (required)")
-    parser.add_argument("--triplets", type=Path, required=True, help="Folder that `triplets` wrote (required)")
+    parser.add_argument(
+        "--triplets",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FOLDER",
+        help="Folder that `triplets` or `real-triplets` wrote, or several: each counts by its triplets (required)",
+    )
     if config_class.presets:
         parser.add_argument(
             "--preset",
@@ -66,11 +73,12 @@ def _add_training(commands: Any, name: str, text: str, config_class: type[Traine
 
 def run_training(arguments: argparse.Namespace) -> None:
     config = options_from(_with_preset(arguments), arguments.config_class)
-    if not arguments.triplets.is_dir():
-        raise CommandError(f"no folder {str(arguments.triplets)!r}; make it with {PROG} triplets")
+    for folder in arguments.triplets:
+        if not folder.is_dir():
+            raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} triplets")
     check_output_dir(config.output_dir)
     pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
-    from rectified_diffusers.data.triplets import TripletDataset
+    from rectified_diffusers.data.joined import open_triplets
     from rectified_diffusers.training.distill import DistillTrainer
     from rectified_diffusers.training.matching import DistributionMatchingTrainer
     from rectified_diffusers.training.progressive import ProgressiveTrainer
@@ -86,7 +94,7 @@ def run_training(arguments: argparse.Namespace) -> None:
     if "teacher" in arguments:
         own["teacher"] = load_pipeline(arguments.teacher, "cpu", "float32")
     try:
-        trainer = trainers[arguments.config_class](pipeline, TripletDataset(arguments.triplets), config, **own)
+        trainer = trainers[arguments.config_class](pipeline, open_triplets(arguments.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not know
         raise CommandError(str(error)) from error
     trainer.train()

@@ -50,20 +50,31 @@ class Wishes:
 
     def __init__(self, visitors: int = 1024) -> None:
         self._visitors = visitors
-        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._counts: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def newer(self, visitor: str) -> None:
-        """Note a newer wish, or that the visitor wants no more."""
+    def newer(self, visitor: str, wish: object = None, *, may_repeat: bool = False) -> None:
+        """Note a newer wish, or that the visitor wants no more.
+
+        Args:
+            wish: what is wished for.
+            may_repeat: whether one equal to the last is the same one, told once more, and not newer.
+        """
+        told = hash(repr(wish))  # the wish itself can be long
         with self._lock:
-            self._counts[visitor] = self._counts.pop(visitor, 0) + 1
+            count, last = self._counts.pop(visitor, (0, 0))
+            is_newer = not (may_repeat and count and told == last)
+            self._counts[visitor] = count + is_newer, told
             if len(self._counts) > self._visitors:
                 self._counts.popitem(last=False)
 
     def while_current(self, visitor: str, items: Iterable[T]) -> Iterator[T]:
         """Pass items on until the visitor has a newer wish."""
-        wish = self._counts.get(visitor)
+        wish = self._count(visitor)
         for item in items:
-            if self._counts.get(visitor) != wish:
+            if self._count(visitor) != wish:
                 return
             yield item
+
+    def _count(self, visitor: str) -> int:
+        return self._counts.get(visitor, (0, 0))[0]

@@ -4,35 +4,16 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from rectified_diffusers.demo.answers import Drawing
 from rectified_diffusers.demo.orders import Order
 
 PREVIEW_SHARE = 0.25  # previews may take so much longer than the drawing
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A picture, or the way to it while `step` is below `steps`.
-
-    Attributes:
-        image: None on the way if no preview is due.
-        seconds: from the prompt to here, previews not counted.
-    """
-
-    image: Image.Image | None
-    seconds: float
-    step: int
-    steps: int
-
-    @property
-    def done(self) -> bool:
-        return self.step == self.steps
 
 
 def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] | None = None, **more: Any) -> Drawing:

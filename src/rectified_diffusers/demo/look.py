@@ -2,8 +2,7 @@
 
 from html import escape
 
-from rectified_diffusers.demo.drawing import Drawing
-from rectified_diffusers.demo.studio import Comparison
+from rectified_diffusers.demo.answers import Comparison, Drawing
 
 CSS = """
 .gradio-container {max-width: 1240px !important; margin: 0 auto !important}

@@ -11,8 +11,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from rectified_diffusers.animation import save_animation
 from rectified_diffusers.demo import look
+from rectified_diffusers.demo.answers import Drawing
 from rectified_diffusers.demo.background import Wishes
 from rectified_diffusers.demo.history import LENGTH, Entry, pack, unpack
 from rectified_diffusers.demo.orders import (
@@ -25,8 +25,8 @@ from rectified_diffusers.demo.orders import (
     STYLE_SCALES,
 )
 from rectified_diffusers.demo.sketches import CANVAS, CANVAS_SCRIPT, lines_of
-from rectified_diffusers.demo.studio import Drawing, Studio
 from rectified_diffusers.demo.visit import SLOTS, Visit, other_prompt, other_seed, unread_remark
+from rectified_diffusers.demo.waiting import AnyStudio
 
 QUEUE_LENGTH = 256  # visitors beyond are told that the queue is full
 SESSIONS = 256  # whose histories are remembered on this side
@@ -35,8 +35,16 @@ MAX_UPLOAD = "1gb"
 FRAMES_PER_SECOND = 15
 PICTURE_HEIGHT = 380  # pixels of the screen
 
+# A text's `input` event of gradio (6.31) is of a pressed key: there is none for a paste, a cut, a deletion, or what an
+# input method or a voice writes. The browser's event is of them all; it is passed on when gradio has read the text.
+TYPING_SCRIPT = """
+document.addEventListener('input', (event) => {
+  if (event.target.closest('#prompt')) setTimeout(() => trigger('input'));
+}, true);
+"""
 
-def build_page(studio: Studio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
+
+def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
     """Lay the page out and connect it.
 
     Args:
@@ -52,13 +60,14 @@ def build_page(studio: Studio, styles: Sequence[tuple[Path, float]] = ()) -> gr.
 class _Page:
     """The components by name, and their handlers. A handler's inputs begin with `self.screen`."""
 
-    def __init__(self, studio: Studio, styles: Sequence[tuple[Path, float]]) -> None:
+    def __init__(self, studio: AnyStudio, styles: Sequence[tuple[Path, float]]) -> None:
         self.studio = studio
         self.given = styles
         self.wishes = Wishes()
         self.visit = gr.State(Visit(styles=tuple(path for path, _ in styles)), time_to_live=CACHE_SECONDS[1])
         self.browser = gr.BrowserState([], storage_key="rectified-diffusers")
-        gr.HTML(look.title(studio.about()), elem_id="title", padding=False)
+        self.title = gr.HTML(look.title(studio.about()), elem_id="title", padding=False)
+        self.typed = gr.HTML("", js_on_load=TYPING_SCRIPT, visible="hidden")
         with gr.Row(equal_height=True):
             self.prompt = gr.Textbox(
                 PROMPTS[0],
@@ -154,7 +163,8 @@ class _Page:
     def connect(self, page: gr.Blocks) -> None:
         """Say who calls what. All that draws waits in one queue, in the order of the asking.
 
-        What makes an older wish of the same visitor obsolete says so outside the queue, where it would wait for it.
+        What makes an older wish of the same visitor obsolete says so outside the queue, where it would wait for it. It
+        is told before all else: of one event's functions the browser calls each only when the one before it is done.
         """
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         private: dict[str, Any] = {**model, "api_visibility": "private"}
@@ -163,9 +173,13 @@ class _Page:
         beside = [self.beside, self.beside_caption]
         kept = [self.history, self.browser]
         settings = [self.prompt, self.seed, self.steps, self.guidance]
-        typing: list[Any] = [self.prompt.input, self.seed.input, self.steps.input, self.guidance.input]
+        typing: list[Any] = [self.typed.input, self.seed.input, self.steps.input, self.guidance.input]
         typing += [slider.input for slider in self.sliders]
 
+        newer = [self.prompt.submit, self.draw.click, self.surprise.click, self.new_seed.click]
+        ended = [self.animate.click, self.history.select, self.stop.click]
+        gr.on(typing, self._wish_typing, self.screen[1:], trigger_mode="multiple", **at_once)
+        gr.on([*newer, *ended], self._wish_anew, self.screen[1:], trigger_mode="multiple", **at_once)
         surprised = self.surprise.click(other_prompt, self.prompt, self.prompt, **at_once)
         reseeded = self.new_seed.click(other_seed, None, self.seed, **at_once)
         for asked in (self.prompt.submit, self.draw.click, surprised.then, reseeded.then):
@@ -195,24 +209,31 @@ class _Page:
                 trigger_mode="always_last",
                 **private,
             )
-        newer = [*typing, self.prompt.submit, self.draw.click, self.surprise.click, self.new_seed.click]
-        ended = [self.animate.click, self.history.select, self.stop.click]
-        gr.on([*newer, *ended], self._wish_anew, trigger_mode="multiple", **at_once)
         page.unload(self._wish_anew)
-        page.load(self._open, [self.browser, *self.screen], [*own, *settings, self.history], **private)
+        page.load(self._open, [self.browser, *self.screen], [*own, *settings, self.history, self.title], **private)
 
     # ------------------------------------------------------------------------------------------ what is called
 
-    def _wish_anew(self, request: gr.Request) -> None:
-        self.wishes.newer(str(request.session_hash))
+    def _wish_typing(self, request: gr.Request, *settings: Any) -> None:
+        """With "always_last" the browser tells a key's wish again when it is drawn, which may be after Enter."""
+        self.wishes.newer(str(request.session_hash), settings, may_repeat=True)
+
+    def _wish_anew(self, request: gr.Request, *settings: Any) -> None:
+        self.wishes.newer(str(request.session_hash), settings)
 
     def _draw_live(self, visit: Visit, prompt: str, *settings: Any) -> tuple[Any, ...]:
         """Draw what is being typed; the comparison is of an older prompt now."""
         stale = look.comparison_caption(self.studio.comparison)
         if not prompt.strip() or settings[0] is None:  # in the middle of writing another
-            return visit, gr.skip(), look.own_caption(None), gr.skip(), stale
+            return replace(visit, shown=None), gr.skip(), look.own_caption(None), gr.skip(), stale
+        if self._is_shown(visit, prompt, *settings):  # Enter was quicker, and the comparison is of this
+            return tuple(gr.skip() for _ in range(5))
         visit, drawing, remark = self._drawn(visit, prompt, *settings, keep=False)
         return visit, drawing.image, look.own_caption(drawing, prompt=prompt[:MAX_CHARACTERS]), remark, stale
+
+    def _is_shown(self, visit: Visit, *screen: Any) -> bool:
+        with _told():
+            return visit.order(*screen[:4], scales=screen[4:])[0] == visit.shown
 
     def _draw_and_keep(self, visit: Visit, *screen: Any) -> tuple[Any, ...]:
         visit, drawing, remark = self._drawn(visit, *screen, keep=True)
@@ -232,11 +253,14 @@ class _Page:
         )
 
     def _compare(self, visit: Visit, request: gr.Request, *screen: Any) -> Iterator[tuple[Any, str]]:
+        beside = self.studio.comparison
         with _told():
             order, _ = visit.order(*screen[:4], scales=screen[4:])
+            # First of all something, or a wish that is obsolete at once would leave blanks.
+            yield gr.skip(), look.comparison_caption(beside, Drawing(None, 0, 0, beside.steps))
             for drawing in self.wishes.while_current(str(request.session_hash), self.studio.compare(order)):
                 picture = gr.skip() if drawing.image is None else drawing.image
-                yield picture, look.comparison_caption(self.studio.comparison, drawing, visit.own_seconds)
+                yield picture, look.comparison_caption(beside, drawing, visit.own_seconds)
 
     def _draw_sketch(self, visit: Visit, *values: Any) -> tuple[Any, str]:
         *screen, sketch, strength = values
@@ -250,6 +274,8 @@ class _Page:
         return drawing.image, look.own_caption(drawing, prompt=screen[0])
 
     def _morph(self, visit: Visit, request: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
+        from rectified_diffusers.animation import save_animation  # has torch, for which the page need not wait
+
         *screen, end_prompt, end_seed, frames, loop = values
         pictures: list[Image.Image] = []
         with _told(), tempfile.TemporaryDirectory() as folder:
@@ -296,7 +322,7 @@ class _Page:
             settings[:4] = _settings_of(visit.entries[0])
         visit, drawing, remark = self._drawn(visit, *settings, keep=not visit.entries)
         shown = visit, drawing.image, look.own_caption(drawing, prompt=settings[0]), remark
-        return *shown, *settings[:4], _thumbnails(visit.entries)
+        return *shown, *settings[:4], _thumbnails(visit.entries), look.title(self.studio.about())
 
 
 def _html(text: str, name: str | None = None) -> gr.HTML:

@@ -1,4 +1,4 @@
-"""Sketches: lines drawn in the browser, as the picture that a ControlNet reads, and the pipeline that follows it."""
+"""Sketches: lines drawn in the browser, as the picture that a ControlNet reads. Free of torch."""
 
 import json
 import math
@@ -6,9 +6,6 @@ from contextlib import suppress
 from typing import Any
 
 from PIL import Image, ImageDraw
-
-from rectified_diffusers.pipelines import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
-from rectified_diffusers.pipelines_xl import RectifiedFlowXLControlNetPipeline, RectifiedFlowXLPipeline
 
 MAX_POINTS = 50_000  # of all lines together
 WIDTH = 1 / 170  # of a line, by the picture's: 1 pixel of 64, 3 of 512, as wide as the edges that Canny finds
@@ -107,16 +104,3 @@ def _are_lines(value: Any) -> bool:
     if not all(isinstance(point, list) and len(point) == 2 for point in points):
         return False
     return all(isinstance(x, (int, float)) and math.isfinite(x) and 0 <= x <= 1 for point in points for x in point)
-
-
-def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
-    """Build the pipeline that has the same models, not copies of them, and a ControlNet of the same dtype."""
-    kinds = {
-        RectifiedFlowPipeline: (RectifiedFlowControlNetPipeline, {"requires_safety_checker": False}),
-        RectifiedFlowXLPipeline: (RectifiedFlowXLControlNetPipeline, {"add_watermarker": False}),
-    }
-    if type(pipeline) not in kinds:
-        known = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"A ControlNet for sketches goes with {known}, got {type(pipeline).__name__}.")
-    kind, settings = kinds[type(pipeline)]
-    return kind(**{**pipeline.components, "controlnet": controlnet.to(pipeline.device)}, **settings)

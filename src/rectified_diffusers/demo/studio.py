@@ -3,31 +3,19 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
 from rectified_diffusers.animation import interpolate
+from rectified_diffusers.demo.answers import Drawing, comparison_with
 from rectified_diffusers.demo.background import watch
-from rectified_diffusers.demo.drawing import Drawing, draw
+from rectified_diffusers.demo.drawing import draw
 from rectified_diffusers.demo.orders import Order, check_frames
-from rectified_diffusers.demo.sketches import with_controlnet
 from rectified_diffusers.demo.styles import Styles
-
-OWN_STEPS = 8  # of the model itself, in the place of a teacher that is not given
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is drawn beside the model, and what it is called."""
-
-    pipeline: Any
-    name: str
-    steps: int
-    guidance_scale: float
-    remark: str = ""
+from rectified_diffusers.pipelines import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
+from rectified_diffusers.pipelines_xl import RectifiedFlowXLControlNetPipeline, RectifiedFlowXLPipeline
 
 
 class Studio:
@@ -56,13 +44,8 @@ class Studio:
         self._turn = threading.Lock()
         self._styles = Styles(pipeline)
         self._sketcher = None if controlnet is None else with_controlnet(pipeline, controlnet)
-        if teacher is None:
-            remark = (
-                "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."
-            )
-            self.comparison = Comparison(pipeline, "The same model", OWN_STEPS, 1.0, remark)
-        else:
-            self.comparison = Comparison(teacher, "Teacher", teacher_steps, teacher_guidance_scale)
+        self._teacher = pipeline if teacher is None else teacher
+        self.comparison = comparison_with(teacher is not None, teacher_steps, teacher_guidance_scale)
         for each in (pipeline, teacher, self._sketcher):
             if each is not None:
                 each.set_progress_bar_config(disable=True)
@@ -111,8 +94,8 @@ class Studio:
         order = order.with_steps(beside.steps, beside.guidance_scale)
 
         def work(emit: Callable[[Drawing], None]) -> None:
-            with self._turn_wearing(order) if beside.pipeline is self._pipeline else self._turn:
-                emit(draw(beside.pipeline, order, watch_steps=emit))
+            with self._turn_wearing(order) if self._teacher is self._pipeline else self._turn:
+                emit(draw(self._teacher, order, watch_steps=emit))
 
         return watch(work)
 
@@ -163,3 +146,16 @@ class _Watched:
         result = self._pipeline(**arguments)
         self._emit(result.images[0])
         return result
+
+
+def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
+    """Build the pipeline that has the same models, not copies of them, and a ControlNet of the same dtype."""
+    kinds = {
+        RectifiedFlowPipeline: (RectifiedFlowControlNetPipeline, {"requires_safety_checker": False}),
+        RectifiedFlowXLPipeline: (RectifiedFlowXLControlNetPipeline, {"add_watermarker": False}),
+    }
+    if type(pipeline) not in kinds:
+        known = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"A ControlNet for sketches goes with {known}, got {type(pipeline).__name__}.")
+    kind, settings = kinds[type(pipeline)]
+    return kind(**{**pipeline.components, "controlnet": controlnet.to(pipeline.device)}, **settings)

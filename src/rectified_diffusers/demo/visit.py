@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rectified_diffusers.demo.answers import Drawing
 from rectified_diffusers.demo.history import Entry, remember
 from rectified_diffusers.demo.orders import MAX_SEED, PROMPTS, Order, Style, cut_prompt
-from rectified_diffusers.demo.studio import Drawing, Studio
+from rectified_diffusers.demo.waiting import AnyStudio
 
 SLOTS = 6  # sliders for styles
 
@@ -21,11 +22,13 @@ class Visit:
         styles: one per slider in use.
         entries: the last pictures, newest first.
         own_seconds: of the model's last picture, to compare the teacher's with.
+        shown: what the model's picture on the screen is of, styles and all; None if its caption is not of it.
     """
 
     styles: tuple[Path, ...] = ()
     entries: tuple[Entry, ...] = field(default=(), repr=False)
     own_seconds: float = 0.0
+    shown: Order | None = None
 
     def order(self, prompt: Any, seed: Any, steps: Any, guidance: Any, scales: Sequence[Any]) -> tuple[Order, str]:
         """Read the screen; the second is a remark about what of it is not used."""
@@ -46,10 +49,10 @@ class Visit:
         entries = self.entries
         if keep and drawing.image is not None:
             entries = tuple(remember(entries, replace(order, styles=()), drawing.image))
-        return replace(self, entries=entries, own_seconds=drawing.seconds)
+        return replace(self, entries=entries, own_seconds=drawing.seconds, shown=order)
 
 
-def unread_remark(studio: Studio, prompt: str) -> str:
+def unread_remark(studio: AnyStudio, prompt: str) -> str:
     unread = studio.unread(prompt)
     shown = unread if len(unread) <= 40 else f"… {unread[-38:]}"
     return f"The model has no room for the end of this: “{shown}”." if unread else ""
