@@ -41,13 +41,18 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prompt dropout": {"none": {"reflow": {"prompt_dropout": 0.0}}},
     "triplets": {"twice as many": {"triplets": {"times": 2}}, "four times as many": {"triplets": {"times": 4}}},
+    "real pairs": {
+        "a quarter of the triplets": {"triplets": {"real": "1/4"}},
+        "half of the triplets": {"triplets": {"real": "1/2"}},
+    },
     "distribution-matching finish": {
         "a quarter of the budget": {"finish": {"share": "1/4"}},
         "half of the budget": {"finish": {"share": "1/2"}},
     },
 }
 """By kind and name, the options that a variant changes: of the stages of a trainer, of the distillation by its loss in
-the base, of all of them, the number of triplets, or the share of the budget that a finish has."""
+the base, of all of them, the number of triplets or the share of real ones, or the share of the budget that a finish
+has."""
 
 
 def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
@@ -60,8 +65,9 @@ def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
         share = Fraction(changes["finish"]["share"])
         stages = [replace(stage, share=stage.share * (1 - share)) for stage in stages]
         stages.append(Stage("dmd", share, changes.get("all", {})))
-    times = changes.get("triplets", {}).get("times", base.triplets)
-    return replace(base, name=name, stages=tuple(stages), triplets=times)
+    triplets = changes.get("triplets", {})
+    times, real = triplets.get("times", base.triplets), Fraction(triplets.get("real", base.real))
+    return replace(base, name=name, stages=tuple(stages), triplets=times, real=real)
 
 
 def lines_of(kinds: list[str]) -> dict[str, Line]:

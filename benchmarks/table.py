@@ -28,9 +28,10 @@ from diffusers import DiffusionPipeline
 
 import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
 from machine import provenance
-from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
+from rectified_diffusers.data.joined import open_triplets
 from rectified_diffusers.data.prompts import read_prompts
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
+from rectified_diffusers.data.triplets import generate_triplets
 from rectified_diffusers.denoiser import latent_shape
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
@@ -38,6 +39,7 @@ from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.pictures import read_pictures
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models import StackedUNet
+from rectified_diffusers.real_triplets import generate_real_triplets
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -88,6 +90,7 @@ class Line:
     steps: int
     guidance: str = "none"  # whose guidance it is drawn with: teacher, reflow or none
     triplets: int = 1  # times the number of the budget
+    real: Fraction = Fraction(0)  # share of the triplets whose data is a real picture
 
 
 def reflow(share: str, **options: Any) -> Stage:
@@ -181,7 +184,7 @@ class Table:
             source = source[:-1]  # triplets come from the last flow, or from the teacher
         dataset = self.triplets(line, source, seed)
         model = self.train(line, before, seed)
-        folder = self.folder(stage.method, model, dataset, self.config(stage, Path(), seed))
+        folder = self.folder(stage.method, model, *dataset, self.config(stage, Path(), seed))
         if not (folder / "model_index.json").exists():
             self.train_stage(stage, model, dataset, folder, seed)
         return folder
@@ -191,25 +194,30 @@ class Table:
         said = json.dumps([str(part).replace(str(self.work), "") for part in what])
         return self.work / f"{kind}-{hashlib.blake2b(said.encode(), digest_size=5).hexdigest()}"
 
-    def triplets(self, line: Line, source: tuple[Stage, ...], seed: int) -> Path:
-        """Give the folder of the triplets that a teacher or a reflowed model drew."""
+    def triplets(self, line: Line, source: tuple[Stage, ...], seed: int) -> list[Path]:
+        """Give the folders of the triplets that a teacher or a reflowed model drew, or found for real pictures."""
         whose = "reflow" if source else "teacher"
-        budget = self.budget
-        config = TripletConfig(
-            num_triplets=line.triplets * budget.num_triplets,
-            num_inference_steps=budget.triplet_steps,
-            guidance_scale=self.guidance(whose),
-            batch_size=budget.batch_size,
-            seed=seed + 1 if source else 0,  # the first triplets are for all seeds, and need other noise than these
-            mixed_precision=self.args.mixed_precision,
-        )
-        model = self.train(line, source, seed)
-        folder = self.folder("triplets", model, config)
-        done = folder / "done"
-        if not done.exists():
-            generate_triplets(self.load(model), self.prompts, folder, config)
-            done.touch()
-        return folder
+        args, budget, model = self.args, self.budget, self.train(line, source, seed)
+        count = line.triplets * budget.num_triplets
+        real = int(count * line.real)
+        common: dict[str, Any] = {
+            "num_inference_steps": budget.triplet_steps,
+            "batch_size": budget.batch_size,
+            "seed": seed + 1 if source else 0,  # the first triplets are for all seeds, and need other noise than these
+            "mixed_precision": args.mixed_precision,
+        }
+        config = TripletConfig(num_triplets=count - real, guidance_scale=self.guidance(whose), **common)
+        folders = [self.folder("triplets", model, config)]
+        if not (folders[0] / "done").exists():
+            generate_triplets(self.load(model), self.prompts, folders[0], config)
+            (folders[0] / "done").touch()
+        if real:
+            of_real = RealTripletConfig(num_triplets=real, inversion_time=args.inversion_time, **common)
+            folders.append(self.folder("real", model, of_real))
+            if not (folders[1] / "done").exists():
+                generate_real_triplets(self.load(model), args.data, folders[1], of_real)
+                (folders[1] / "done").touch()
+        return folders
 
     def steps(self, stage: Stage) -> int:
         """Give the optimizer steps of a stage: its share of the budget, half of that if each costs twice."""
@@ -245,7 +253,7 @@ class Table:
             common["warmup_steps"] = min(budget.warmup_steps, steps // 10)
         return config_class(**{**common, **options})
 
-    def train_stage(self, stage: Stage, model: Path, triplets: Path, folder: Path, seed: int) -> None:
+    def train_stage(self, stage: Stage, model: Path, triplets: list[Path], folder: Path, seed: int) -> None:
         trainer_class, _ = TRAINERS[stage.method]
         pipeline = self.load(model)
         if stage.stacked and not isinstance(pipeline.unet, StackedUNet):
@@ -253,7 +261,7 @@ class Table:
         own = {"teacher": self.load(self.args.teacher)} if stage.method == "dmd" else {}
         at_once = not folder.exists()
         begin = time.perf_counter()
-        trainer_class(pipeline, TripletDataset(triplets), self.config(stage, folder, seed), **own).train()
+        trainer_class(pipeline, open_triplets(triplets), self.config(stage, folder, seed), **own).train()
         if at_once:
             (folder / "seconds.json").write_text(json.dumps(time.perf_counter() - begin), encoding="utf-8")
 
@@ -358,6 +366,7 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-guidance", type=float, default=3.0)
     parser.add_argument("--reflow-guidance", type=float, default=1.5)
+    parser.add_argument("--inversion-time", type=float, default=0.9, help="of rows with real pairs (default: 0.9)")
     parser.add_argument("--feature-size", type=int, default=128, help="pixels at which MobileNetV2 sees the pictures")
     parser.add_argument("--mixed-precision", choices=["no", "bf16"], default="bf16")
     parser.add_argument("--device", default="cpu")

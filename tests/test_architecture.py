@@ -36,6 +36,7 @@ RANKS = {
     "animation": 4,
     "export": 4,
     "inversion": 4,
+    "real_triplets": 4.2,  # inverts
     "training": 4,
     "cli": 5,
     "demo": 4.5,  # the command line starts it

@@ -57,7 +57,8 @@ def laid(steps: int = 2) -> rd.RectifiedFlowEulerScheduler:
 
 def options(name: str, *cases: tuple[str, Any, str]) -> list[Case]:
     """Cases of a config: one option with one wrong value each."""
-    required = {"TripletConfig": {"num_triplets": 1}, "EvaluationConfig": {}}.get(name, RUN)
+    made = {"num_triplets": 1}
+    required = {"TripletConfig": made, "RealTripletConfig": made, "EvaluationConfig": {}}.get(name, RUN)
     make = lambda key, value: lambda w: getattr(rd, name)(**{**required, key: value})  # noqa: E731
     return [(name, make(key, value), f"{key} must be {text}") for key, value, text in cases]
 
@@ -94,6 +95,7 @@ CONFIGS: list[Case] = [
         ("output_dir", None, "a path"),
         ("mixed_precision", "fp8", "one of"),
     ),
+    *options("RealTripletConfig", ("inversion_time", 0.0, "in")),
     *options("ReflowConfig", ("prompt_dropout", NAN, "in"), ("time_density", None, "one of")),
     *options("DistillConfig", ("loss", 1, "one of"), ("batch_size", "8", "a whole number")),
     *options("ProgressiveConfig", ("teacher_steps", "8", "a whole number"), ("student_steps", 0, "at least 1")),
@@ -222,6 +224,12 @@ TRAINING: list[Case] = [
         "DistillTrainer",
         lambda w: rd.DistillTrainer(w.pipe, w.dataset, rd.ReflowConfig(**RUN)),
         "DistillConfig",
+    ),
+    ("JoinedTriplets", lambda w: rd.JoinedTriplets(3), "folders must be of type"),  # pyright: ignore[reportArgumentType]
+    (
+        "generate_real_triplets",
+        lambda w: rd.generate_real_triplets(None, w.folder, w.folder / "r", rd.RealTripletConfig(num_triplets=1)),
+        "Expected one of",
     ),
     ("ProgressiveTrainer", lambda w: rd.ProgressiveTrainer(w.pipe, w.dataset, CONFIG), "of type ProgressiveConfig"),
     (

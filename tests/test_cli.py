@@ -64,7 +64,7 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("generate", "interpolate", "triplets", "delta", "export")),
+        *([name, "--help"] for name in ("generate", "interpolate", "triplets", "real-triplets", "delta", "export")),
         *([name, "--help"] for name in ("reflow", "distill", "progressive", "dmd")),
     ],
     ids=" ".join,

@@ -53,11 +53,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 @pytest.fixture
 def readers_folder(tmp_path: Path) -> Path:
-    """What the pages say that a reader has: prompts, a teacher, pictures, LoRA files."""
+    """What the pages say that a reader has: prompts, a teacher, pictures with and without captions, LoRA files."""
     (tmp_path / "prompts.txt").write_text("a red apple\nthe sea\n")
     make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "TEACHER")
     for name in ("photo.png", "edges.png"):
         Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / name)
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((32, 32), 50).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "pictures" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a red apple"}\n')
     for seed, name in enumerate(("style", "detail")):
         pipeline: Any = make_tiny_pipeline("flow", seed)
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))

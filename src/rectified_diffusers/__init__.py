@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
     from rectified_diffusers.animation import interpolate, save_animation, slerp
-    from rectified_diffusers.data.config import TripletConfig
+    from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
+    from rectified_diffusers.data.joined import JoinedTriplets
     from rectified_diffusers.data.prompts import open_prompts, read_prompts
     from rectified_diffusers.data.triplets import TripletDataset, Triplets, generate_triplets, verify_triplets
     from rectified_diffusers.evaluation.config import EvaluationConfig
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         RectifiedFlowXLPipeline,
     )
     from rectified_diffusers.portable import save_portable
+    from rectified_diffusers.real_triplets import generate_real_triplets
     from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
     from rectified_diffusers.speed.optimize import Optimized, optimize
     from rectified_diffusers.training.config import (
@@ -81,10 +83,12 @@ __all__ = [
     "EvaluationConfig",
     "FlowBatch",
     "FlowObjective",
+    "JoinedTriplets",
     "ModelMixin",
     "Optimized",
     "ProgressiveConfig",
     "ProgressiveTrainer",
+    "RealTripletConfig",
     "RectifiedFlowAdapterPipeline",
     "RectifiedFlowControlNetImg2ImgPipeline",
     "RectifiedFlowControlNetInpaintPipeline",
@@ -119,6 +123,7 @@ __all__ = [
     "export_diffusers",
     "export_onnx",
     "export_unet",
+    "generate_real_triplets",
     "generate_triplets",
     "interpolate",
     "invert",
@@ -148,9 +153,11 @@ _MODULES = {
     "EvaluationConfig": "rectified_diffusers.evaluation.config",
     "FlowBatch": "rectified_diffusers.training.objective",
     "FlowObjective": "rectified_diffusers.training.objective",
+    "JoinedTriplets": "rectified_diffusers.data.joined",
     "Optimized": "rectified_diffusers.speed.optimize",
     "ProgressiveConfig": "rectified_diffusers.training.config",
     "ProgressiveTrainer": "rectified_diffusers.training.progressive",
+    "RealTripletConfig": "rectified_diffusers.data.config",
     "RectifiedFlowAdapterPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowControlNetImg2ImgPipeline": "rectified_diffusers.pipelines",
     "RectifiedFlowControlNetInpaintPipeline": "rectified_diffusers.pipelines",
@@ -182,6 +189,7 @@ _MODULES = {
     "export_diffusers": "rectified_diffusers.export",
     "export_onnx": "rectified_diffusers.export",
     "export_unet": "rectified_diffusers.export",
+    "generate_real_triplets": "rectified_diffusers.real_triplets",
     "generate_triplets": "rectified_diffusers.data.triplets",
     "interpolate": "rectified_diffusers.animation",
     "invert": "rectified_diffusers.inversion",

@@ -175,8 +175,12 @@ def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
     if not pictures or len({picture.size for picture in pictures}) > 1:
         raise ValueError(f"pass pictures of one size, got sizes {[picture.size for picture in pictures]}.")
     pixels = pipeline.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
-    vae = pipeline.vae
-    latents = vae.encode(pixels.to(pipeline.device, vae.dtype)).latent_dist.mode()
+    return encode_pixels(pipeline.vae, pixels)
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels `(B, 3, H, W)` in [-1, 1] into the mean of the VAE's latents, scaled, in its dtype."""
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return (latents - _shift(vae)) * vae.config.scaling_factor
 
 

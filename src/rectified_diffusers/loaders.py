@@ -1,6 +1,8 @@
 """What a pipeline loads from strangers, LoRAs, single files, words and IP-Adapters: safetensors alone, checked."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from typing_extensions import Self
 
-from rectified_diffusers.loading import refuse_folder_of_pickles, refuse_pickle, safetensors_only
+from rectified_diffusers.loading import checked_downloads, refuse_folder_of_pickles, refuse_pickle, safetensors_only
 from rectified_diffusers.weights.lora import attaching, check_fits, check_lora, mend_kohya
 
 _TENSORS = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"
@@ -64,7 +66,8 @@ class SafetensorsLoaders(DiffusionPipeline):
                 refuse_pickle(source, _TENSORS)
             refuse_folder_of_pickles(Path(source, kwargs.get("subfolder") or ""), _TENSORS)
         stock: Any = super()
-        weights, alphas, *metadata = stock.lora_state_dict(source, **kwargs)
+        with checked_downloads(source, kwargs.get("cache_dir")):
+            weights, alphas, *metadata = stock.lora_state_dict(source, **kwargs)
         check_lora(weights, alphas, metadata[0] if metadata else None)
         if alphas is not None:
             weights, alphas = mend_kohya(weights, alphas)
@@ -101,7 +104,8 @@ class SafetensorsLoaders(DiffusionPipeline):
                     refuse_pickle(source, _WORD)
                 refuse_folder_of_pickles(Path(source, kwargs.get("subfolder") or ""), _WORD)
         stock: Any = super()
-        stock.load_textual_inversion(pretrained_model_name_or_path, *args, **safetensors_only(kwargs))
+        with _all_checked(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            stock.load_textual_inversion(pretrained_model_name_or_path, *args, **safetensors_only(kwargs))
 
     def load_ip_adapter(
         self,
@@ -124,9 +128,18 @@ class SafetensorsLoaders(DiffusionPipeline):
                     beside = "" if "/" in image_encoder_folder else folder or ""
                     refuse_folder_of_pickles(Path(source, beside, image_encoder_folder), _ENCODER)
         stock: Any = super()
-        stock.load_ip_adapter(
-            pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **kwargs
-        )
+        with _all_checked(pretrained_model_name_or_path_or_dict, kwargs.get("cache_dir")):
+            stock.load_ip_adapter(
+                pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **kwargs
+            )
+
+
+@contextmanager
+def _all_checked(sources: Any, cache_dir: str | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for source in _each(sources):
+            stack.enter_context(checked_downloads(source, cache_dir))
+        yield
 
 
 def _each(value: Any) -> list[Any]:

@@ -72,6 +72,24 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
 
 
 @contextmanager
+def checked_downloads(source: Any, cache_dir: str | Path | None = None) -> Iterator[None]:
+    """Compare what is fetched from the Hub inside with its hash, however that ends; a damaged file is deleted.
+
+    The Hub's client compares lengths. A file of the right length with wrong bytes is found here, by the hash that the
+    cache names it with, once, after its download.
+
+    Args:
+        source: Hub id; of a path, or of what has been read already, there is nothing to compare.
+    """
+    repository = source if isinstance(source, str) else ""
+    before = _blobs(repository, cache_dir)
+    try:
+        yield
+    finally:
+        _verify_downloads(repository, cache_dir, before)
+
+
+@contextmanager
 def remedies(
     source: str | os.PathLike[str],
     variant: str | None = None,
@@ -79,9 +97,6 @@ def remedies(
     revision: str | None = None,
 ) -> Iterator[None]:
     """Say what to do where `from_pretrained(source, ...)`, run inside, fails, and check what it downloaded.
-
-    The Hub's client compares lengths. A file of the right length with wrong bytes is found here, by the hash that the
-    cache names it with, once, after its download.
 
     Raises:
         ValueError: no weights are stored under the variant, a config has values of wrong types, or an index of shards

@@ -427,7 +427,7 @@ def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch
     make, made = module._make_shard, []
 
     def interrupted(*args):
-        monkeypatch.setattr(module, "_make_shard", lambda *args: (made.append(args[4]), make(*args)))
+        monkeypatch.setattr(module, "_make_shard", lambda *args: (made.append(args[2]), make(*args)))
         generate(tmp_path)
         make(*args)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+from rectified_diffusers.data.triplets import TripletDataset
 from tests.evaluation.conftest import CAPTIONS
 from tests.tiny import make_tiny_pipeline
 
@@ -65,6 +66,9 @@ def test_the_variants_change_what_they_name(scripts):
     ] * 2
     assert all(stage.options["ema_decay"] == 0.99 for stage in lines["EMA: 0.99"].stages)
     assert lines["triplets: twice as many"].triplets == 2
+    pairs = ablation.lines_of(["real pairs"])
+    assert [line.real for line in pairs.values()] == [0, Fraction(1, 4), Fraction(1, 2)]
+    assert all(line.stages == lines["base"].stages for line in pairs.values())
 
 
 def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
@@ -130,6 +134,24 @@ def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkey
     assert [row["optimizer_steps"] for row in found["costs"]] == [[], [12], [12], [6, 1, 1]]
     assert "progressive {'teacher_steps': 32" in text
     assert tiny_pictures == ["reflow", "progressive", "reflow", "distill", "distill"]
+
+
+def test_real_pairs_take_their_share_of_the_triplets(scripts, arguments, monkeypatch):
+    table, ablation = scripts
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser, "ablation")
+    # From so near to the noise, an untrained flow, too, leads to white noise.
+    tiny = ["--budget", "tiny", "--mixed-precision", "no", "--inversion-time", "0.065"]
+    monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
+    of_table = table.Table(table.parsed(parser), {})
+    lines = ablation.lines_of(["real pairs"])
+    folders = of_table.triplets(lines["real pairs: a quarter of the triplets"], (), 0)
+    assert [len(TripletDataset(folder)) for folder in folders] == [12, 4]
+    whole = of_table.triplets(lines["base"], (), 0)
+    assert [len(TripletDataset(folder)) for folder in whole] == [16]
+    for module in ("generate_triplets", "generate_real_triplets"):
+        monkeypatch.delattr(table, module)  # nothing is made again
+    assert of_table.triplets(lines["real pairs: a quarter of the triplets"], (), 0) == folders
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.joined import JoinedTriplets
 from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
 from rectified_diffusers.denoiser import Denoiser
 from rectified_diffusers.evaluation.straightness import pipeline_straightness
@@ -179,3 +180,12 @@ def test_flux_is_trained_at_the_guidance_of_its_triplets(tmp_path: Path) -> None
     with torch.no_grad():
         velocity = trainer.predict_velocity(triplets.noise, torch.zeros(4), triplets.prompts)
     torch.testing.assert_close(triplets.noise + velocity, triplets.data, rtol=1e-4, atol=1e-5)
+
+
+def test_flux_is_trained_at_one_guidance(tmp_path: Path) -> None:
+    teacher = make_tiny_pipeline("flux")
+    for guidance in (1.0, 3.5):
+        make_triplets(teacher, tmp_path / str(guidance), count=4, num_inference_steps=1, guidance_scale=guidance)
+    config = ReflowConfig(output_dir=tmp_path / "run", **SHORT)
+    with pytest.raises(ValueError, match=r"several guidances: \[1\.0, 3\.5\]\. Make them all with one guidance_scale"):
+        ReflowTrainer(teacher, JoinedTriplets([tmp_path / "1.0", tmp_path / "3.5"]), config)

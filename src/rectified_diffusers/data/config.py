@@ -31,20 +31,12 @@ Solver = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class TripletConfig:
-    """Options of `generate_triplets`; steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
+class StoredTripletConfig:
+    """Options of every way to make a folder of triplets."""
 
-    num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
+    num_triplets: int = option(MISSING, "Triplets to make.")
     num_inference_steps: int = option(25, "Solver steps of the teacher.")
-    guidance_scale: float = option(
-        5.0,
-        "Classifier-free guidance of the teacher: 5 for Stable Diffusion, 1.5 for its 2-Rectified Flow; 1 is none.",
-    )
-    solver: Solver = option(
-        "auto",
-        "ODE solver: auto is dpm_solver++ for diffusion teachers and the teacher's own scheduler for flows; "
-        "a class of diffusers is made from the teacher's schedule. Samplers that add noise are not among them.",
-    )
+    guidance_scale: float = option(1.0, "Classifier-free guidance of the teacher; 1 is none.")
     batch_size: int = option(16, "Triplets asked of the teacher at once; the noise does not depend on it.")
     triplets_per_shard: int = option(256, "Triplets in a file, and what a killed process loses at most.")
     seed: int = option(0, "The noise of shard k is drawn from (seed, k).")
@@ -57,18 +49,73 @@ class TripletConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "Precision of the teacher's forward passes; its latents keep the number format it was loaded in."
     )
-    height: int | None = option(None, "Picture height in pixels; none is the teacher's own.")
-    width: int | None = option(None, "Picture width in pixels; none is the teacher's own.")
 
     def __post_init__(self) -> None:
         check_options(self)
         for name in _AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("height", "width"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 pixel or none, got {getattr(self, name)}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletConfig(StoredTripletConfig):
+    """Options of `generate_triplets`; steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
+
+    num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
+    guidance_scale: float = option(
+        5.0,
+        "Classifier-free guidance of the teacher: 5 for Stable Diffusion, 1.5 for its 2-Rectified Flow; 1 is none.",
+    )
+    solver: Solver = option(
+        "auto",
+        "ODE solver: auto is dpm_solver++ for diffusion teachers and the teacher's own scheduler for flows; "
+        "a class of diffusers is made from the teacher's schedule. Samplers that add noise are not among them.",
+    )
+    height: int | None = option(None, "Picture height in pixels; none is the teacher's own.")
+    width: int | None = option(None, "Picture width in pixels; none is the teacher's own.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("height", "width"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 pixel or none, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealTripletConfig(StoredTripletConfig):
+    """Options of `generate_real_triplets`; real pairs are of 2-RF++ (arXiv:2405.20320) and later work."""
+
+    num_triplets: int = option(
+        MISSING, "Triplets to make, of pictures in random order; they repeat when there are fewer."
+    )
+    num_inference_steps: int = option(
+        25, "Steps of Heun's method, two evaluations each: as much work as that many steps with guidance."
+    )
+    guidance_scale: float = option(
+        1.0,
+        "Classifier-free guidance on the way back; above 1 the noise is no longer white. For a network that takes "
+        "guidance as an input, such as FLUX.1-dev's, that of the generated triplets.",
+    )
+    inversion_time: float = option(
+        0.9,
+        "Flow time in (0, 1] from which the way back begins, with the picture and as much new noise as the flow has "
+        "there. At 1 it begins with the picture alone, as in the papers; the noise it leads to may then be refused.",
+    )
+    batch_size: int = option(16, "Pictures at once; it changes the triplets by rounding errors at most.")
+    storage_dtype: Literal["float16", "bfloat16", "float32"] = option(
+        "float16", "Number format of stored noise and data; the data is rounded to it before its noise is sought."
+    )
+    seed: int = option(0, "The order of the pictures follows from the seed, the new noise of shard k from (seed, k).")
+    split: str = option("train", "Split whose pictures are taken, where the data has several.")
+    size: int | None = option(None, "Side of the square pictures in pixels; none is the teacher's own.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.inversion_time <= 1:
+            raise ValueError(f"inversion_time must be in (0, 1], got {self.inversion_time}.")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be at least 1 pixel or none, got {self.size}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rectified_diffusers import __version__
-from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.solvers import make_solver
 from rectified_diffusers.denoiser import Conditioning, Denoiser, latent_shape, pack, packs_latents, unpack
 
@@ -25,18 +25,27 @@ _SAMPLED_VALUES = 1024  # of each tensor, in the fingerprint of a teacher
 class Teacher:
     """A text-to-image pipeline that is asked for data from noise; the user's own pipeline is left as it was.
 
-    Make it with `Teacher.of`. `pipeline` is a shallow copy: the models are shared, the scheduler and the settings of
-    the progress bar are its own.
+    Make it with `Teacher.of`, or with `Teacher.adapt` for another solver. `pipeline` is a shallow copy: the models are
+    shared, the scheduler and the settings of the progress bar are its own.
     """
 
     pipeline: Any
     denoiser: Any
-    config: TripletConfig
+    config: StoredTripletConfig
     latent_shape: tuple[int, int, int]
 
     @classmethod
     def of(cls, pipeline: Any, config: TripletConfig) -> "Teacher":
-        """Adapt a pipeline: give it the solver, silence its progress bar, find out the shape of its latents."""
+        """Adapt a pipeline to options: give it their solver, find out the shape of its latents."""
+        _denoiser(pipeline)  # raises for what is no such pipeline
+        shape = latent_shape(pipeline, config.height, config.width)
+        return cls.adapt(pipeline, config, make_solver(pipeline.scheduler, config.solver), shape)
+
+    @classmethod
+    def adapt(
+        cls, pipeline: Any, config: StoredTripletConfig, scheduler: Any, shape: tuple[int, int, int]
+    ) -> "Teacher":
+        """Make a teacher that has this scheduler and no progress bar."""
         denoiser = _denoiser(pipeline)
         for name, model in _models(pipeline).items():
             if model.training:
@@ -45,9 +54,14 @@ class Teacher:
                     f"call pipeline.{name}.eval() first."
                 )
         adapted = copy.copy(pipeline)
-        adapted.scheduler = make_solver(pipeline.scheduler, config.solver)
+        adapted.scheduler = scheduler
         adapted.set_progress_bar_config(disable=True)
-        return cls(adapted, denoiser, config, latent_shape(pipeline, config.height, config.width))
+        return cls(adapted, denoiser, config, shape)
+
+    def autocast(self) -> torch.autocast:
+        """Give the context in which forward passes have the precision of the options."""
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
     def round(self, noise: Tensor) -> Tensor:
         """Round noise to the storage dtype so that the teacher's dtype, too, holds every value exactly.
@@ -64,9 +78,8 @@ class Teacher:
         means that neither the VAE nor a safety checker runs. Flux' tokens are turned into latents here.
         """
         packed = packs_latents(self.pipeline)
-        factor, precision = self.pipeline.vae_scale_factor, self.config.mixed_precision
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        with torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None):
+        factor = self.pipeline.vae_scale_factor
+        with self.autocast():
             data = self.pipeline(
                 prompt=prompts,
                 height=self.latent_shape[1] * factor,

@@ -7,7 +7,7 @@ manifest and its number alone, so a run that was stopped goes on with the shards
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.arguments import require_type
-from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.manifest import (
     STORAGE_DTYPES,
     identity,
@@ -72,6 +72,10 @@ class Triplets:
         return len(self.prompts)
 
 
+Batches = Callable[[int, range], Iterable[Triplets]]
+"""Makes the triplets of a shard, batch by batch, from its number and the indices of its triplets."""
+
+
 def generate_triplets(
     teacher: Any, prompts: Sequence[str], output_dir: str | Path, config: TripletConfig, progress: bool = True
 ) -> "TripletDataset":
@@ -92,8 +96,26 @@ def generate_triplets(
     require_type("config", config, TripletConfig, "Make one: TripletConfig(num_triplets=1000).")
     prompts = check_prompts(prompts)
     adapted = Teacher.of(teacher, config)
+
+    def batches(shard: int, indices: range) -> Iterator[Triplets]:
+        # The noise of a short last shard is the beginning of a whole one's.
+        drawn = draw_noise(config.seed, shard, (config.triplets_per_shard, *adapted.latent_shape))
+        noise = adapted.round(drawn[: len(indices)])
+        for start in range(0, len(indices), config.batch_size):
+            batch = slice(start, start + config.batch_size)
+            own = [prompts[index % len(prompts)] for index in indices[batch]]
+            embeddings = adapted.encode(own) if config.store_text_embeddings else {}
+            yield Triplets(own, noise[batch], adapted(own, noise[batch]), embeddings)
+
+    manifest = make_manifest(adapted, config, len(prompts), prompts_sha256(prompts))
+    return write_triplets(output_dir, manifest, batches, progress)
+
+
+def write_triplets(
+    output_dir: str | Path, manifest: dict[str, Any], batches: Batches, progress: bool
+) -> "TripletDataset":
+    """Make the shards of a folder that are missing, on as many processes as there are."""
     folder = Path(output_dir)
-    manifest = _make_manifest(adapted, prompts, config)
     processes = join_processes()
     with processes.main_process_first():
         if processes.is_main_process:
@@ -102,7 +124,7 @@ def generate_triplets(
         manifest = settle_manifest(folder, manifest)  # which holds every process to it
     missing = _missing_shards(folder, manifest, processes)
     mine = missing[processes.process_index :: processes.num_processes]
-    done = config.num_triplets - sum(rows_of(manifest, shard) for shard in missing)
+    done = manifest["num_triplets"] - sum(rows_of(manifest, shard) for shard in missing)
     total = done + sum(rows_of(manifest, shard) for shard in mine)
     several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
     hidden = not (progress and processes.is_main_process)
@@ -111,7 +133,7 @@ def generate_triplets(
             if _is_there(folder, manifest, shard):  # by another process meanwhile
                 progress_bar.update(rows_of(manifest, shard))
             else:
-                _make_shard(folder, adapted, prompts, manifest, shard, progress_bar)
+                _make_shard(folder, manifest, shard, batches, progress_bar)
     processes.wait_for_everyone()
     return TripletDataset(folder)
 
@@ -138,26 +160,21 @@ def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator)
 
 
-def _make_shard(
-    folder: Path, teacher: Teacher, prompts: Sequence[str], manifest: dict[str, Any], shard: int, progress_bar: Any
-) -> None:
-    """Make the triplets of one shard. The noise of a short last shard is the beginning of a whole one's."""
+def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Batches, progress_bar: Any) -> None:
+    """Make the triplets of one shard and write them."""
     first, rows = shard * manifest["triplets_per_shard"], rows_of(manifest, shard)
-    shape = (manifest["triplets_per_shard"], *manifest["latent_shape"])
-    noise = teacher.round(draw_noise(manifest["seed"], shard, shape)[:rows])
-    own_prompts = [prompts[index % len(prompts)] for index in range(first, first + rows)]
-    tensors = {name: noise.new_empty(rows, *row_shape) for name, row_shape in _row_shapes(manifest).items()}
-    tensors["noise"] = noise
-    for start in range(0, rows, teacher.config.batch_size):
-        batch = slice(start, start + teacher.config.batch_size)
-        made = {"data": teacher(own_prompts[batch], noise[batch])}
-        if teacher.config.store_text_embeddings:
-            made |= {f"{_PROMPT}{name}": part for name, part in teacher.encode(own_prompts[batch]).items()}
-        for name, part in made.items():
-            tensors[name][batch] = part
-            _check_finite(name, part, own_prompts[batch], shard)
-        progress_bar.update(len(own_prompts[batch]))
-    header = {"shard": shard, "manifest": identity(manifest), "prompts": own_prompts}
+    dtype = getattr(torch, manifest["storage_dtype"])
+    tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in _row_shapes(manifest).items()}
+    prompts: list[str] = []
+    for made in batches(shard, range(first, first + rows)):
+        place = slice(len(prompts), len(prompts) + len(made))
+        embeddings = {f"{_PROMPT}{name}": part for name, part in made.text_embeddings.items()}
+        for name, part in {"noise": made.noise, "data": made.data, **embeddings}.items():
+            tensors[name][place] = part
+            _check_finite(name, tensors[name][place], made.prompts, shard)
+        prompts += made.prompts
+        progress_bar.update(len(made))
+    header = {"shard": shard, "manifest": identity(manifest), "prompts": prompts}
     write_shard(shard_path(folder, shard), tensors, header)
 
 
@@ -170,20 +187,29 @@ def _check_finite(name: str, values: Tensor, prompts: Sequence[str], shard: int)
             )
 
 
-def _make_manifest(teacher: Teacher, prompts: Sequence[str], config: TripletConfig) -> dict[str, Any]:
-    """Write down all that decides the triplets, and under `made_with` what helps to find it again."""
+def make_manifest(
+    teacher: Teacher, config: StoredTripletConfig, num_prompts: int, sha256: str, **more: Any
+) -> dict[str, Any]:
+    """Write down all that decides the triplets, and under `made_with` what helps to find it again.
+
+    Args:
+        num_prompts: of the first triplets, which have all the prompts there are.
+        sha256: of the prompts.
+        more: what else decides the triplets, or is other than the teacher says.
+    """
     embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
-    return new_manifest(
-        num_triplets=config.num_triplets,
-        triplets_per_shard=config.triplets_per_shard,
-        seed=config.seed,
-        storage_dtype=config.storage_dtype,
-        num_prompts=len(prompts),
-        prompts_sha256=prompts_sha256(prompts),
-        text_embeddings={name: list(part.shape[1:]) for name, part in embeddings.items()} or None,
+    settings = {
+        "num_triplets": config.num_triplets,
+        "triplets_per_shard": config.triplets_per_shard,
+        "seed": config.seed,
+        "storage_dtype": config.storage_dtype,
+        "num_prompts": num_prompts,
+        "prompts_sha256": sha256,
+        "text_embeddings": {name: list(part.shape[1:]) for name, part in embeddings.items()} or None,
         **teacher.settings(),
-        made_with=teacher.provenance(),
-    )
+        **more,
+    }
+    return new_manifest(**settings, made_with=teacher.provenance())
 
 
 def _row_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -273,6 +299,11 @@ class TripletDataset:
         noise, data = parts.pop("noise"), parts.pop("data")
         return Triplets(prompts, noise, data, {name.removeprefix(_PROMPT): part for name, part in parts.items()})
 
+    def prompt_rows(self) -> Tensor:
+        """Number triplets that together have every prompt there is."""
+        # Triplet i has prompt i % num_prompts.
+        return torch.arange(min(self.manifest["num_prompts"], len(self)))
+
     def _check_orientation(self) -> None:
         """Raise if the stored noise is not spatially white with unit variance, which swapped ends would show."""
         count = min(_INSPECTED_ROWS, len(self))
@@ -285,10 +316,7 @@ class TripletDataset:
                 f"Noise and data are swapped in {self.folder}: the stored noise is no white noise ({found}), "
                 "the stored data is. Exchange the two tensors in the shards, or make the triplets again."
             )
-        raise ValueError(
-            f"The stored noise in {self.folder} is not white with unit variance: expected std 1 and lag-1 "
-            f"autocorrelation 0, got {found}. Make the triplets again with generate_triplets."
-        )
+        require_white(triplets.noise, f"The stored noise in {self.folder}", "Make the triplets again.")
 
 
 def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDataset:
@@ -305,6 +333,16 @@ def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDatase
         listed = "\n".join(problems[:10])
         raise ValueError(f"{len(problems)} of {num_shards(manifest)} shards in {folder} are not sound:\n{listed}")
     return TripletDataset(folder)
+
+
+def require_white(noise: Tensor, what: str, remedy: str) -> None:
+    """Raise if noise is not spatially white with unit variance."""
+    if not _is_unit_white(noise):
+        std, autocorrelation, _ = _whiteness(noise)
+        raise ValueError(
+            f"{what} is not white with unit variance: expected std 1 and lag-1 autocorrelation 0, got std {std:.3f}, "
+            f"lag-1 autocorrelation {autocorrelation:.3f}. {remedy}"
+        )
 
 
 def _is_unit_white(latents: Tensor) -> bool:

@@ -130,6 +130,12 @@ class PipelineVelocity:
             return noise
         return noise / self.as_flow.scale_of(torch.tensor(self.start)).to(noise)
 
+    def noise_at_start(self, state: Tensor) -> Tensor:
+        """Turn the state of the straight flow at `start` into noise of unit variance: `state_at_start` undone."""
+        if self.as_flow is None:
+            return state
+        return state * self.as_flow.scale_of(torch.tensor(self.start)).to(state)
+
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity data - noise at x `(B, C, H, W)` and t `(B,)`, after guidance."""
         if self.as_flow is None:

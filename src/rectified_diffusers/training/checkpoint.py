@@ -10,8 +10,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,9 +98,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
 
     try:
-        write_atomically(path, write)
-    except (OSError, SafetensorError) as error:
-        if not _is_lack_of_space(error):
+        with system_errors():
+            write_atomically(path, write)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
         remove(path.with_name(TEMPORARY + path.name))  # what there is of it would be in the way of everything else
@@ -139,10 +142,16 @@ def _free_space(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _is_lack_of_space(error: Exception) -> bool:
-    """Tell a full disk or quota; safetensors reports one in words alone: `Os { code: 28, kind: StorageFull, ... }`."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in codes or any(f"code: {code}," in str(error) for code in codes)
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise as an OSError what safetensors says of the system in words: `(os error 28)`, `Os { code: 28, ... }`."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import make_image_grid
 
-from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, write_atomically
+from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, system_errors, write_atomically
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.lora import Adapter
 
@@ -107,11 +107,12 @@ class RunFolder:
         staging = self.path / f"{TEMPORARY}pipeline"
         remove(staging)
         _forget_last_call(pipeline)
-        pipeline.save_pretrained(staging)
+        with system_errors():
+            pipeline.save_pretrained(staging)
+            if adapter is not None:
+                adapter.save(type(pipeline), staging)
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
-        if adapter is not None:
-            adapter.save(type(pipeline), staging)
         (staging / RECORD).write_text(_text_of(record))
         flush(staging)
         for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):

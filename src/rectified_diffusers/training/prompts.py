@@ -38,12 +38,12 @@ class PromptEncoder:
             self._require_same_encoder(dataset.rows([0]))
             self.table = {"": {name: part[0].cpu() for name, part in empty.items()}}
             return
-        # Triplet i has prompt i % num_prompts, so that the first num_prompts triplets have them all.
-        count = min(dataset.manifest["num_prompts"], len(dataset))
-        if count * sum(part.numel() * part.element_size() for part in empty.values()) > TABLE_BYTES:
+        rows = dataset.prompt_rows()
+        if len(rows) * sum(part.numel() * part.element_size() for part in empty.values()) > TABLE_BYTES:
             return
-        chunks = torch.arange(count).split(1024)
-        prompts = sorted({"", *(prompt for chunk in chunks for prompt in dataset.rows(chunk.tolist()).prompts)})
+        prompts = sorted(
+            {"", *(prompt for chunk in rows.split(1024) for prompt in dataset.rows(chunk.tolist()).prompts)}
+        )
         for start in range(0, len(prompts), _TOGETHER):
             together = prompts[start : start + _TOGETHER]
             encoded = {name: part.cpu() for name, part in self.encode(together).items()}

@@ -30,6 +30,12 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
             "Make the triplets with a teacher that shares the VAE of this pipeline."
         )
     require_same_latents(pipeline.vae, dataset.manifest)
+    guidances = {part.get("guidance_scale", 1.0) for part in dataset.manifest.get("parts", ())}
+    if denoiser.network.config.get("guidance_embeds") and len(guidances) > 1:
+        raise ValueError(
+            f"The {denoiser.component} takes guidance as an input, and the folders of triplets were made with several "
+            f"guidances: {sorted(guidances)}. Make them all with one guidance_scale."
+        )
     return denoiser
 
 

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from rectified_diffusers.arguments import require_pipeline
+from rectified_diffusers.loading import remedies
 from rectified_diffusers.weights.lora import refuse_lora
 from rectified_diffusers.weights.stored import check_same_shapes
 
@@ -51,7 +52,8 @@ def swap_components(
 
 def _load_like(old: Any, fine_tune: str | Path, name: str) -> Any:
     refuse_lora(old.state_dict(), f"the pipeline's {name}")
-    new = type(old).from_pretrained(fine_tune, subfolder=name, use_safetensors=True)
+    with remedies(fine_tune):
+        new = type(old).from_pretrained(fine_tune, subfolder=name, use_safetensors=True)
     whose, whose_expected = f"the fine-tune's {name}", f"the pipeline's {name}"
     shapes, expected = ({key: tuple(weight.shape) for key, weight in m.state_dict().items()} for m in (new, old))
     check_same_shapes(shapes, expected, whose, whose_expected)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rectified_diffusers.arguments import require_type
+from rectified_diffusers.loading import remedies
 from rectified_diffusers.weights.lora import refuse_lora
 
 StorageDtype = Literal["float32", "float16", "bfloat16"]
@@ -231,7 +232,8 @@ def _download(hub_id: str, variant: str | None) -> Path:
     whole, index = _file_names(variant)
     shards = whole.replace(".safetensors", "-*-of-*.safetensors")
     patterns = [folder + name for folder in ("", "unet/") for name in (whole, index, shards)]
-    return Path(snapshot_download(hub_id, allow_patterns=patterns))
+    with remedies(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
 
 
 def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Path]:
