@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.diffusers_suite.run import fill_cache, own_failures, read_report, run_pytest, table
+from tests.diffusers_suite.run import count, fill_cache, own_failures, read_report, run_pytest, table, write
 
 REPORT = """<testsuites><testsuite>
 <testcase classname="tests.rectified_flow.test_lora.TestLoraStock" name="test_fuse"/>
@@ -18,17 +18,40 @@ def test_a_failure_is_our_own_where_stock_does_not_fail(tmp_path):
     outcomes = read_report(tmp_path / "report.xml")
     assert outcomes["TestLoraOurs"] == {"test_fuse": "failed", "test_slices": "failed", "test_gpu": "skipped"}
     assert own_failures(outcomes) == ["TestLoraOurs::test_fuse"]
-    ours_then_stock = [0, 2, 1, 1, 1, 0]  # passed, failed, skipped
-    assert [line.split() for line in table(outcomes).splitlines()[2:]] == [
-        ["Lora", *map(str, ours_then_stock)],
-        ["all", *map(str, ours_then_stock)],
-    ]
+    rows = count(outcomes)
+    assert rows == {
+        "Lora": {
+            "Ours": {"passed": 0, "failed": 2, "skipped": 1},
+            "Stock": {"passed": 1, "failed": 1, "skipped": 0},
+            "own failures": ["TestLoraOurs::test_fuse"],
+        }
+    }
+    assert table(rows).splitlines()[2:] == ["| Lora | 0 | 2 | 1 | 1 | 1 | 0 |", "| all | 0 | 2 | 1 | 1 | 1 | 0 |"]
+
+
+def test_results_of_other_cases_stay_while_the_versions_do(tmp_path):
+    rows = {
+        "Lora": {side: {"passed": 2, "failed": 0, "skipped": 1} for side in ("Ours", "Stock")} | {"own failures": []}
+    }
+    output = tmp_path / "results" / "suite"
+    write(output, "lora", rows, {"diffusers": "0.42.1"})
+    write(output, "scheduler", {"Scheduler": rows["Lora"]}, {"diffusers": "0.42.1"})
+    report = output.with_suffix(".md").read_text()
+    assert "| Scheduler | 2 | 0 | 1 |" in report
+    assert "| all | 4 | 0 | 2 | 4 | 0 | 2 |" in report
+    assert "- fail on ours and not on stock: none" in report
+    write(output, "scheduler", {"Scheduler": rows["Lora"]}, {"diffusers": "0.43.0"})
+    report = output.with_suffix(".md").read_text()
+    assert "Lora" not in report
+    assert "diffusers 0.43.0" in report
 
 
 def test_a_collection_error_is_our_own_failure(tmp_path):
     error = '<testsuite><testcase classname="" name="tests.rectified_flow.test_lora"><error/></testcase></testsuite>'
     (tmp_path / "report.xml").write_text(error)
-    assert own_failures(read_report(tmp_path / "report.xml")) == ["::tests.rectified_flow.test_lora"]
+    outcomes = read_report(tmp_path / "report.xml")
+    assert own_failures(outcomes) == ["::tests.rectified_flow.test_lora"]
+    assert count(outcomes)[""]["own failures"] == own_failures(outcomes)
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from typing import Any
 
 import diffusers.pipelines
@@ -19,10 +20,19 @@ _LEFT_OUT = re.compile(r"\w+Scheduler\b|KarrasDiffusionSchedulers|expected_(pipe
 _LORA_LEFT_OUT = re.compile(r"lora_weights\.bin|no_op_state_dict")
 
 
-def lora_tests(stock: Any) -> dict[str, None]:
-    """Name the LoRA tests that are left out of both, as the namespace of a test class that goes without them."""
+def judged_lora(stock: Any, pipeline_class: type | None = None) -> Any:
+    """Make a test class of `stock`'s LoRA tests, less those left out; on a pipeline of ours where one is given."""
     tests = [name for name in dir(stock) if name.startswith("test_") and inspect.isfunction(getattr(stock, name))]
-    return {name: None for name in tests if _LORA_LEFT_OUT.search(inspect.getsource(getattr(stock, name)))}
+    namespace: dict[str, Any] = {
+        name: None for name in tests if _LORA_LEFT_OUT.search(inspect.getsource(getattr(stock, name)))
+    }
+    if pipeline_class is not None:
+        namespace |= {
+            "pipeline_class": pipeline_class,
+            "scheduler_cls": RectifiedFlowEulerScheduler,
+            "scheduler_kwargs": {},
+        }
+    return type(stock.__name__, (stock,), {"__module__": __name__, **namespace})
 
 
 def judged(stock: Any, pipeline_class: type | None = None) -> Any:
@@ -37,29 +47,39 @@ def judged(stock: Any, pipeline_class: type | None = None) -> Any:
             found = (vars(parent)[name] for parent in stock.__mro__ if name in vars(parent))
             namespace[name] = next((test for test in found if not _is_left_out(test)), None)
     if pipeline_class is not None:
-        namespace["pipeline_class"] = pipeline_class
-        # The test of encode_prompt finds a class by its name in this module, to read the names of what it returns off
-        # the source: those of the method that ours inherits.
-        setattr(diffusers.pipelines, pipeline_class.__name__, stock.pipeline_class)
+        namespace |= _with_ours(stock, pipeline_class)
+    return type(stock.__name__, (stock,), namespace)
 
-        def get_dummy_components(self: Any, *args: Any, **kwargs: Any) -> Any:
-            components = super(judged_class, self).get_dummy_components(*args, **kwargs)
-            return {**components, "scheduler": RectifiedFlowEulerScheduler()}
 
-        @pytest.fixture(autouse=True)
-        def _no_pickles(self: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def _with_ours(stock: Any, pipeline_class: Any) -> dict[str, Any]:
+    """Give what a test class of `stock`'s tests differs in when they run on our pipeline with our scheduler."""
+    # The test of encode_prompt finds a class by its name in this module, to read the names of what it returns off
+    # the source: those of the method that ours inherits.
+    setattr(diffusers.pipelines, pipeline_class.__name__, stock.pipeline_class)
+
+    @pytest.fixture(autouse=True)
+    def _ours(self: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Many tests of Stable Diffusion XL name the stock class where others say `self.pipeline_class`.
+        monkeypatch.setattr(sys.modules[stock.__module__], stock.pipeline_class.__name__, pipeline_class)
+        save = pipeline_class.save_pretrained
+
+        def save_safely(pipeline: Any, *args: Any, **kwargs: Any) -> None:
             """Save as safetensors where a test of diffusers saves pickles on its way: ours refuses to load those."""
-            save = pipeline_class.save_pretrained
+            save(pipeline, *args, **{**kwargs, "safe_serialization": True})
 
-            def save_safely(pipeline: Any, *args: Any, **kwargs: Any) -> None:
-                save(pipeline, *args, **{**kwargs, "safe_serialization": True})
+        monkeypatch.setattr(pipeline_class, "save_pretrained", save_safely)
 
-            monkeypatch.setattr(pipeline_class, "save_pretrained", save_safely)
+    makers = [name for name in dir(stock) if name.startswith("get_dummy_components")]
+    return {"pipeline_class": pipeline_class, "_ours": _ours} | {
+        name: _with_our_scheduler(stock, name) for name in makers
+    }
 
-        namespace["get_dummy_components"] = get_dummy_components
-        namespace["_no_pickles"] = _no_pickles
-    judged_class = type(stock.__name__, (stock,), namespace)
-    return judged_class
+
+def _with_our_scheduler(stock: Any, maker: str) -> Any:
+    def make(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**getattr(stock, maker)(self, *args, **kwargs), "scheduler": RectifiedFlowEulerScheduler()}
+
+    return make
 
 
 def _is_left_out(test: Any) -> bool:

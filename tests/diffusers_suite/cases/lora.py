@@ -1,17 +1,10 @@
 """LoRA through the standard methods: load, stack, weigh, fuse, delete, save."""
 # pyright: reportMissingImports=false
 
-from typing import ClassVar
-
-from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowPipeline
+from rectified_diffusers import RectifiedFlowPipeline
 
 from ..lora import test_lora_layers_sd as sd
-from .judge import lora_tests
+from .judge import judged_lora
 
-TestLoraStock = type("TestLoraStock", (sd.StableDiffusionLoRATests,), lora_tests(sd.StableDiffusionLoRATests))
-
-
-class TestLoraOurs(TestLoraStock):
-    pipeline_class = RectifiedFlowPipeline
-    scheduler_cls = RectifiedFlowEulerScheduler
-    scheduler_kwargs: ClassVar[dict] = {}
+TestLoraStock = judged_lora(sd.StableDiffusionLoRATests)
+TestLoraOurs = judged_lora(sd.StableDiffusionLoRATests, RectifiedFlowPipeline)
