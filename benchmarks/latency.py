@@ -234,11 +234,17 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the fast ways and eager, which take turns, then sd by itself: all at once are more than 24 GB hold."""
+    """Time the fast ways and eager, which take turns, then sd by itself: all at once are more than 24 GB hold.
+
+    With --apart, every way by itself.
+    """
     half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
     measured = {"float32": rates(torch.float32, args.device), "half": rates(half, args.device)}
     sizes: dict[int, dict[str, Any]] = {batch: {} for batch in args.batches}
-    for together in ([name for name in args.ways if name != "sd"], [name for name in args.ways if name == "sd"]):
+    turns = [[name] for name in args.ways]
+    if not args.apart:
+        turns = [[name for name in args.ways if name != "sd"], [name for name in args.ways if name == "sd"]]
+    for together in turns:
         for batch, rows in take_turns(args, together).items():
             for name, row in rows.items():
                 if name != "sd":
@@ -315,6 +321,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way that count")
     parser.add_argument("--warm-up", type=int, default=1, help="turns before them")
+    parser.add_argument("--apart", action="store_true", help="one way after the other: one in memory at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--sd-steps", type=int, help=f"steps run of sd (default: 2 on a CPU, {SD_STEPS} on a GPU)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of the fast ways (default: auto)")
