@@ -1,5 +1,5 @@
 # Every target uses the `python` on PATH: activate the environment first.
-.PHONY: help install check lint format types test test-slow coverage docs faults wheel clean
+.PHONY: help install check lint format types test test-slow coverage mutation docs faults wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,15 +27,21 @@ test-slow:  ## the rest of the tests that need no GPU
 	python -m pytest -m 'slow and not gpu'
 
 coverage:  ## branches of src that the fast tests reach (95 in 100 at least), and every raise
-	python -m pytest -q -m 'not slow and not gpu' --cov=rectified_diffusers --cov-branch --cov-report=json:coverage.json
+	python -m coverage erase
+	python -m coverage run -m pytest -q -m 'not slow and not gpu'
+	python -m coverage combine -q
+	python -m coverage json -q -o coverage.json
 	python -m tests.raises coverage.json
+
+mutation:  ## small changes of flow, schedulers and data: a test has to fail at each (an hour)
+	python -m tests.mutation.run --output benchmarks/results/mutation.md
 
 docs:  ## the site, strictly
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
-faults:  ## kills, full disks, rotten files and hostile input, at length (root, for the disks; hours)
+faults:  ## kills, full disks, rotten files and hostile input, at length (root, for the disks; hours; it can be stopped)
 	python -m tests.faults.run --tries 100 --output benchmarks/results/faults.md
-	python -m tests.faults.fuzz --examples 120000 --output benchmarks/results/fuzzing.md
+	python -m tests.faults.fuzz --examples 115000 --output benchmarks/results/fuzzing.md
 
 wheel:  ## build dist/*.whl
 	python -m pip wheel --no-deps --wheel-dir dist .

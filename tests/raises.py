@@ -1,6 +1,9 @@
 """Is every `raise` of the source reached by a test, and how many of its branches are?
 
-    python -m pytest -m "not slow and not gpu" --cov=rectified_diffusers --cov-branch --cov-report=json:coverage.json
+    make coverage
+
+runs the tests with coverage.py as `.coveragerc` says, writes its report, and then
+
     python -m tests.raises coverage.json
 
 Exit code 1 if a `raise` was not reached, or less than 95 % of the branches were taken. What needs another machine, a
@@ -62,7 +65,7 @@ def percent_of_branches(report: Mapping[str, Any]) -> float:
     """Give the share of branches that were taken, in per cent; a report without branches is refused."""
     totals = report["totals"]
     if not totals.get("num_branches"):
-        raise ValueError("the report counts no branches; run pytest with --cov-branch.")
+        raise ValueError("the report counts no branches; run coverage with branch = true, as in .coveragerc.")
     return 100 * totals["covered_branches"] / totals["num_branches"]
 
 

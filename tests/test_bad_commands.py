@@ -4,8 +4,10 @@ import argparse
 from collections.abc import Iterator
 
 import pytest
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from rectified_diffusers import cli
+from tests.training.helpers import make_dataset
 
 NUMBERS = ("int", "float")
 
@@ -97,3 +99,34 @@ def test_a_missing_argument_is_told(refused, words):
 )
 def test_values_out_of_range_are_told(refused, arguments, text):
     assert text in refused(arguments)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pipeline that is no text-to-image model."""
+    folder = tmp_path_factory.mktemp("other")
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("command", ["reflow", "distill", "progressive"])
+def test_a_model_that_no_trainer_knows(other, command, tmp_path, capsys):
+    triplets = make_dataset(tmp_path / "triplets").folder
+    words = ["--model", other, "--triplets", str(triplets), "--output-dir", str(tmp_path / "run")]
+    assert cli.main([command, *words]) == 2
+    assert "error: Expected one of StableDiffusionPipeline" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_model_that_cannot_be_made_fast(other, tmp_path, capsys):
+    words = ["a cat", "-o", str(tmp_path / "cat.png"), "--model", other, "--fast", "--device", "cpu"]
+    assert cli.main(["generate", *words]) == 2
+    assert "error: optimize needs a pipeline with a unet and a vae, got DDPMPipeline" in capsys.readouterr().err

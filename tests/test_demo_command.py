@@ -135,3 +135,9 @@ def test_completion_knows_every_command(shell, capsys):
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
         assert "--guidance-scale" in script
+
+
+def test_completion_without_its_package_says_which(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["--print-completion", "bash"]) == 2
+    assert "completion needs shtab: pip install shtab" in capsys.readouterr().err

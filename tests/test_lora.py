@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowPipeline, RectifiedFlowXLPipeline
+from rectified_diffusers.weights.lora import attaching
 from tests.test_pipelines import hand_written_loop
 from tests.tiny import make_tiny_pipeline, make_xl_components
 
@@ -488,3 +489,8 @@ def test_the_example_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *arguments])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert (tmp_path / "sheet.png").stat().st_size > 0
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_lora_that_does_not_fit(pipeline):
+    with pytest.raises(torch.OutOfMemoryError, match="20 GiB"), attaching(pipeline, hotswap=False):
+        raise torch.OutOfMemoryError("20 GiB")

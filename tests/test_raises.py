@@ -43,7 +43,7 @@ def test_a_raise_is_reached_if_its_line_ran_or_is_excluded():
 
 def test_a_report_without_branches_is_refused():
     assert raises.percent_of_branches(report([])) == 95.0
-    with pytest.raises(ValueError, match="--cov-branch"):
+    with pytest.raises(ValueError, match="branch = true"):
         raises.percent_of_branches(report([], branches=(0, 0)))
 
 

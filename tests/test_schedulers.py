@@ -379,3 +379,94 @@ def test_other_schedulers_refuse_to_take_our_config_for_epsilon():
         theirs.step(x, 500, x)
     assert RectifiedFlowEulerScheduler._compatibles == []
     assert make_scheduler().compatibles == [diffusers.RectifiedFlowEulerScheduler]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_new_scheduler_has_the_grid_of_its_training():
+    scheduler = RectifiedFlowEulerScheduler(8)
+    assert scheduler.timesteps.tolist() == [8 - k for k in range(8)]
+    assert RectifiedFlowEulerScheduler(1).timesteps.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_train_timesteps": True}, TypeError, "must be a whole number, got True"),
+        ({"num_train_timesteps": 2.5}, TypeError, "must be a whole number, got 2.5"),
+        ({"shift": "3"}, TypeError, "shift must be a number, got '3'"),
+        ({"shift": float("inf")}, ValueError, "shift must be above 0 and finite"),
+    ],
+)
+def test_settings_of_wrong_types(options, error, message):
+    with pytest.raises(error, match=message):
+        RectifiedFlowEulerScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    ("grid", "error", "message"),
+    [
+        ({"num_inference_steps": 2, "start": "0"}, TypeError, "start must be a number"),
+        ({"sigmas": ["a"]}, TypeError, "A grid must be a list of numbers"),
+        ({"num_inference_steps": 2, "mu": float("nan")}, ValueError, "mu is the logarithm of a shift"),
+    ],
+)
+def test_grids_of_wrong_types(grid, error, message):
+    with pytest.raises(error, match=message):
+        RectifiedFlowEulerScheduler().set_timesteps(**grid)
+
+
+@pytest.mark.parametrize("shift", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize(
+    "grid", [{"num_inference_steps": 3}, {"sigmas": [1.0, 0.7, 0.1]}, {"timesteps": [900.0, 400.0]}]
+)
+def test_steps_are_the_differences_of_the_grid(grid, shift):
+    """Of a velocity that differs from step to step, so that uneven steps are told from even ones."""
+    scheduler = RectifiedFlowEulerScheduler(shift=shift)
+    scheduler.set_timesteps(**grid)
+    if "timesteps" in grid:
+        assert scheduler.timesteps.tolist() == grid["timesteps"]
+    sigmas = torch.tensor(grid.get("sigmas", [1, 2 / 3, 1 / 3]), dtype=torch.float64)
+    sigmas = torch.tensor([0.9, 0.4]).double() if "timesteps" in grid else shift * sigmas / (1 + (shift - 1) * sigmas)
+    ends = [*sigmas.tolist(), 0.0]
+    x, expected = torch.zeros(1, 1, 1, 1), 0.0
+    for k, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.full_like(x, 10.0**k), timestep, x).prev_sample
+        expected += 10.0**k * (ends[k] - ends[k + 1])
+    assert x.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_timestep_a_rounding_away_is_found():
+    scheduler = RectifiedFlowEulerScheduler()
+    scheduler.set_timesteps(4)
+    assert scheduler.index_for_timestep(750.0 + 5e-4) == 1
+    assert scheduler.index_for_timestep(torch.tensor(500.0)) == 2
+    assert scheduler.index_for_timestep(torch.tensor([500.0])) == 2
+    with pytest.raises(ValueError, match="is not on the grid of 4 steps"):
+        scheduler.index_for_timestep(750.0 + 2e-3)
+
+
+@pytest.mark.parametrize("wrong", ["type", "shape"])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("method", ["step", "add_noise", "get_velocity"])
+def test_tensors_are_of_one_shape(method, place, wrong):
+    scheduler = RectifiedFlowEulerScheduler()
+    scheduler.set_timesteps(2)
+    tensors: list[Any] = [torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)]
+    tensors[place] = 0.0 if wrong == "type" else torch.zeros(1, 4, 1, 1)
+    error, message = (TypeError, "must be a tensor") if wrong == "type" else (ValueError, "of one shape .* and ")
+    timesteps = scheduler.timesteps[:1]
+    given = (tensors[0], timesteps, tensors[1]) if method == "step" else (*tensors, timesteps)
+    with pytest.raises(error, match=message):
+        getattr(scheduler, method)(*given)
+
+
+def test_add_noise_wants_a_tensor_of_timesteps():
+    with pytest.raises(TypeError, match=r"timesteps must be a tensor, got 500\.0"):
+        RectifiedFlowEulerScheduler().add_noise(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), 500.0)
+
+
+def test_a_diffusion_solver_set_to_flow_needs_the_sign():
+    config = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction").config
+    config = {key: value for key, value in config.items() if key != "shift"}
+    with pytest.raises(ValueError, match="does not say velocity_direction"):
+        RectifiedFlowEulerScheduler.from_config(config)
+    assert RectifiedFlowEulerScheduler.from_config(config, velocity_direction="noise").config["shift"] == 1

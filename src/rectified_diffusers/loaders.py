@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from typing_extensions import Self
 
 from rectified_diffusers.loading import checked_downloads, refuse_folder_of_pickles, refuse_pickle, safetensors_only
@@ -34,13 +33,7 @@ class SafetensorsLoaders(DiffusionPipeline):
         """Load one .safetensors file as diffusers does; a .ckpt is refused."""
         refuse_pickle(pretrained_model_link_or_path, _MODEL)
         stock: Any = super()
-        try:
-            return stock.from_single_file(pretrained_model_link_or_path, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"{pretrained_model_link_or_path} cannot be read: {error}. It was damaged, or is something else; "
-                "download it again."
-            ) from error
+        return stock.from_single_file(pretrained_model_link_or_path, **kwargs)
 
     def load_lora_weights(
         self,

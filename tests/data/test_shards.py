@@ -93,6 +93,21 @@ def flip(path, place):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("[]", "its header is list, expected an object"),
+        ("7", "its header is int, expected an object"),
+        ('{"prompts": [], "rows_crc32": 7}', "rows_crc32 is int, expected a list"),
+        ('{"prompts": [], "rows_crc32": {"0": "a"}}', "rows_crc32 is dict, expected a list"),
+    ],
+)
+def test_a_header_of_other_types_raises(path, tensors, header, words):
+    save_file(tensors, path, {"rectified_diffusers": header})
+    with pytest.raises(ValueError, match=f"{path.name} is no whole shard of ours .TypeError: {words}.*make it again"):
+        Shard.open(path)
+
+
 def test_one_changed_byte_of_a_row_fails_when_that_row_is_read(path):
     flip(path, -1)  # of the last row
     shard = Shard.open(path)

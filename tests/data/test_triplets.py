@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,6 +259,12 @@ def test_a_folder_without_a_sound_manifest_raises(folder, tmp_path):
     (folder / "manifest.json").write_text(manifest.replace('"format": 1', '"format": 2'))
     with pytest.raises(ValueError, match="has format 2, expected 1"):
         TripletDataset(folder)
+    for entry in ('"num_triplets": "20"', '"num_triplets": -1', '"num_triplets": null'):
+        damaged = re.sub(r'"num_triplets": \d+', entry, manifest)
+        assert damaged != manifest
+        (folder / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest.json: expected num_triplets to be .*, got .*; restore it"):
+            TripletDataset(folder)
 
 
 def test_verify_names_every_damaged_shard(folder):

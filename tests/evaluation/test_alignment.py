@@ -147,6 +147,13 @@ def test_wrong_options_are_told(options):
         AlignmentConfig(**options)
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("value", [-1e-3, float("nan"), float("inf")])
+def test_rates_that_are_no_rates_are_told(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be finite and not negative, got {value}"):
+        AlignmentConfig(**{name: value})
+
+
 def test_sentence_features_do_not_see_the_padding(tmp_path):
     from transformers import BertConfig, BertModel, BertTokenizerFast
 

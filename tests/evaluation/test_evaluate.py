@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from rectified_diffusers import cli
+from rectified_diffusers.cli.evaluate import _picture_size
+from rectified_diffusers.cli.shared import CommandError
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.triplets import generate_triplets
 from rectified_diffusers.evaluation import drawing
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate
 from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
+from rectified_diffusers.evaluation.judges import inception_judge, mobilenet_judge
 from rectified_diffusers.evaluation.pictures import choose, read_pictures
 from rectified_diffusers.evaluation.report import Evaluation
 from tests.evaluation.conftest import SIZE
@@ -165,3 +168,24 @@ def test_triplets_can_stand_for_the_real_pictures(model, pooled, tmp_path):
 def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
     assert cli.main(["evaluate", "--output-dir", str(tmp_path), *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        lambda folder: mobilenet_judge(folder / "none.safetensors", 64, "cpu", False),
+        lambda folder: inception_judge(folder, "cpu", False),
+    ],
+    ids=["mobilenet", "inception"],
+)
+def test_weights_that_are_not_there_are_told_at_once(judge, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*: expected a safetensors file"):
+        judge(tmp_path)
+
+
+def test_a_model_of_pictures_that_are_not_square_is_refused():
+    pipeline = make_tiny_pipeline("flow")
+    assert _picture_size(pipeline) == SIZE
+    pipeline.unet.register_to_config(sample_size=(8, 16))
+    with pytest.raises(CommandError, match=r"the model draws 8x16 latents; .* evaluate needs square pictures"):
+        _picture_size(pipeline)

@@ -5,32 +5,38 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.process import ENDED_WELL, REFUSED, Command, run
+from tests.faults.process import ENDED_WELL, REFUSED, Command
 from tests.faults.workloads import Workload, digests
+
+SURVIVORS_END = 60.0  # seconds after the death of another process
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing disturbed: its files, its records and how long it took."""
+    """A run that nothing disturbed: its files, its records and how much there was of it."""
 
     files: dict[str, str]
     records: Counter[str]
-    seconds: float
+    seconds: float  # that the processor worked for it
+    bytes: int
 
     @classmethod
     def of(cls, workload: Workload, folder: Path) -> "Reference":
-        began = time.monotonic()
-        code, error = run(workload.command(folder), folder.with_suffix(".stderr"))
+        command, seconds = workload.start(folder), 0.0
+        while (code := command.wait(0.01)) is None:
+            seconds = max(seconds, command.busy())
         if code != ENDED_WELL:
-            raise RuntimeError(f"{workload.name} fails without any fault: {error}")
-        return cls(digests(folder), workload.records(folder), time.monotonic() - began)
+            raise RuntimeError(f"{workload.name} fails without any fault: {command.said()}")
+        files = digests(folder)
+        return cls(files, workload.records(folder), seconds, sum((folder / name).stat().st_size for name in files))
 
 
 @dataclass(frozen=True)
@@ -55,20 +61,16 @@ class Try:
     reference: Reference
     chance: random.Random
 
-    @property
-    def stderr(self) -> Path:
-        return self.folder.with_suffix(".stderr")
-
     def start(self, prepare: Callable[[], object] = lambda: None) -> Command:
-        return Command.start(self.workload.command(self.folder), self.stderr, prepare)
+        return self.workload.start(self.folder, prepare)
 
     def run(self, prepare: Callable[[], object] = lambda: None) -> tuple[int, str]:
-        return run(self.workload.command(self.folder), self.stderr, prepare)
+        return self.start(prepare).finish()
 
     def run_and_kill(self) -> None:
         """Run the command and end it with SIGKILL at a random moment, which may lie after its end."""
         command = self.start()
-        if command.wait(self.chance.uniform(0, 1.1 * self.reference.seconds)) is None:
+        if command.work(self.chance.uniform(0, 1.1 * self.reference.seconds)) is None:
             command.kill()
 
     def judge(self, code: int, error: str) -> Verdict:
@@ -110,21 +112,21 @@ def kill(case: Try) -> Verdict:
 
 def full_disk(case: Try) -> Verdict:
     """A disk with too little room, which then gets more."""
-    with _small_disk(case) as size:
+    with _small_disk(case, case.chance.uniform(0.05, 1.0)):
         code, error = case.run()
         if code == ENDED_WELL:
             return case.judge(code, error)
         if code != REFUSED or "No space left" not in error:
             return Verdict(0, 0, f"ended with {code} on a full disk, and not with an error that says so: {error}")
-        _mount(case.folder, f"remount,size={4 * size}")
+        _mount(case.folder, f"remount,size={8 * case.reference.bytes}")
         return case.run_and_judge()
 
 
 def read_only(case: Try) -> Verdict:
     """A disk that turns read-only at a random moment, and back."""
-    with _small_disk(case, room=4.0):
+    with _small_disk(case, 4.0):
         command = case.start()
-        code = command.wait(case.chance.uniform(0, case.reference.seconds))
+        code = command.work(case.chance.uniform(0, case.reference.seconds))
         while code is None and not _mount(case.folder, "remount,ro"):
             code = command.wait(0.002)  # a file is open for writing; try again after it
         code = command.wait() if code is None else code
@@ -170,7 +172,7 @@ def clock_going_back(case: Try) -> Verdict:
         time.time_ns = lambda: int(1e9 * time.time())
 
     command = case.start(turn_back)
-    if command.wait(case.chance.uniform(0, case.reference.seconds)) is None:
+    if command.work(case.chance.uniform(0, case.reference.seconds)) is None:
         command.kill()
     return case.judge(*case.run(turn_back))
 
@@ -181,12 +183,28 @@ def two_writers(case: Try) -> Verdict:
     The second may work along or be refused, but not do harm.
     """
     first = case.start()
-    time.sleep(case.chance.uniform(0, 0.5 * case.reference.seconds))
+    ended = first.work(case.chance.uniform(0, 0.5 * case.reference.seconds))
     second = Command.start(case.workload.command(case.folder), case.folder.with_suffix(".second"))
-    codes = first.wait(), second.wait()
+    codes = first.wait() if ended is None else ended, second.wait()
     for command, code in zip((first, second), codes, strict=True):
         if code not in (ENDED_WELL, REFUSED):
             return Verdict(0, 0, f"one of two ended with {code}: {command.error()}")
+    return case.run_and_judge()
+
+
+def process_dying(case: Try) -> Verdict:
+    """SIGKILL for one of the processes of a launcher: the others have to end too, and soon."""
+    command = case.start()
+    code = command.work(case.chance.uniform(0, 1.05 * case.reference.seconds))
+    started: list[int] = []
+    while code is None and len(started := command.children()) < case.workload.processes:
+        code = command.wait(0.002)
+    if code is None:
+        with suppress(ProcessLookupError):  # it ended meanwhile
+            os.kill(case.chance.choice(started), signal.SIGKILL)
+        if command.wait(SURVIVORS_END) is None:
+            command.kill()
+            return Verdict(0, 0, f"one process died, the others went on for {SURVIVORS_END:.0f} s: {command.error()}")
     return case.run_and_judge()
 
 
@@ -199,7 +217,9 @@ FAULTS: dict[str, Callable[[Try], Verdict]] = {
     "foreign file": foreign_file,
     "clock going back": clock_going_back,
     "two writers": two_writers,
+    "one of two processes dies": process_dying,
 }
+NEEDS_PROCESSES = ("one of two processes dies",)
 NEEDS_MOUNT = ("disk full", "disk turns read-only")
 
 
@@ -222,23 +242,17 @@ def _weighty(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _small_disk(case: Try, room: float | None = None) -> Iterator[int]:
-    """Mount a disk at the folder with room for a part of what the run writes, and give its size in bytes."""
-    needed = _bytes_of(case.reference, case.workload, case.folder)
-    size = int(needed * (case.chance.uniform(0.05, 1.0) if room is None else room))
+def _small_disk(case: Try, room: float) -> Iterator[None]:
+    """Mount a disk at the folder with room for a part of what the run writes, or for more than that."""
+    needed = 2 * case.reference.bytes  # the files of a whole run, and one more checkpoint at most
+    size = max(int(needed * room), 4096)
     case.folder.mkdir(parents=True, exist_ok=True)
-    if not _mount(case.folder, f"size={max(size, 4096)}", fresh=True):
+    if not _mount(case.folder, f"size={size}", fresh=True):
         raise PermissionError("mounting a disk of limited size needs root")
     try:
-        yield max(size, 4096)
+        yield
     finally:
         _libc().umount2(str(case.folder).encode(), 2)  # MNT_DETACH
-
-
-def _bytes_of(reference: Reference, workload: Workload, folder: Path) -> int:
-    """Say how much a whole run has on the disk at most, about: its files and one more checkpoint."""
-    whole = folder.parent / f"{workload.name}-reference"
-    return 2 * sum((whole / name).stat().st_size for name in reference.files)
 
 
 def _mount(folder: Path, options: str, fresh: bool = False) -> bool:

@@ -1,10 +1,13 @@
 """Files and arguments from strangers, by the million: each is taken or refused with an error of our own.
 
-    python -m tests.faults.fuzz --examples 200000            every target, that many inputs each
+    python -m tests.faults.fuzz --examples 120000 --output benchmarks/results/fuzzing.md
     python -m tests.faults.fuzz --targets shard manifest
+    python -m tests.faults.fuzz --repeat shard 4711
 
 Inputs are valid ones with damage that a parser may trip over: lying lengths, offsets and shapes, values of other
-types, cut and altered bytes. Exit code 1 if any input gives another exception than those that the target promises.
+types, cut and altered bytes. An input is a function of its target's name and its number. What was found is kept in a
+JSON file beside the table, and no input is read twice: a run that was stopped goes on with the same command. Exit code
+1 if any input gives another exception than those that the target promises.
 """
 
 import argparse
@@ -14,17 +17,17 @@ import json
 import struct
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from benchmarks.machine import provenance
 from safetensors.torch import save
+from tqdm import tqdm
 
 from rectified_diffusers.cli import COMMANDS, build_parser
 from rectified_diffusers.cli.shared import CommandError
@@ -32,69 +35,98 @@ from rectified_diffusers.data.manifest import MANIFEST_NAME
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
 from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.training.checkpoint import read_checkpoint
+from rectified_diffusers.options import options_from
+from rectified_diffusers.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 
-# --- strategies -----------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------------------------
 
-ODD_NUMBERS = st.sampled_from([0, 1, -1, 2**31, 2**53, 2**63 - 1, -(2**63), 2**64, 1e308, float("nan"), float("inf")])
-SCALARS = st.one_of(st.none(), st.booleans(), ODD_NUMBERS, st.integers(), st.floats(), st.text(max_size=8))
-JSON_VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=5,
-)
+CHARACTERS = [*"aB 7/.-_%\"'{}[]:,\\", *"\0\n\r\t\x85\u2028é😀", "\ud800"]
+ODD_NUMBERS = [0, 1, -1, 2, 4, 7, 2**31, 2**53, 2**63 - 1, -(2**63), 2**64, 10**30, 0.5, -0.0, 1e308, 1e-320]
+ODD_NUMBERS += [float("nan"), float("inf"), float("-inf")]
+ODD_WORDS = ["0", "-1", "1e400", "nan", "none", "cat", "--", "@x", "%s", "", "a=b", "1,2", "null"]
 
 
-@st.composite
-def altered_json(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value of which one entry, at any depth, is gone, added or of another value."""
-    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
-        key = draw(st.sampled_from(sorted(value)))
-        how = draw(st.integers(0, 5))
+def text(chance: Random, longest: int) -> str:
+    return "".join(chance.choices(CHARACTERS, k=chance.randint(0, longest)))
+
+
+def json_value(chance: Random, depth: int = 2) -> Any:
+    """Give any JSON value, lists and objects up to a depth."""
+    kind = chance.randint(0, 6 if depth else 4)
+    if kind == 5:
+        return [json_value(chance, depth - 1) for _ in range(chance.randint(0, 3))]
+    if kind == 6:
+        return {text(chance, 6): json_value(chance, depth - 1) for _ in range(chance.randint(0, 3))}
+    scalars = (None, chance.random() < 0.5, chance.choice(ODD_NUMBERS), chance.randint(-300, 300), text(chance, 8))
+    return scalars[kind]
+
+
+def altered_json(chance: Random, value: Any) -> Any:
+    """Give a JSON value of which one entry, at any depth, is gone, added or of another value."""
+    if isinstance(value, dict) and value and chance.random() < 0.8:
+        key, how = chance.choice(sorted(value)), chance.randint(0, 5)
         if how == 0:
             return {name: item for name, item in value.items() if name != key}
         if how == 1:
-            return {**value, draw(st.text(max_size=6)): draw(JSON_VALUES)}
-        return {**value, key: draw(altered_json(value[key]))}
-    if isinstance(value, list) and value and draw(st.integers(0, 2)):
-        index = draw(st.integers(0, len(value) - 1))
-        return [*value[:index], draw(altered_json(value[index])), *value[index + 1 :]]
-    return draw(JSON_VALUES)
+            return {**value, text(chance, 6): json_value(chance)}
+        return {**value, key: altered_json(chance, value[key])}
+    if isinstance(value, list) and value and chance.random() < 0.7:
+        index = chance.randrange(len(value))
+        return [*value[:index], altered_json(chance, value[index]), *value[index + 1 :]]
+    if isinstance(value, str) and chance.random() < 0.3:
+        index = chance.randint(0, len(value))
+        return value[:index] + text(chance, 4) + value[index + chance.randint(0, 2) :]
+    return json_value(chance)
 
 
-@st.composite
-def altered_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes with a cut, an insertion, an overwriting or all anew."""
-    how = draw(st.integers(0, 4))
+def altered_bytes(chance: Random, content: bytes) -> bytes:
+    """Give bytes with a cut, an insertion, an overwriting or a flipped bit, or all anew."""
+    how = chance.randint(0, 5)
     if how == 0:
-        return draw(st.binary(max_size=64))
-    start = draw(st.integers(0, len(content)))
+        return chance.randbytes(chance.randint(0, 64))
+    start = chance.randint(0, len(content))
     if how == 1:
         return content[:start]
-    piece = draw(st.binary(min_size=1, max_size=16))
-    return content[:start] + piece + content[start + (len(piece) if how > 2 else 0) :]
+    if how == 2 and start < len(content):
+        return content[:start] + bytes([content[start] ^ 1 << chance.randint(0, 7)]) + content[start + 1 :]
+    piece = chance.randbytes(chance.randint(1, 16))
+    return content[:start] + piece + content[start + (len(piece) if how > 3 else 0) :]
 
 
-@st.composite
-def altered_safetensors(draw: st.DrawFn, content: bytes, text_key: str | None) -> bytes:
-    """A safetensors file with a lie in its header, in our text inside the header, in its length or in its bytes."""
-    how = draw(st.integers(0, 3))
+def altered_safetensors(chance: Random, content: bytes, text_key: str | None) -> bytes:
+    """Give a safetensors file with a lie in its header, in our text inside it, in its length or in its bytes."""
+    how = chance.randint(0, 3)
     if how == 0:
-        return draw(altered_bytes(content))
+        return altered_bytes(chance, content)
     (size,) = struct.unpack("<Q", content[:8])
     header, body = json.loads(content[8 : 8 + size]), content[8 + size :]
     if how == 1 and text_key:
         line, separator, _ = header["__metadata__"][text_key].partition("\n")
-        line = json.dumps(draw(altered_json(json.loads(line))))
+        line = json.dumps(altered_json(chance, json.loads(line)))
         checksum = f"{zlib.crc32(line.encode()):08x}" if separator else ""
         header["__metadata__"][text_key] = f"{line}{separator}{checksum}"
     else:
-        header = draw(altered_json(header))
+        header = altered_json(chance, header)
     encoded = json.dumps(header).encode()
-    length = len(encoded) if how < 3 else draw(st.one_of(st.just(len(encoded)), st.integers(0, 2**64 - 1)))
-    return struct.pack("<Q", length) + encoded + body
+    length = chance.choice([len(encoded) + 1, chance.getrandbits(64), chance.getrandbits(10)]) if how == 3 else None
+    return struct.pack("<Q", len(encoded) if length is None else length) + encoded + body
 
+
+def command_line(chance: Random, options: list[str]) -> list[str]:
+    """Give a command with options and odd values."""
+    name = chance.choice(COMMANDS).__name__.removeprefix("add_") if chance.random() < 0.95 else text(chance, 4)
+    words = (
+        lambda: chance.choice(options),
+        lambda: chance.choice(ODD_WORDS),
+        lambda: str(chance.choice(ODD_NUMBERS)),
+        lambda: text(chance, 6),
+    )
+    return [name, *(chance.choice(words)() for _ in range(chance.randint(0, 8)))]
+
+
+OURS = "rectified_diffusers"  # the name of our text in a header
+BATCH = 5000
 
 # --- targets --------------------------------------------------------------------------------------------------------
 
@@ -103,7 +135,7 @@ def altered_safetensors(draw: st.DrawFn, content: bytes, text_key: str | None) -
 class Target:
     """What reads inputs, how they look, and with what it may refuse them."""
 
-    inputs: st.SearchStrategy[Any]
+    make: Callable[[Random], Any]
     read: Callable[[Any], object]
     refusals: tuple[type[BaseException], ...] = (ValueError, OSError)
 
@@ -115,7 +147,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
     triplets = folder / "triplets"
     dataset = make_dataset(triplets)
     make_trainer("reflow", dataset, folder / "run", max_steps=2).train()
-    checkpoint = folder / "run" / "checkpoints" / "step-00000002"
+    whole = read_checkpoint(folder / "run" / "checkpoints" / "step-00000002")
+    weights = {name: {"weight": torch.ones(2)} for name in whole.tensors}  # few, so that reading them takes no time
+    checkpoint = write_checkpoint(folder / "checkpoints", Checkpoint(2, weights, whole.state), keep=1)
     shard_path, manifest_path = triplets / "shard-00000.safetensors", triplets / MANIFEST_NAME
     shard, manifest = shard_path.read_bytes(), json.loads(manifest_path.read_text())
     module = torch.nn.Linear(3, 2)
@@ -156,107 +190,137 @@ def make_targets(folder: Path) -> dict[str, Target]:
 
         return read
 
+    read_txt, read_jsonl = read_text(".txt"), read_text(".jsonl")
+
     def open_checkpoint(value: Any) -> None:
         (checkpoint / "state.json").write_text(json.dumps(value))
         read_checkpoint(checkpoint)
 
+    parser = build_parser()
+    options = sorted({option for command in _commands_of(parser) for option in command._option_string_actions})
+
+    def parse(argv: list[str]) -> None:
+        """Parse as `main` does, up to where the work would begin."""
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            namespace = parser.parse_args(argv)
+        if hasattr(namespace, "config_class"):
+            options_from(namespace, namespace.config_class)
+
     lines = b'{"prompt": "a red apple"}\n{"prompt": "the sea", "n": [1, {"a": null}]}\n'
     state = json.loads((checkpoint / "state.json").read_text())
     return {
-        "shard": Target(altered_safetensors(shard, "rectified_diffusers"), read_shard),
-        "triplets": Target(altered_safetensors(shard, "rectified_diffusers"), open_triplets),
-        "manifest": Target(altered_json(manifest), open_manifest),
-        "delta": Target(altered_safetensors(delta, None), apply_delta),
-        "described-delta": Target(altered_safetensors(described, "rectified_diffusers"), apply_delta),
-        "prompts-txt": Target(altered_bytes("a red apple\nthe café\n\n".encode()), read_text(".txt")),
-        "prompts-jsonl": Target(altered_bytes(lines), read_text(".jsonl")),
-        "checkpoint": Target(altered_json(state), open_checkpoint),
-        "arguments": Target(arguments(), parse, (ValueError, OSError, CommandError, SystemExit)),
+        "shard": Target(lambda chance: altered_safetensors(chance, shard, OURS), read_shard),
+        "triplets": Target(lambda chance: altered_safetensors(chance, shard, OURS), open_triplets),
+        "manifest": Target(lambda chance: altered_json(chance, manifest), open_manifest),
+        "delta": Target(lambda chance: altered_safetensors(chance, delta, None), apply_delta),
+        "described-delta": Target(lambda chance: altered_safetensors(chance, described, OURS), apply_delta),
+        "prompts-txt": Target(lambda chance: altered_bytes(chance, "a red apple\nthe café\n\n".encode()), read_txt),
+        "prompts-jsonl": Target(lambda chance: altered_bytes(chance, lines), read_jsonl),
+        "checkpoint": Target(lambda chance: altered_json(chance, state), open_checkpoint),
+        "arguments": Target(
+            lambda chance: command_line(chance, options), parse, (ValueError, OSError, CommandError, SystemExit)
+        ),
     }
 
 
-def arguments() -> st.SearchStrategy[list[str]]:
-    """Command lines of our commands, options and odd values."""
-    names = sorted({option for command in _command_parsers() for option in command._option_string_actions})
-    commands = st.sampled_from([name.removeprefix("add_") for name in (add.__name__ for add in COMMANDS)])
-    values = st.one_of(
-        st.text(max_size=6), st.sampled_from(["0", "-1", "1e400", "nan", "none", "cat", "--", "@x", "%s", ""])
-    )
-    words = st.lists(st.one_of(st.sampled_from(names), values), max_size=8)
-    return st.builds(lambda command, rest: [command, *rest], commands | st.text(max_size=4), words)
-
-
-def parse(argv: list[str]) -> None:
-    """Parse as `main` does, up to where the work would begin."""
-    from rectified_diffusers.options import options_from
-
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        namespace = build_parser().parse_args(argv)
-    if hasattr(namespace, "config_class"):
-        options_from(namespace, namespace.config_class)
-
-
-def _command_parsers() -> list[argparse.ArgumentParser]:
-    actions = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
-    return [parser for action in actions for parser in action.choices.values()]
+def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [command for action in actions for command in action.choices.values()]
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def fuzz(target: Target, examples: int) -> tuple[int, int]:
-    """Give inputs to a target and return how many it took and how many it refused; any other exception is raised."""
-    taken = refused = 0
+@dataclass
+class Count:
+    """How many inputs a target took and refused, and the numbers of those that it stumbled over."""
 
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        derandomize=True,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(target.inputs)
-    def run(value: Any) -> None:
-        nonlocal taken, refused
+    taken: int = 0
+    refused: int = 0
+    crashes: dict[str, str] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    dates: list[str] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> int:
+        return self.taken + self.refused + len(self.crashes)
+
+
+def input_of(name: str, target: Target, number: int) -> Any:
+    return target.make(Random(f"{name}/{number}"))
+
+
+def fuzz(name: str, target: Target, count: Count, examples: int) -> None:
+    """Give a target the next inputs, and count what becomes of them."""
+    for number in range(count.inputs, count.inputs + examples):
+        value = input_of(name, target, number)
         try:
             target.read(value)
         except target.refusals:
-            refused += 1
+            count.refused += 1
+        except Exception as error:  # noqa: BLE001 (a crash of a target is the finding)
+            count.crashes[str(number)] = f"{type(error).__name__}: {error}"
         else:
-            taken += 1
+            count.taken += 1
 
-    run()
-    return taken, refused
+
+def render(counts: dict[str, Count], command: str) -> str:
+    """Give the table, with when and on what it was made."""
+    made, total = provenance(), sum(count.inputs for count in counts.values())
+    dates = sorted(date for count in counts.values() for date in count.dates)
+    commits = sorted({commit for count in counts.values() for commit in count.commits})
+    rows = [f"| {name} | {c.inputs} | {c.taken} | {c.refused} | {len(c.crashes)} |" for name, c in counts.items()]
+    lines = [
+        "# Fuzzing",
+        "",
+        f"{total} damaged inputs: read without an error, refused with one of ours, or a crash, which is any other.",
+        "",
+        "| target | inputs | taken | refused | crashes |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"    {command}",
+        "",
+        f"commit {', '.join(commits)}; hardware {made['hardware']}; threads 1; date {dates[0]} to {dates[-1]}; "
+        f"versions {made['versions']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--examples", type=int, default=10_000, help="inputs to each target (default: 10000)")
     parser.add_argument("--targets", nargs="*")
-    parser.add_argument("--output", type=Path, help="file for the table, Markdown")
+    parser.add_argument("--output", type=Path, help="file for the table, Markdown; the .json beside it keeps counts")
+    parser.add_argument("--repeat", nargs=2, metavar=("TARGET", "NUMBER"), help="read one input, and say all of it")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    failures, rows = [], []
+    kept = options.output.with_suffix(".json") if options.output else None
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
-        for name, target in make_targets(Path(work)).items():
-            if options.targets and name not in options.targets:
-                continue
-            began = time.monotonic()
-            try:
-                taken, refused = fuzz(target, options.examples)
-            except Exception as error:  # noqa: BLE001 - a crash of a target is the finding
-                failures.append(f"{name}: {type(error).__name__}: {error}")
-                print(failures[-1], *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-                continue
-            rows.append(f"| {name} | {taken + refused} | {taken} | {refused} | 0 |")
-            print(rows[-1], f"{time.monotonic() - began:.0f} s", flush=True)
-    table = "\n".join(["| target | inputs | taken | refused | crashes |", "|---|---|---|---|---|", *rows])
-    print(table)
+        targets = make_targets(Path(work))
+        if options.repeat:
+            name, number = options.repeat
+            print(value := input_of(name, targets[name], int(number)))
+            targets[name].read(value)
+            return 0
+        counts = {name: Count(**found.get(name, {})) for name in targets}
+        for name in options.targets or targets:
+            count, left = counts[name], options.examples - counts[name].inputs
+            for _ in tqdm(range(0, left, BATCH), desc=name, unit=f"{BATCH} inputs", mininterval=5):
+                fuzz(name, targets[name], count, min(BATCH, options.examples - count.inputs))
+                made = provenance()
+                count.commits = sorted({*count.commits, made["commit"]})
+                count.dates = [*count.dates[:1], made["date"]]
+                if kept:
+                    text = json.dumps({name: asdict(each) for name, each in counts.items()}, indent=1)
+                    kept.write_text(text + "\n", encoding="utf-8")
+    table = render(counts, f"python -m tests.faults.fuzz --examples {options.examples}")
+    crashes = [(name, *crash) for name, count in counts.items() for crash in count.crashes.items()]
+    print(table, *(f"{name} {number}: {error}" for name, number, error in crashes), sep="\n")
     if options.output:
-        options.output.write_text(f"`python -m tests.faults.fuzz --examples {options.examples}`\n\n{table}\n")
-    return 1 if failures else 0
+        options.output.write_text(table, encoding="utf-8")
+    return 1 if crashes else 0
 
 
 if __name__ == "__main__":

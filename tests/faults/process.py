@@ -3,14 +3,21 @@
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 ENDED_WELL = 0
 REFUSED = 2
+HUNG = 124
+PROC = Path("/proc")
+# tqdm's own lock belongs to a process and all its forks: one that is killed while it has it keeps it for ever.
+tqdm.set_lock(threading.RLock())
 
 
 @dataclass
@@ -19,30 +26,64 @@ class Command:
 
     pid: int
     stderr: Path
+    began: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def start(cls, arguments: Sequence[str], stderr: Path, prepare: Callable[[], object] = lambda: None) -> "Command":
-        """Fork a child that does `prepare` and runs `rectified-diffusers ARGUMENTS`."""
+    def start(
+        cls, arguments: Sequence[str], stderr: Path, prepare: Callable[[], object] = lambda: None, processes: int = 1
+    ) -> "Command":
+        """Fork a child that does `prepare` and runs `rectified-diffusers ARGUMENTS`.
+
+        Args:
+            processes: if more than one, the child is the launcher of that many, as `accelerate launch` is.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
         pid = os.fork()
         if pid == 0:
-            _run(arguments, stderr, prepare)
+            _run(arguments, stderr, prepare, processes)
         return cls(pid, stderr)
 
     def wait(self, seconds: float = 300.0) -> int | None:
         """Wait for the end and give the exit code, negative after a signal; None if it takes longer."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        return None
+        return self._wait_while(lambda: time.monotonic() < deadline)
+
+    def work(self, seconds: float) -> int | None:
+        """Wait as `wait` does until the processor has worked so long for it, however busy the machine is."""
+        deadline = time.monotonic() + 300.0
+        return self._wait_while(lambda: self.busy() < seconds and time.monotonic() < deadline)
+
+    def finish(self) -> tuple[int, str]:
+        """Wait for the end; give exit code and last line of stderr. One that does not end is killed, too."""
+        code = self.wait()
+        if code is None:
+            self.kill()
+            return HUNG, f"it did not end; it said: {self.error()}"
+        return code, self.error()
+
+    def busy(self) -> float:
+        """Give the seconds that processors have worked for it; where the system does not count them, those gone by."""
+        nanoseconds = []
+        for pid in (self.pid, *self.children()):
+            for thread in PROC.glob(f"{pid}/task/*/schedstat"):
+                try:
+                    nanoseconds.append(int(thread.read_text().split()[0]))
+                except (OSError, IndexError):  # it ended meanwhile
+                    continue
+        return sum(nanoseconds) / 1e9 if nanoseconds else time.monotonic() - self.began
+
+    def children(self) -> list[int]:
+        """List the processes that a launcher started."""
+        try:
+            return [int(pid) for pid in (PROC / f"{self.pid}/task/{self.pid}/children").read_text().split()]
+        except OSError:
+            return []
 
     def kill(self) -> None:
         """End it with SIGKILL, which no program can catch."""
-        os.kill(self.pid, signal.SIGKILL)
+        for pid in (*self.children(), self.pid):
+            os.kill(pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
     def said(self) -> str:
@@ -53,18 +94,16 @@ class Command:
         lines = self.said().replace("\r", "\n").strip().splitlines()
         return lines[-1] if lines else ""
 
-
-def run(arguments: Sequence[str], stderr: Path, prepare: Callable[[], object] = lambda: None) -> tuple[int, str]:
-    """Run a command to its end; give exit code and last line of stderr."""
-    command = Command.start(arguments, stderr, prepare)
-    code = command.wait()
-    if code is None:
-        command.kill()
-        raise TimeoutError(f"{' '.join(arguments)} did not end; it said: {command.error()}")
-    return code, command.error()
+    def _wait_while(self, waiting: Callable[[], bool]) -> int | None:
+        while waiting():
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        return None
 
 
-def _run(arguments: Sequence[str], stderr: Path, prepare: Callable[[], object]) -> None:
+def _run(arguments: Sequence[str], stderr: Path, prepare: Callable[[], object], processes: int) -> None:
     """Be the child: never returns to the caller's stack, so that no cleanup of the parent runs twice."""
     code = 70
     try:
@@ -73,13 +112,37 @@ def _run(arguments: Sequence[str], stderr: Path, prepare: Callable[[], object]) 
             os.dup2(descriptor, stream)
         # Not the parent's objects, behind which pytest may have put files of its own.
         sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
+        tqdm.set_lock(threading.RLock())  # another thread may have had that one at the fork
         prepare()
-        from rectified_diffusers.cli import main
-
-        code = main(list(arguments))
+        code = _launch(arguments, processes) if processes > 1 else _command(list(arguments))
     finally:
         # The exception, if there is one, ends here: beyond is the stack of the parent.
         if sys.exc_info()[0] is not None:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _command(arguments: list[str]) -> int:
+    from rectified_diffusers.cli import main
+
+    return main(arguments)
+
+
+def _launch(arguments: Sequence[str], processes: int) -> int:
+    """Run a command on several processes by the launcher that `accelerate launch` and torchrun stand on."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["ACCELERATE_USE_CPU"] = "1"
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.05,
+        start_method="fork",
+    )
+    codes = elastic_launch(config, _command)(list(arguments))
+    return max(codes.values())

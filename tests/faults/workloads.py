@@ -1,6 +1,7 @@
 """The four commands that do long work, on the tiny models, and what their folders hold."""
 
 import hashlib
+import importlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -8,14 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rectified_diffusers.data.shards import Shard
-from tests.faults.process import ENDED_WELL, run
+from tests.faults.process import ENDED_WELL, Command
 from tests.tiny import make_tiny_pipeline
 
 TRIPLETS = ["--num-triplets", "20", "--triplets-per-shard", "4", "--batch-size", "4", "--num-inference-steps", "2"]
 TRAINING = [
-    *("--max-steps", "6", "--batch-size", "4", "--learning-rate", "1e-3", "--warmup-steps", "2"),
-    *("--mixed-precision", "no", "--save-every-steps", "2", "--keep-checkpoints", "2", "--log-every-steps", "1"),
+    *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup-steps", "2", "--mixed-precision", "no"),
+    *("--save-every-steps", "2", "--keep-checkpoints", "2", "--log-every-steps", "1"),
 ]
+LENGTH = {
+    "reflow": ["--max-steps", "6"],
+    "distill": ["--max-steps", "6"],
+    "progressive": ["--teacher-steps", "4", "--steps-per-round", "3"],  # two rounds; a checkpoint in each
+}
+for module in ("data.triplets", *(f"training.{name}" for name in LENGTH)):
+    importlib.import_module(f"rectified_diffusers.{module}")  # here, so that a harmed process need not
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,10 @@ class Workload:
     name: str
     arguments: tuple[str, ...]
     records: Callable[[Path], Counter[str]]
+    processes: int = 1
+
+    def start(self, output_dir: Path, prepare: Callable[[], object] = lambda: None) -> Command:
+        return Command.start(self.command(output_dir), output_dir.with_suffix(".stderr"), prepare, self.processes)
 
     def command(self, output_dir: Path) -> list[str]:
         return [*self.arguments, "--output-dir", str(output_dir)]
@@ -37,13 +49,13 @@ def make_workloads(folder: Path) -> dict[str, Workload]:
     make_tiny_pipeline("flow").save_pretrained(flow)
     prompts.write_text("a red apple\nthe sea\na cat\n")
     draw = Workload("triplets", ("triplets", "--teacher", str(teacher), "--prompts", str(prompts), *TRIPLETS), _rows)
-    code, error = run(draw.command(triplets), folder / "stderr")
+    code, error = draw.start(triplets).finish()
     if code != ENDED_WELL:
         raise RuntimeError(f"the triplets of the campaign could not be made: {error}")
     common = ("--triplets", str(triplets), *TRAINING)
     workloads = [draw]
-    for name in ("reflow", "distill", "progressive"):
-        workloads.append(Workload(name, (name, "--model", str(flow), *common), _steps))
+    for name, length in LENGTH.items():
+        workloads.append(Workload(name, (name, "--model", str(flow), *common, *length), _steps))
     return {workload.name: workload for workload in workloads}
 
 

@@ -78,3 +78,15 @@ def test_pairs_of_different_shape_are_refused(coupling: Callable[..., object]) -
     noise, data = draw_pair((4, 4), seed=0)
     with pytest.raises(ValueError, match="noise and data of one shape"):
         coupling(noise[:2], data, torch.Generator())
+
+
+def test_independent_noise_is_the_same_whatever_the_default_dtype_is() -> None:
+    noise, data = draw_pair((2, 3), seed=0)
+    expected, _ = independent(noise, data, torch.Generator().manual_seed(5))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn, _ = independent(noise, data, torch.Generator().manual_seed(5))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(drawn, expected)

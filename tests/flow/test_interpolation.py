@@ -235,3 +235,26 @@ def test_impossible_betas_are_refused(values: list[float]) -> None:
 def test_coefficient_of_the_wrong_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="sigma_fn"):
         Differentiable(sine, lambda t: t.sum()).coefficients(torch.ones(3))
+
+
+def test_a_schedule_that_ends_below_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="strictly decreasing within"):
+        VariancePreserving([0.9, 0.5, -0.1])
+
+
+def test_betas_are_taken_in_double_precision_up_to_one() -> None:
+    betas = [0.001 * k for k in range(1, 200)]
+    product, expected = 1.0, []
+    for beta in betas:
+        product *= 1 - beta
+        expected.append(product)
+    found = VariancePreserving.from_betas(betas).alphas_cumprod
+    assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) < 1e-13
+    assert VariancePreserving.from_betas([0.1, 1.0]).alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["alpha_fn", "sigma_fn"])
+def test_a_function_that_is_not_elementwise_is_named(name: str) -> None:
+    functions = {"alpha_fn": lambda t: t, "sigma_fn": lambda t: 1 - t, name: lambda t: t.sum()}
+    with pytest.raises(ValueError, match=f"Expected {name} to map t"):
+        Differentiable(**functions).coefficients(torch.tensor([0.2, 0.4]))

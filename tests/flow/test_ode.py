@@ -147,3 +147,13 @@ def test_times_outside_the_unit_interval_are_refused(solver: Solver, start: floa
 def test_velocity_of_another_shape_is_refused(solver: Solver) -> None:
     with pytest.raises(ValueError, match=r"the shape of x, \(2, 3\), got \(2, 1\)"):
         solver(lambda x, t: x[:, :1], torch.ones(2, 3), 4)
+
+
+def test_a_start_beyond_the_data_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"got 1.5 and 0.5"):
+        euler(lambda x, t: x, torch.zeros(1, 2), 2, start=1.5, end=0.5)
+
+
+def test_steps_that_are_no_number_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"Expected a whole number of steps, got 2.5. Pass an int"):
+        euler(lambda x, t: x, torch.zeros(1, 2), 2.5)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +309,26 @@ def test_a_velocity_network_needs_no_view(as_flow: DiffusionAsFlow) -> None:
 def test_views_of_one_schedule_are_equal(as_flow: DiffusionAsFlow) -> None:
     assert as_flow == DiffusionAsFlow(SD_ALPHAS_CUMPROD.tolist())
     assert repr(as_flow) == "DiffusionAsFlow(VariancePreserving(1000 timesteps, 0.99915 ... 0.0046601))"
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "path", "words"),
+    [
+        (
+            "velocity",
+            torch.ones_like,
+            "alpha * d_sigma - sigma * d_alpha = 0, because the two equations coincide; that",
+        ),
+        ("epsilon", torch.zeros_like, "where alpha = 0, because x_t holds no data; that"),
+        (
+            "v_prediction",
+            torch.zeros_like,
+            "where alpha^2 + sigma^2 = 0, because x_t holds nothing; that",
+        ),
+        ("sample", torch.zeros_like, "where sigma = 0, because x_t holds no noise; that"),
+    ],
+)
+def test_what_is_undetermined_is_said(prediction_type: PredictionType, path: Any, words: str) -> None:
+    x_t, prediction = draw_pair((2, 3), seed=0)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        to_pair(prediction, x_t, torch.tensor([0.2, 0.5]), prediction_type, Differentiable(path, path))

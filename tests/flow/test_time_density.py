@@ -142,3 +142,41 @@ def test_impossible_fixed_time_is_refused(t: float) -> None:
 def test_empty_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="steps >= 1"):
         Grid(0)
+
+
+def test_bounds_are_allowed() -> None:
+    assert UShaped(0.5).a == 0.5
+    assert UShaped(100).a == 100
+    assert FixedTime(1.0).t == 1
+    assert Grid(1).sample(3, torch.Generator()).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="Expected t in"):
+        FixedTime(1.001)
+
+
+def test_densities_reach_to_both_ends() -> None:
+    ends = torch.tensor([0.0, 1.0])
+    assert Uniform().density(ends).tolist() == [1, 1]
+    torch.testing.assert_close(UShaped(4.0).density(ends), torch.full((2,), 2 / math.tanh(2.0)))
+
+
+def test_draws_are_these_functions_of_the_generator() -> None:
+    """A run that is resumed with a later release sees the same times."""
+    normal = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    drawn = LogitNormal(0.3, 0.7).sample(100, torch.Generator().manual_seed(5))
+    assert torch.equal(drawn, torch.sigmoid(0.3 + 0.7 * normal))
+    uniform = torch.rand(100, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert torch.equal(Uniform().sample(100, torch.Generator().manual_seed(5)), uniform.float())
+    t = UShaped(4.0).sample(100, torch.Generator().manual_seed(5)).double()
+    torch.testing.assert_close(0.5 + torch.sinh(4 * (t - 0.5)) / (2 * math.sinh(2.0)), uniform, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [Uniform(), LogitNormal(), UShaped(), FixedTime(0.5), Grid(4)], ids=repr)
+def test_draws_are_float32_whatever_the_default_is(density: TimeDensity) -> None:
+    expected = density.sample(5, torch.Generator().manual_seed(0))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = density.sample(5, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_default_dtype(before)
+    assert drawn.dtype == expected.dtype == torch.float32

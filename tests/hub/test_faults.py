@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.hub.client import HubError, Loaded, load, sample
 from tests.hub.conftest import INSTAFLOW
-from tests.hub.server import Fault
+from tests.hub.server import Fault, Repository
 from tests.tiny import make_tiny_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -185,3 +187,85 @@ def test_a_damaged_file_of_an_earlier_time_is_not_hashed_again(hub, client, cach
     earlier = time.time() - 3600
     os.utime(blob, (earlier, earlier))
     assert client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache).latents == expected
+
+
+def damaged_once(hub, client, call, *given):
+    """Do `call` twice with a damaged U-Net, LoRA or VAE on the Hub, then well; give what came of the last."""
+    for _ in range(2):  # the second would find the first one's file in the cache
+        with pytest.raises(HubError, match="was damaged on its way from the Hub: expected the hash") as error:
+            client.call(call, *given)
+        assert error.value.types[0] == "OSError"
+    hub.recover()
+    return client.call(call, *given)
+
+
+def in_a_cache(cache: str, work):
+    """Do `work` as in a process whose cache is there, and give what can go back to the test."""
+    from unittest import mock
+
+    import huggingface_hub.constants
+
+    from tests.hub.client import _without_objects
+
+    with mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", cache):
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001 (whatever it raises goes back to the test)
+            raise _without_objects(error) from None
+
+
+def delta_sum(source: str, cache: str) -> float:
+    from rectified_diffusers.weights.delta import load_weight_delta
+
+    def work() -> float:
+        weights = load_weight_delta(source).weights
+        return sum(float(weights.read(name).double().sum()) for name in weights.shapes)
+
+    return in_a_cache(cache, work)
+
+
+def test_a_delta_by_its_hub_id_is_compared_with_its_hash(hub, client, cache):
+    hub.faults = {UNET: Fault(damage=flipped)}
+    unet = make_tiny_pipeline("flow").unet.state_dict()
+    total = damaged_once(hub, client, delta_sum, INSTAFLOW, cache)
+    assert total == pytest.approx(sum(float(weight.double().sum()) for weight in unet.values()))
+
+
+def swapped(source: str, folder: str, cache: str) -> list[str]:
+    from rectified_diffusers.pipelines import RectifiedFlowPipeline
+    from rectified_diffusers.weights.components import swap_components
+
+    pipeline = RectifiedFlowPipeline.from_pretrained(folder)
+    return in_a_cache(cache, lambda: list(swap_components(pipeline, source).originals))
+
+
+def test_parts_of_a_fine_tune_are_compared_with_their_hash(hub, client, cache, tmp_path):
+    make_tiny_pipeline("flow").save_pretrained(tmp_path / "model")
+    hub.faults = {"vae/diffusion_pytorch_model.safetensors": Fault(damage=flipped)}
+    assert damaged_once(hub, client, swapped, INSTAFLOW, str(tmp_path / "model"), cache) == ["vae", "text_encoder"]
+
+
+def with_lora(source: str, folder: str, cache: str) -> list[str]:
+    from rectified_diffusers.pipelines import RectifiedFlowPipeline
+
+    pipeline = RectifiedFlowPipeline.from_pretrained(folder)
+
+    def work() -> list[str]:
+        try:
+            pipeline.load_lora_weights(source, weight_name="lora.safetensors", cache_dir=cache)
+        finally:
+            attached = sorted(pipeline.get_list_adapters())
+        return attached
+
+    return in_a_cache(cache, work)
+
+
+def test_a_lora_is_compared_with_its_hash(hub, client, cache, tmp_path):
+    make_tiny_pipeline("flow").save_pretrained(tmp_path / "model")
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = make_tiny_pipeline("flow").unet.get_submodule(layer.removeprefix("unet.")).in_features
+    factors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
+    hub.repositories["somebody/lora"] = Repository()
+    hub.repositories["somebody/lora"].commit({"lora.safetensors": save(factors)})
+    hub.faults = {"lora.safetensors": Fault(damage=flipped)}
+    assert damaged_once(hub, client, with_lora, "somebody/lora", str(tmp_path / "model"), cache) == ["unet"]

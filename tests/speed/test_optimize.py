@@ -175,3 +175,19 @@ def test_restore_twice_is_once():
     fast = optimize(make_tiny_pipeline())
     fast.restore()
     fast.restore()
+
+
+def test_what_fails_half_way_leaves_the_pipeline_as_it_was(monkeypatch):
+    pipeline = make_tiny_pipeline()
+    expected, before, names = draw(pipeline), memory_of(pipeline), set(vars(pipeline))
+
+    def fail(*given: Any) -> None:
+        raise MemoryError("no room for the folded weights")
+
+    monkeypatch.setattr("rectified_diffusers.speed.optimize.folded_upsampling", fail)
+    with pytest.raises(MemoryError, match="no room for the folded weights"):
+        optimize(pipeline, **{**OFF, "channels_last": True, "fold_upsampling": True})
+    assert memory_of(pipeline) == before
+    assert set(vars(pipeline)) == names
+    with optimize(pipeline, **OFF):  # it is not taken for an optimized one
+        assert np.array_equal(draw(pipeline), expected)

@@ -1,11 +1,14 @@
 """Checkpoints are whole or not there; damaged ones are noticed and passed over."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from rectified_diffusers.training import checkpoint as checkpoint_module
 from rectified_diffusers.training.checkpoint import (
@@ -16,6 +19,7 @@ from rectified_diffusers.training.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     require_same_run,
+    system_errors,
     write_atomically,
     write_checkpoint,
 )
@@ -82,6 +86,14 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"files": []}', '{"files": null, "step": 1}'])
+def test_a_state_that_lists_no_files_is_damaged(tmp_path: Path, state: str) -> None:
+    path = write_checkpoint(tmp_path, make_checkpoint(1), keep=1)
+    (path / "state.json").write_text(state)
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged .*state.json does not list its files.*Remove its"):
+        read_checkpoint(path)
+
+
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "not there") is None
 
@@ -104,6 +116,23 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     cut(write_checkpoint(tmp_path, make_checkpoint(1), keep=1) / "unet.safetensors")
     write_checkpoint(tmp_path, make_checkpoint(1), keep=1)
     assert read_checkpoint(checkpoint_path(tmp_path, 1)).step == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["I/O error: Read-only file system (os error 30)", "IoError(Os { code: 30, kind: X })"]
+)
+def test_what_safetensors_says_of_the_system_is_the_system_s_error(words: str) -> None:
+    with pytest.raises(OSError, match="Error while serializing: I") as raised, system_errors():
+        raise SafetensorError(f"Error while serializing: {words}")
+    assert raised.value.errno == errno.EROFS
+    with pytest.raises(SafetensorError, match="no tensor"), system_errors():
+        raise SafetensorError("no tensor of this name")
+
+
+def test_a_checkpoint_or_pipeline_that_cannot_be_written_is_the_system_s_error(tmp_path: Path) -> None:
+    """A folder that went away stands for a disk that turned read-only, which takes root to make."""
+    with pytest.raises(FileNotFoundError), system_errors():
+        save_file({"weight": torch.ones(1)}, tmp_path / "gone" / "unet.safetensors")
 
 
 def test_write_atomically_replaces_a_file(tmp_path: Path) -> None:

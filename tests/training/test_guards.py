@@ -14,6 +14,7 @@ from rectified_diffusers.data.triplets import TripletDataset, Triplets
 from rectified_diffusers.training import checkpoint as checkpoint_module
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps, require_space
 from rectified_diffusers.training.guards import require_direction, require_same_latents
+from rectified_diffusers.training.output import RunFolder
 from tests.tiny import make_vae
 from tests.training.helpers import TRAINERS, digests, fail_at, make_ends, make_trainer
 
@@ -75,6 +76,14 @@ def test_a_shift_counts_and_its_absence_is_zero() -> None:
         require_same_latents(vae, {"vae_shift_factor": 0.06})
 
 
+def test_a_second_run_in_the_same_folder_is_refused(output_dir: Path) -> None:
+    output = RunFolder(output_dir)
+    with output.held(), pytest.raises(OSError, match=r"Another process is training into .* another output_dir"):
+        output.held().__enter__()
+    with output.held():  # it is free again
+        pass
+
+
 # ------------------------------------------------------------------------------------------------ a full disk
 
 
@@ -89,6 +98,7 @@ FULL = {
     "safetensors": SafetensorError(
         'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No" })'
     ),
+    "safetensors 0.8": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     "system": OSError(errno.ENOSPC, "No space left on device"),
     "quota": OSError(errno.EDQUOT, "Disk quota exceeded"),
 }

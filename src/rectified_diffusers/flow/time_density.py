@@ -54,7 +54,7 @@ class LogitNormal(TimeDensity):
             raise ValueError(f"Expected a finite mean and a finite std > 0, got mean={self.mean}, std={self.std}.")
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        normal = torch.randn(count, generator=generator, device=generator.device)
+        normal = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float32)
         return torch.sigmoid(self.mean + self.std * normal)
 
     def density(self, t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 from typing_extensions import Self
 
+from rectified_diffusers.loading import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
@@ -172,7 +173,8 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
     """Load the small decoder if need be, and see that it reads the same latents as the VAE."""
     tiny: Any = decoder
     if isinstance(decoder, (str, os.PathLike)):
-        tiny = AutoencoderTiny.from_pretrained(decoder, use_safetensors=True)
+        with remedies(decoder):
+            tiny = AutoencoderTiny.from_pretrained(decoder, use_safetensors=True)
     if not isinstance(tiny, AutoencoderTiny):
         raise TypeError(f"decoder must be an AutoencoderTiny, its folder or its Hub id, got {type(tiny).__name__}.")
     vae = pipeline.vae
