@@ -124,8 +124,13 @@ def _run(arguments: Sequence[str], stderr: Path, prepare: Callable[[], object], 
 
 
 def _command(arguments: list[str]) -> int:
+    from accelerate.state import AcceleratorState, GradientState
+
     from rectified_diffusers.cli import main
 
+    # Not the parent's, which has one process: one of pytest's tests may have made it.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     return main(arguments)
 
 

@@ -265,7 +265,7 @@ def test_a_lora_is_compared_with_its_hash(hub, client, cache, tmp_path):
     layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     width = make_tiny_pipeline("flow").unet.get_submodule(layer.removeprefix("unet.")).in_features
     factors = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(width, 2)}
-    hub.repositories["somebody/lora"] = Repository()
-    hub.repositories["somebody/lora"].commit({"lora.safetensors": save(factors)})
+    hub.repositories["somebody/style"] = Repository()
+    hub.repositories["somebody/style"].commit({"lora.safetensors": save(factors)})
     hub.faults = {"lora.safetensors": Fault(damage=flipped)}
-    assert damaged_once(hub, client, with_lora, "somebody/lora", str(tmp_path / "model"), cache) == ["unet"]
+    assert damaged_once(hub, client, with_lora, "somebody/style", str(tmp_path / "model"), cache) == ["unet"]
