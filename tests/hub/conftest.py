@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from tests.hub.client import Client, start_client, the_hub
+from tests.hub.client import Client, sample, start_client, the_hub
 from tests.hub.server import Hub, Repository, read_files
 from tests.tiny import make_components, make_feature_extractor, make_safety_checker, make_tiny_pipeline
 
@@ -70,3 +70,14 @@ def client() -> Iterator[Client]:
     """A process online, with our package imported."""
     with start_client(with_us=True) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def expected() -> list[Any]:
+    """The latents of the weights that InstaFlow's repository, version v1 of 2-Rectified Flow's, and ours hold."""
+    return sample(make_tiny_pipeline("flow")).tolist()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> str:
+    return str(tmp_path / "cache")

@@ -29,16 +29,6 @@ def _recovery(hub):
     hub.recover()
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return sample(make_tiny_pipeline("flow")).tolist()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return str(tmp_path / "cache")
-
-
 def flipped(content: bytes) -> bytes:
     """Change a byte near the end: the header of a safetensors file and its length stay right."""
     return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.hub.client import HubError, load, sample
+from tests.hub.client import HubError, load
 from tests.hub.conftest import INSTAFLOW, OURS, TWO_FLOW
 from tests.hub.server import Repository
 from tests.original_layout import original_layout
@@ -35,17 +35,6 @@ def _in_order(hub):
 def shared_cache(tmp_path_factory):
     """A cache that the tests that damage nothing fill together."""
     return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def expected():
-    """The latents of the weights that InstaFlow's repository, version v1 of 2-Rectified Flow's, and ours hold."""
-    return sample(make_tiny_pipeline("flow")).tolist()
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return str(tmp_path / "cache")
 
 
 def files_of(cache: str, pattern: str) -> list[Path]:

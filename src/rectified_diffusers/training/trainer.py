@@ -158,8 +158,8 @@ class Trainer(ABC, Generic[Config]):
         with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
             while step < config.max_steps:
                 step += 1
-                loss, *others = self.train_step(step)
-                self.since_line.append((loss, *others))
+                figures = self.train_step(step)
+                self.since_line.append(figures)
                 if step % config.log_every_steps == 0:
                     self.log(step)
                 due = config.validate_every_steps and step % config.validate_every_steps == 0
@@ -169,7 +169,9 @@ class Trainer(ABC, Generic[Config]):
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
-                bar.set_postfix(loss=f"{loss:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False)
+                bar.set_postfix(
+                    loss=f"{figures[0]:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False
+                )
 
     def begin(self, step: int) -> None:
         """Find out what would stop the training later, and make ready for what follows `step`."""

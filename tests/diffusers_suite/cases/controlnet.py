@@ -1,4 +1,4 @@
-"""ControlNet for text, pictures and inpainting, one and several, and of Stable Diffusion XL's shape."""
+"""ControlNet for text, pictures and inpainting, one and several."""
 # pyright: reportMissingImports=false
 
 from rectified_diffusers import (
