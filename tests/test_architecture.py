@@ -34,6 +34,7 @@ RANKS = {
     "data": 3,
     "evaluation": 3,
     "animation": 4,
+    "animation_files": 1,
     "export": 4,
     "inversion": 4,
     "real_triplets": 4.2,  # inverts

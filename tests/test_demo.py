@@ -5,9 +5,9 @@ import copy
 import io
 import json
 import struct
-import sys
 import threading
 import zlib
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -326,27 +326,27 @@ def test_only_a_few_loras_stay_loaded(lora, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- waiting
 
 
-def coming() -> ComingStudio:
-    return ComingStudio("a model", comparison_with(True, 5, 3.0), can_sketch=False)
+def coming(studio: Future[Studio]) -> ComingStudio:
+    return ComingStudio("a model", comparison_with(True, 5, 3.0), studio, can_sketch=False)
 
 
 def test_a_studio_is_waited_for():
-    studio, order, pictures = coming(), Order("a red apple"), []
+    future: Future[Studio] = Future()
+    studio, order, pictures = coming(future), Order("a red apple"), []
     waiting = threading.Thread(target=lambda: pictures.append(studio.draw(order)), daemon=True)
     waiting.start()
     assert studio.about() == "a model · is being loaded"
     assert studio.comparison.steps == 5
     made = Studio(make_tiny_pipeline("flow"))
-    interval = sys.getswitchinterval()
-    studio.set_up(lambda: made)
+    future.set_result(made)
     waiting.join(WAIT)
     assert pixels(pictures[0]) == pixels(made.draw(order))
     assert studio.about() == made.about()
-    assert sys.getswitchinterval() == interval
 
 
 def test_who_waits_for_a_studio_that_fails_is_told():
-    studio, errors = coming(), []
+    future: Future[Studio] = Future()
+    studio, errors = coming(future), []
 
     def wait() -> None:
         try:
@@ -356,12 +356,7 @@ def test_who_waits_for_a_studio_that_fails_is_told():
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-
-    def fail() -> Studio:
-        raise OSError("no weights")
-
-    with pytest.raises(OSError, match="no weights"):
-        studio.set_up(fail)
+    future.set_exception(OSError("no weights"))
     waiting.join(WAIT)
     assert errors == ["no weights"]
     with pytest.raises(AttributeError, match="_private"):
@@ -403,7 +398,7 @@ def test_what_is_no_sketch_is_refused(sketch):
 def test_the_picture_follows_the_lines():
     pipeline = make_tiny_pipeline("flow")
     studio = Studio(pipeline, controlnet=make_tiny_controlnet(pipeline.unet))
-    lines = lines_of("[[[0.1, 0.1], [0.9, 0.9]]]", studio.size)
+    lines = lines_of("[[[0.1, 0.1], [0.9, 0.9]]]", studio.size())
     order = Order("a red apple")
     followed, loosely = studio.draw_along(order, lines, 1.0), studio.draw_along(order, lines, 0.0)
     assert pixels(followed) != pixels(loosely)

@@ -12,6 +12,7 @@ import pytest
 
 from rectified_diffusers import cli
 from rectified_diffusers.cli import demo as demo_command
+from rectified_diffusers.demo.apart import StudioProcess
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 
@@ -51,20 +52,20 @@ def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
 
     @contextmanager
     def serve(studio, styles, arguments):
-        served.append((studio, arguments))
         yield
+        served.append((studio, studio.about(), arguments))
 
     monkeypatch.setattr(demo_command, "_served", serve)
-    monkeypatch.setattr(demo_command, "_wait", lambda: None)
+    monkeypatch.setattr(StudioProcess, "wait", lambda self: None)
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(tmp_path / "controlnet")
     options = ["--teacher", model, "--teacher-steps", "3", "--controlnet", str(tmp_path / "controlnet")]
     assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
-    ((studio, arguments),) = served
+    ((studio, about, arguments),) = served
     assert studio.comparison.steps == 3
     assert studio.can_sketch
     assert studio.name == Path(model).name
     assert arguments.host == "127.0.0.1"
-    assert studio.about().startswith(Path(model).name)
+    assert about.startswith(f"{Path(model).name} · 0 M weights")
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatch, capsys):

@@ -69,7 +69,7 @@ def test_a_wrong_wish_is_told_to_the_visitor(page, wrong):
 def test_the_comparison_comes_step_by_step(page):
     page._wish_anew(REQUEST)
     shown = list(page._compare(Visit(), REQUEST, *screen()))
-    assert shown[-1][0].size == page.studio.size
+    assert shown[-1][0].size == page.studio.size()
 
 
 def test_a_comparison_that_is_obsolete_at_once_leaves_no_blanks(page, monkeypatch):
@@ -154,7 +154,7 @@ def test_a_sketch_is_followed():
     page = make_page(Studio(pipeline, controlnet=make_tiny_controlnet(pipeline.unet)))
     lines = json.dumps([[[0.1, 0.1], [0.9, 0.9]]])
     picture, _ = page._draw_sketch(Visit(), *screen(), lines, 1.0)
-    assert picture.size == page.studio.size
+    assert picture.size == page.studio.size()
     assert page._draw_sketch(Visit(), *screen(), "", 1.0)[0] == gr.skip()
     assert page._draw_sketch(Visit(), *screen(" "), lines, 1.0)[0] == gr.skip()
     with pytest.raises(gr.Error, match="A sketch is a list of lines"):

@@ -13,7 +13,8 @@ from rectified_diffusers.registration import register, register_unless_disabled
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
 
-    from rectified_diffusers.animation import interpolate, save_animation, slerp
+    from rectified_diffusers.animation import interpolate, slerp
+    from rectified_diffusers.animation_files import save_animation
     from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
     from rectified_diffusers.data.joined import JoinedTriplets
     from rectified_diffusers.data.prompts import open_prompts, read_prompts
@@ -199,7 +200,7 @@ _MODULES = {
     "read_pictures": "rectified_diffusers.evaluation.pictures",
     "read_prompts": "rectified_diffusers.data.prompts",
     "round_trip_error": "rectified_diffusers.inversion",
-    "save_animation": "rectified_diffusers.animation",
+    "save_animation": "rectified_diffusers.animation_files",
     "save_portable": "rectified_diffusers.portable",
     "slerp": "rectified_diffusers.animation",
     "swap_components": "rectified_diffusers.weights.components",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,25 +60,25 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Serve the page, load the models while the browser opens it, and wait for Ctrl-C."""
+    """Serve the page while another process loads the models and draws, and wait for Ctrl-C."""
     styles = [_style(text) for text in arguments.styles]
     _check(arguments)
     model = default_model() if arguments.model is None else arguments.model
     check_model(model)
     if arguments.teacher is not None:
         check_model(arguments.teacher)
-    from rectified_diffusers.demo.answers import comparison_with
-    from rectified_diffusers.demo.waiting import ComingStudio
+    from rectified_diffusers.demo.apart import StudioProcess
 
-    beside = comparison_with(arguments.teacher is not None, arguments.teacher_steps, arguments.teacher_guidance_scale)
-    studio = ComingStudio(Path(model).name, beside, can_sketch=arguments.controlnet is not None)
-    with _served(studio, styles, arguments):
-        studio.set_up(lambda: _studio(model, styles, arguments))
-        _wait()
+    with StudioProcess(partial(_studio, model, styles, arguments)) as drawing:
+        from rectified_diffusers.demo.answers import comparison_with
+        from rectified_diffusers.demo.waiting import ComingStudio
 
-
-def _wait() -> None:
-    threading.Event().wait()
+        teacher = arguments.teacher is not None
+        beside = comparison_with(teacher, arguments.teacher_steps, arguments.teacher_guidance_scale)
+        studio = ComingStudio(Path(model).name, beside, drawing.studio, can_sketch=arguments.controlnet is not None)
+        with _served(studio, styles, arguments):
+            drawing.studio.result()
+            drawing.wait()
 
 
 @contextmanager

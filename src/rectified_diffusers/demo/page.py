@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from rectified_diffusers.animation_files import save_animation
 from rectified_diffusers.demo import look
 from rectified_diffusers.demo.answers import Drawing
 from rectified_diffusers.demo.background import Wishes
@@ -265,7 +266,7 @@ class _Page:
     def _draw_sketch(self, visit: Visit, *values: Any) -> tuple[Any, str]:
         *screen, sketch, strength = values
         with _told():
-            lines = lines_of(sketch, self.studio.size)
+            lines = lines_of(sketch, self.studio.size())
         if lines is None or not screen[0].strip():
             return gr.skip(), look.own_caption(None)
         with _told():
@@ -274,8 +275,6 @@ class _Page:
         return drawing.image, look.own_caption(drawing, prompt=screen[0])
 
     def _morph(self, visit: Visit, request: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
-        from rectified_diffusers.animation import save_animation  # has torch, for which the page need not wait
-
         *screen, end_prompt, end_seed, frames, loop = values
         pictures: list[Image.Image] = []
         with _told(), tempfile.TemporaryDirectory() as folder:

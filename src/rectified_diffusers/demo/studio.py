@@ -54,7 +54,6 @@ class Studio:
     def can_sketch(self) -> bool:
         return self._sketcher is not None
 
-    @property
     def size(self) -> tuple[int, int]:
         """Width and height of the pictures."""
         size, factor = self._pipeline.unet.config.sample_size, self._pipeline.vae_scale_factor
@@ -66,7 +65,7 @@ class Studio:
         models = [part for part in self._pipeline.components.values() if isinstance(part, torch.nn.Module)]
         millions = sum(weight.numel() for model in models for weight in model.parameters()) / 1e6
         precision = str(self._pipeline.dtype).removeprefix("torch.")
-        width, height = self.size
+        width, height = self.size()
         return f"{self.name} · {millions:,.0f} M weights · {width}×{height} · {self._pipeline.device}, {precision}"
 
     def unread(self, prompt: str) -> str:

@@ -1,0 +1,109 @@
+"""A studio in a process of its own: neither its imports nor its drawing hold up the page. Free of torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.managers import BaseManager, BaseProxy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rectified_diffusers.demo.studio import Studio
+
+POLL_SECONDS = 0.5  # between two looks whether the process is alive
+
+
+class StudioProcess:
+    """Makes a studio in another process; to be used in a `with`, whose end is the process's end.
+
+    Args:
+        make: makes the studio there, so it is sent there: a function of a module, or a `functools.partial` of one.
+
+    Attributes:
+        studio: a stand-in that calls the studio, from any thread; or what `make` raised.
+    """
+
+    studio: Future[Studio]
+
+    def __init__(self, make: Callable[[], Studio]) -> None:
+        self._make = make
+        # Forked, it would have the threads' locks without the threads, and no CUDA.
+        self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> StudioProcess:
+        others = multiprocessing.active_children()
+        self._manager.start(_end_with_the_parent)
+        (self._process,) = set(multiprocessing.active_children()) - set(others)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
+        self.studio = thread.submit(self._load)
+        thread.shutdown(wait=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.shutdown()
+
+    def wait(self) -> None:
+        """Wait until the process ends, which it does not by itself.
+
+        Raises:
+            ChildProcessError: it has ended.
+        """
+        while self._process.is_alive():
+            self._process.join(POLL_SECONDS)
+        raise self._ended()
+
+    def _load(self) -> Studio:
+        try:
+            return self._manager.maker().make(self._make)
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            raise self._ended() from error
+
+    def _ended(self) -> ChildProcessError:
+        code = self._process.exitcode
+        return ChildProcessError(
+            f"the process that draws has ended (exit code {code}); -9 is mostly a lack of memory. "
+            "Start the page again, if need be with a smaller model or --dtype float16."
+        )
+
+
+class _Maker:
+    """Has the one method that makes a studio: a manager tells the type of an error of a method alone."""
+
+    def make(self, make: Callable[[], Studio]) -> Studio:
+        return make()
+
+
+class _Pictures(BaseProxy):
+    """Stands for an iterator over there, which is closed when nobody holds this any more."""
+
+    _exposed_ = ("__next__",)
+
+    def __iter__(self) -> _Pictures:
+        return self
+
+    def __next__(self) -> Any:
+        return self._callmethod("__next__")
+
+
+class _Manager(BaseManager):
+    maker: Callable[[], Any]
+
+
+_Manager.register("maker", _Maker, method_to_typeid={"make": "studio"})
+_Manager.register("studio", create_method=False, method_to_typeid={"compare": "pictures", "morph": "pictures"})
+_Manager.register("pictures", proxytype=_Pictures, create_method=False)
+
+
+def _end_with_the_parent() -> None:
+    """See to it that this process does not outlive one that was killed and could not end it."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,105 @@
+"""The demo's studio in a process of its own: it draws the same, stops, and its end and errors are told."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rectified_diffusers.demo.answers import Drawing
+from rectified_diffusers.demo.apart import StudioProcess
+from rectified_diffusers.demo.orders import Order
+from rectified_diffusers.demo.studio import Studio
+from tests.tiny import make_tiny_pipeline
+
+WAIT = 120  # seconds, for what happens in another process
+ORDER = Order("a red apple", seed=3)
+
+
+class CountingStudio(Studio):
+    """Counts the pictures of its U-Net."""
+
+    def __init__(self) -> None:
+        pipeline = make_tiny_pipeline("flow")
+        self._count = 0
+        pipeline.unet.register_forward_hook(self._note)
+        super().__init__(pipeline)
+
+    def _note(self, *_: object) -> None:
+        self._count += 1
+
+    def pictures(self) -> int:
+        return self._count
+
+
+def fail_to_make() -> Studio:
+    raise OSError("no weights")
+
+
+def die() -> Studio:
+    os._exit(9)
+
+
+def pixels(drawing: Drawing) -> bytes:
+    assert drawing.image is not None
+    return drawing.image.tobytes()
+
+
+def test_it_draws_what_a_studio_here_draws():
+    here = CountingStudio()
+    with StudioProcess(CountingStudio) as process:
+        apart = process.studio.result(WAIT)
+        assert apart.about() == here.about()
+        drawing = apart.draw(ORDER)
+        assert pixels(drawing) == pixels(here.draw(ORDER))
+        assert drawing.image is not None
+        assert drawing.image.info == {"rectified_diffusers": ORDER.describe()}
+        assert [drawing.step for drawing in apart.compare(ORDER)] == [drawing.step for drawing in here.compare(ORDER)]
+        way = [picture.tobytes() for picture in apart.morph(ORDER, Order("a pear"), 2, loop=False)]
+        assert way == [picture.tobytes() for picture in here.morph(ORDER, Order("a pear"), 2, loop=False)]
+        with pytest.raises(ValueError, match="Sketches need a ControlNet"):
+            apart.draw_along(ORDER, drawing.image, 1.0)
+
+
+def test_what_is_no_longer_watched_is_stopped_there_too():
+    with StudioProcess(CountingStudio) as process:
+        studio = process.studio.result(WAIT)
+        morph = studio.morph(Order("a"), Order("b", steps=50), 60, loop=True)
+        next(morph)
+        del morph
+        studio.draw(ORDER)  # has its turn when the other has ended
+        assert studio.pictures() < 120
+
+
+def test_an_error_of_the_making_keeps_its_type():
+    with StudioProcess(fail_to_make) as process, pytest.raises(OSError, match="no weights"):
+        process.studio.result(WAIT)
+
+
+def test_the_death_of_the_process_is_told():
+    with StudioProcess(die) as process:
+        with pytest.raises(ChildProcessError, match=r"exit code 9.*smaller model"):
+            process.studio.result(WAIT)
+        with pytest.raises(ChildProcessError):
+            process.wait()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc to see whether a process is there")
+def test_it_does_not_outlive_a_process_that_is_killed():
+    code = (
+        "import multiprocessing, os, signal\n"
+        "from rectified_diffusers.demo.apart import StudioProcess\n"
+        "from tests.test_demo_apart import CountingStudio\n"
+        "with StudioProcess(CountingStudio) as process:\n"
+        "    process.studio.result()\n"
+        "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=WAIT)
+    status = Path(f"/proc/{int(killed.stdout)}/status")
+    deadline = time.monotonic() + WAIT
+    while status.exists() and "zombie" not in status.read_text():
+        assert time.monotonic() < deadline, "it lives on"
+        time.sleep(0.05)
