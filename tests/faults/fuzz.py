@@ -36,7 +36,14 @@ from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
 from rectified_diffusers.data.triplets import TripletDataset
 from rectified_diffusers.options import options_from
-from rectified_diffusers.training.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from rectified_diffusers.training.checkpoint import (
+    STATE,
+    Checkpoint,
+    read_checkpoint,
+    sealed,
+    unsealed,
+    write_checkpoint,
+)
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     read_txt, read_jsonl = read_text(".txt"), read_text(".jsonl")
 
     def open_checkpoint(value: Any) -> None:
-        (checkpoint / "state.json").write_text(json.dumps(value))
+        (checkpoint / STATE).write_text(sealed(value) if isinstance(value, dict) else json.dumps(value))
         read_checkpoint(checkpoint)
 
     parser = build_parser()
@@ -207,7 +214,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
             options_from(namespace, namespace.config_class)
 
     lines = b'{"prompt": "a red apple"}\n{"prompt": "the sea", "n": [1, {"a": null}]}\n'
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = unsealed((checkpoint / STATE).read_text())
     return {
         "shard": Target(lambda chance: altered_safetensors(chance, shard, OURS), read_shard),
         "triplets": Target(lambda chance: altered_safetensors(chance, shard, OURS), open_triplets),

@@ -1,6 +1,7 @@
 """Checkpoints are whole or not there; damaged ones are noticed and passed over."""
 
 import errno
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from rectified_diffusers.training import checkpoint as checkpoint_module
 from rectified_diffusers.training.checkpoint import (
+    STATE,
     Checkpoint,
     checkpoint_path,
     checkpoint_steps,
@@ -19,6 +21,7 @@ from rectified_diffusers.training.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     require_same_run,
+    sealed,
     system_errors,
     write_atomically,
     write_checkpoint,
@@ -86,12 +89,30 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
         newest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"files": []}', '{"files": null, "step": 1}'])
-def test_a_state_that_lists_no_files_is_damaged(tmp_path: Path, state: str) -> None:
+@pytest.mark.parametrize("state", [{}, {"files": []}, {"files": None, "step": 1}])
+def test_a_state_that_lists_no_files_is_damaged(tmp_path: Path, state: dict[str, Any]) -> None:
     path = write_checkpoint(tmp_path, make_checkpoint(1), keep=1)
-    (path / "state.json").write_text(state)
+    (path / STATE).write_text(sealed(state))
     with pytest.raises(ValueError, match=r"step-00000001 is damaged .*state.json does not list its files.*Remove its"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("state", ["[]", "7", "{}", '{"files": {}, "step": 1}'])
+def test_a_state_without_its_digest_is_damaged(tmp_path: Path, state: str) -> None:
+    path = write_checkpoint(tmp_path, make_checkpoint(1), keep=1)
+    (path / STATE).write_text(state)
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged .*state.json does not end in its digest"):
+        read_checkpoint(path)
+
+
+def test_no_bit_of_a_state_can_turn(tmp_path: Path) -> None:
+    """Also not one that leaves another state, which training would go on from: a digit, a letter of a name."""
+    path = write_checkpoint(tmp_path, make_checkpoint(1), keep=1)
+    text = (path / STATE).read_bytes()
+    for position, bit in itertools.product(range(len(text)), range(8)):
+        (path / STATE).write_bytes(text[:position] + bytes([text[position] ^ 1 << bit]) + text[position + 1 :])
+        with pytest.raises(ValueError, match="is damaged"):
+            read_checkpoint(path)
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

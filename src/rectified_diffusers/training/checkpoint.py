@@ -1,7 +1,7 @@
 """Checkpoints of a training run: folders of safetensors and JSON that are either whole or not there.
 
 A checkpoint is written under a temporary name, flushed to the disk and renamed. `state.json` lists size and digest of
-every other file, so a damaged one is noticed and the one before it taken. There is no pickle in it.
+every file and ends in its own digest: a damaged one is noticed, and the one before it taken. There is no pickle in it.
 """
 
 import dataclasses
@@ -49,6 +49,8 @@ FREE_OPTIONS = frozenset(
 """Options that may differ when a run is resumed: they change neither the loss nor the path of the weights."""
 
 TEMPORARY = ".tmp-"
+STATE = "state.json"
+SEAL = "blake2b"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
         files = {name: _fingerprint(temporary / name) for name in sorted(checkpoint.tensors)}
         state = {"step": checkpoint.step, **checkpoint.state, "files": files}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        (temporary / STATE).write_text(sealed(state))
 
     try:
         with system_errors():
@@ -163,9 +165,7 @@ def checkpoint_steps(folder: Path) -> list[int]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; one that is damaged raises a `ValueError` that says in what way."""
     try:
-        state = json.loads((path / "state.json").read_text())
-        if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
-            raise ValueError("state.json does not list its files")
+        state = unsealed((path / STATE).read_text())
         files, step = state.pop("files"), state.pop("step")
         for name, expected in files.items():
             found = _fingerprint(path / name)
@@ -217,6 +217,25 @@ def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], outp
                 f"{output_dir} holds a run with {name}={expected.get(name)!r}, got {name}={found.get(name)!r}. "
                 "Give the same value to resume that run, or another output_dir to start a new one."
             )
+
+
+def sealed(state: Mapping[str, Any]) -> str:
+    """Write a state as JSON whose last entry is the digest of the others."""
+    digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
+    return json.dumps({**state, SEAL: digest}, indent=2) + "\n"
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """Read what `sealed` wrote; raise a `ValueError` if a bit of it is another."""
+    state = json.loads(text)
+    if not isinstance(state, dict) or SEAL not in state:
+        raise ValueError(f"{STATE} does not end in its digest")
+    del state[SEAL]
+    if text != sealed(state):
+        raise ValueError(f"{STATE} is not what was written")
+    if not isinstance(state.get("files"), dict):
+        raise ValueError(f"{STATE} does not list its files")
+    return state
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
