@@ -35,7 +35,7 @@ class Command:
         """Fork a child that does `prepare` and runs `rectified-diffusers ARGUMENTS`.
 
         Args:
-            processes: if more than one, the child is the launcher of that many, as `accelerate launch` is.
+            processes: if more than one, the child is the launcher of that many.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,19 +135,21 @@ def _command(arguments: list[str]) -> int:
 
 
 def _launch(arguments: Sequence[str], processes: int) -> int:
-    """Run a command on several processes by the launcher that `accelerate launch` and torchrun stand on."""
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    """Run a command on several processes by accelerate's own launcher for the CPU, which ends all if one dies.
 
-    os.environ["ACCELERATE_USE_CPU"] = "1"
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        max_restarts=0,
-        monitor_interval=0.05,
-        start_method="fork",
-    )
-    codes = elastic_launch(config, _command)(list(arguments))
-    return max(codes.values())
+    Not by torch.distributed.launcher: a process that is killed when it has done its work, and waits for the others
+    there, leaves that waiting for ever.
+    """
+    from accelerate import debug_launcher
+    from torch.multiprocessing import ProcessExitedException
+
+    try:
+        debug_launcher(_worker, (list(arguments),), processes)
+    except ProcessExitedException as error:
+        return error.exit_code
+    return ENDED_WELL
+
+
+def _worker(arguments: list[str]) -> None:
+    if code := _command(arguments):
+        sys.exit(code)
