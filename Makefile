@@ -40,7 +40,7 @@ docs:  ## the site, strictly
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
 
 faults:  ## kills, full disks, rotten files and hostile input, at length (root, for the disks; hours; it can be stopped)
-	python -m tests.faults.run --tries 100 --output benchmarks/results/faults.md
+	python -m tests.faults.run --tries 20 --kills 100 --output benchmarks/results/faults.md
 	python -m tests.faults.fuzz --examples 115000 --output benchmarks/results/fuzzing.md
 
 wheel:  ## build dist/*.whl

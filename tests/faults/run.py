@@ -1,6 +1,6 @@
 """Run the campaign and print its table.
 
-    python -m tests.faults.run --tries 100 --output benchmarks/results/faults.md
+    python -m tests.faults.run --tries 20 --kills 100 --output benchmarks/results/faults.md
 
 What the tries showed is kept at once in a JSON file beside the table, and no try is done twice: a campaign of hours
 that was stopped goes on with the same command. `--again` does those of the faults and workloads that are named anew.
@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from tests.faults.campaign import FAULTS, NEEDS_MOUNT, NEEDS_PROCESSES, Reference, Try
 from tests.faults.workloads import make_workloads
 
+KILL = "SIGKILL"
 WORKLOADS = ("triplets", "reflow", "distill", "progressive")
 
 
@@ -67,7 +68,8 @@ class Kept:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tries", type=int, default=100, help="of each fault on each workload (default: 100)")
+    parser.add_argument("--tries", type=int, default=20, help="of each fault on each workload (default: 20)")
+    parser.add_argument("--kills", type=int, default=100, help="tries of SIGKILL on each workload (default: 100)")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=list(FAULTS))
     parser.add_argument("--workloads", nargs="*", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--again", action="store_true", help="do the tries of these faults and workloads anew")
@@ -81,8 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.again:
         kept.rows |= {cell: Row(*cell) for cell in cells}
     with tempfile.TemporaryDirectory() as work:
-        run_campaign([kept.rows[cell] for cell in cells], arguments.tries, Path(work), kept.save)
-    table = render(list(kept.rows.values()), f"python -m tests.faults.run --tries {arguments.tries}")
+        tries = {**dict.fromkeys(FAULTS, arguments.tries), KILL: arguments.kills}
+        run_campaign([kept.rows[cell] for cell in cells], tries, Path(work), kept.save)
+    command = f"python -m tests.faults.run --tries {arguments.tries} --kills {arguments.kills}"
+    table = render(list(kept.rows.values()), command)
     failures = [(str(row), failure) for row in kept.rows.values() for failure in row.failures]
     print(table, *(f"{row}: {failure}" for row, failure in failures), sep="\n")
     if arguments.output:
@@ -113,14 +117,20 @@ def render(rows: list[Row], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_campaign(rows: list[Row], tries: int, work: Path, save: Callable[[], object] = lambda: None) -> None:
-    """Do what is missing of the tries of every row, with the undisturbed runs that they are compared with."""
+def run_campaign(
+    rows: list[Row], tries: Mapping[str, int], work: Path, save: Callable[[], object] = lambda: None
+) -> None:
+    """Do what is missing of the tries of every row, of which each fault has a number.
+
+    They are compared with undisturbed runs, which are made first.
+    """
     workloads = make_workloads(work)
     references: dict[str, Reference] = {}
-    with tqdm(total=len(rows) * tries, unit="try", file=sys.stderr, mininterval=10) as bar:
+    with tqdm(total=sum(tries[row.fault] for row in rows), unit="try", file=sys.stderr, mininterval=10) as bar:
         for row in rows:
-            bar.update(min(row.tries, tries))
-            missing = range(row.tries, 0 if row.fault in NEEDS_MOUNT and os.geteuid() else tries)
+            wanted = tries[row.fault]
+            bar.update(min(row.tries, wanted))
+            missing = range(row.tries, 0 if row.fault in NEEDS_MOUNT and os.geteuid() else wanted)
             workload = replace(workloads[row.workload], processes=2 if row.fault in NEEDS_PROCESSES else 1)
             name = f"{workload.name}-{workload.processes}"
             if missing and name not in references:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign fo
 def failures(workloads: list[str], tries: int, folder: Path) -> list[object]:
     """Do every fault to the workloads; give what went wrong."""
     rows = [Row(fault, workload) for fault in FAULTS for workload in workloads]
-    run_campaign(rows, tries, folder)
+    run_campaign(rows, dict.fromkeys(FAULTS, tries), folder)
     not_tried = NEEDS_MOUNT if os.geteuid() else ()
     assert [row.fault for row in rows if row.tries != tries and row.fault not in not_tried] == []
     return [(str(row), failure) for row in rows for failure in row.failures]
@@ -42,11 +42,11 @@ def test_a_try_is_kept_and_not_done_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(FAULTS, "SIGKILL", lambda case: chances.append(case.chance.random()) or verdicts.pop(0))
     table = tmp_path / "table.md"
     words = ["--faults", "SIGKILL", "--workloads", "reflow", "--output", str(table)]
-    assert [run.main([*words, "--tries", str(tries)]) for tries in (1, 3, 3)] == [0, 1, 1]
+    assert [run.main([*words, "--kills", str(tries)]) for tries in (1, 3, 3)] == [0, 1, 1]
     assert len(set(chances)) == 3
     assert "| SIGKILL | reflow | 3 | 2 | 0 | 1 |" in table.read_text()
     assert "| two writers | distill | not tried |" in table.read_text()
-    assert run.main([*words, "--tries", "1", "--again"]) == 0
+    assert run.main([*words, "--kills", "1", "--again"]) == 0
     assert chances[3:] == chances[:1]
     assert "| SIGKILL | reflow | 1 | 1 | 0 | 0 |" in table.read_text()
 
