@@ -1,6 +1,6 @@
 """The table of the emoji model: teacher, 2-Rectified Flow and one step, side by side, on captions seen and held out.
 
-    python benchmarks/emoji_table.py --teacher work/teacher --reflow work/reflow --distilled work/distilled \\
+    python benchmarks/emoji_table.py --teacher work/teacher --reflow work/2-rectified-flow --distilled work/one-step \\
         --data work/data --weights work/weights --alignment work/alignment
 
 It is `rectified-diffusers evaluate --plots`, once per model into one folder. Every row draws the same captions from
@@ -29,8 +29,15 @@ from rectified_diffusers.evaluation.report import Evaluation
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name in ("teacher", "reflow", "distilled"):
-        parser.add_argument(f"--{name}", type=Path, required=True, help="pipeline folder")
+    parser.add_argument("--teacher", type=Path, required=True, help="pipeline folder")
+    for name in ("reflow", "distilled"):
+        parser.add_argument(
+            f"--{name}",
+            type=Path,
+            nargs="+",
+            required=True,
+            help="pipeline folders; several are called by their names",
+        )
     parser.add_argument("--data", type=Path, required=True, help="folder that examples/emoji/data.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
     parser.add_argument("--alignment", type=Path, required=True, help="folder that examples/emoji/alignment.py wrote")
@@ -48,12 +55,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def named(kind: str, folders: list[Path]) -> list[tuple[str, Path]]:
+    """Call one model of a kind by the kind, several by their folders too."""
+    return [(kind if len(folders) == 1 else f"{kind}: {folder.name}", folder) for folder in folders]
+
+
 def measure(args: argparse.Namespace) -> Evaluation:
-    """Evaluate the three models into one folder."""
+    """Evaluate the models into one folder."""
     models = [
         ("diffusion teacher", args.teacher, (25,), args.teacher_guidance),
-        ("2-RF", args.reflow, (25, 1), args.reflow_guidance),
-        ("distilled", args.distilled, (1,), 1.0),
+        *((name, folder, (25, 1), args.reflow_guidance) for name, folder in named("2-RF", args.reflow)),
+        *((name, folder, (1,), 1.0) for name, folder in named("distilled", args.distilled)),
     ]
     for name, folder, steps, guidance_scale in models:
         pipeline = DiffusionPipeline.from_pretrained(str(folder)).to(args.device)
