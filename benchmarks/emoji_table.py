@@ -56,8 +56,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def named(kind: str, folders: list[Path]) -> list[tuple[str, Path]]:
-    """Call one model of a kind by the kind, several by their folders too."""
-    return [(kind if len(folders) == 1 else f"{kind}: {folder.name}", folder) for folder in folders]
+    """Call the one model of a kind by the kind, several by their folders too."""
+    return [(kind if len(folders) == 1 else f"{kind}: {folder}", folder) for folder in folders]
 
 
 def measure(args: argparse.Namespace) -> Evaluation:

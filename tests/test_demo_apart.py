@@ -1,10 +1,14 @@
 """The demo's studio in a process of its own: it draws the same, stops, and its end and errors are told."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +78,14 @@ def test_what_is_no_longer_watched_is_stopped_there_too():
 
 
 def test_an_error_of_the_making_keeps_its_type():
-    with StudioProcess(fail_to_make) as process, pytest.raises(OSError, match="no weights"):
+    with StudioProcess(fail_to_make) as process, pytest.raises(OSError, match="no weights") as raised:
+        process.studio.result(WAIT)
+    assert "in fail_to_make" in str(raised.value.__cause__)  # which --debug shows
+
+
+def test_an_error_of_the_network_is_not_taken_for_the_death_of_the_process():
+    nobody_listens: Any = partial(socket.create_connection, ("127.0.0.1", 1))
+    with StudioProcess(nobody_listens) as process, pytest.raises(ConnectionRefusedError):
         process.studio.result(WAIT)
 
 
@@ -103,3 +114,26 @@ def test_it_does_not_outlive_a_process_that_is_killed():
     while status.exists() and "zombie" not in status.read_text():
         assert time.monotonic() < deadline, "it lives on"
         time.sleep(0.05)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="there is no holding back of signals on Windows")
+def test_ctrl_c_while_it_is_started_ends_both_without_a_traceback():
+    code = (
+        "import os, signal\n"
+        "from rectified_diffusers.demo import apart\n"
+        "start = apart._Manager.start\n"
+        "def interrupted(*arguments):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    start(*arguments)\n"
+        "    (process,) = apart.multiprocessing.active_children()\n"
+        "    os.kill(process.pid, signal.SIGINT)\n"
+        "    print('started', flush=True)\n"
+        "apart._Manager.start = interrupted\n"
+        "try:\n"
+        "    with apart.StudioProcess(os.getcwd):\n"
+        "        print('entered', flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('interrupted', flush=True)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT)
+    assert (ended.returncode, ended.stdout.split(), ended.stderr) == (0, ["started", "interrupted"], "")

@@ -34,6 +34,9 @@ def model(tmp_path_factory) -> str:
         (["--style", "nowhere.safetensors=x"], "the scale of a style must be a number"),
         (["--model", "no/where/at all"], "no folder"),
         (["--teacher", "no/where/at all"], "no folder"),
+        (["--controlnet", "no/where/at all"], "no folder"),
+        (["--controlnet", "tests"], "the folder 'tests' holds no config.json, so it is no saved ControlNet"),
+        (["--style", "setup.cfg"], "a style is a .safetensors file, got 'setup.cfg'"),
     ],
 )
 def test_mistakes_are_told_before_any_work(arguments, message, capsys):

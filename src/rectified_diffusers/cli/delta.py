@@ -13,6 +13,7 @@ from rectified_diffusers.cli.shared import (
     check_output_dir,
     load_pipeline,
     print_result,
+    without_bars_of_libraries,
 )
 
 MODELS = "Hub id or folder of a pipeline or of its U-Net, or a .safetensors file"
@@ -100,7 +101,8 @@ def run_apply(arguments: argparse.Namespace) -> None:
     apply_weight_delta(pipeline.unet, deltas, [scale for _, scale in named], keep_undo=False)
     if arguments.components_from is not None:
         swap_components(pipeline, arguments.components_from)
-    pipeline.save_pretrained(arguments.output)
+    with without_bars_of_libraries():
+        pipeline.save_pretrained(arguments.output)
     text = f"{arguments.output}: {arguments.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}"
     print_result(arguments, text, output=arguments.output, model=arguments.model, deltas=len(deltas))
 

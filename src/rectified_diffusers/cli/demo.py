@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -67,6 +68,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
     check_model(model)
     if arguments.teacher is not None:
         check_model(arguments.teacher)
+    if arguments.controlnet is not None:
+        check_model(arguments.controlnet, "config.json", "ControlNet")
     from rectified_diffusers.demo.apart import StudioProcess
 
     with StudioProcess(partial(_studio, model, styles, arguments)) as drawing:
@@ -136,6 +139,8 @@ def _style(text: str) -> tuple[Path, float]:
     name, scale = parse_delta(text, "style")
     if not Path(name).is_file():
         raise CommandError(f"no file {name!r} of a style")
+    if Path(name).suffix != ".safetensors":
+        raise CommandError(f"a style is a .safetensors file, got {name!r}; others can run code when they are opened")
     return Path(name).resolve(), scale
 
 
@@ -151,7 +156,9 @@ def _load_controlnet(name: str, dtype: Any) -> Any:
 def _be_quiet() -> None:
     """Leave out what diffusers and transformers say about each picture, such as how a prompt is cut: the page does."""
     from diffusers.utils import logging as diffusers_logging
+    from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
+    tqdm.set_lock(threading.RLock())  # its own is one between processes, which warns of itself if this one is killed

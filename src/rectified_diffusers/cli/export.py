@@ -14,6 +14,7 @@ from rectified_diffusers.cli.shared import (
     check_output_dir,
     load_pipeline,
     print_result,
+    without_bars_of_libraries,
 )
 
 
@@ -58,7 +59,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     elif to == "onnx":
         export_onnx(pipeline, arguments.output)
     else:
-        export_diffusers(pipeline, arguments.output, arguments.scheduler or "unipc")
+        with without_bars_of_libraries():
+            export_diffusers(pipeline, arguments.output, arguments.scheduler or "unipc")
     print_result(arguments, f"{arguments.output}: exported as {to}", output=arguments.output, format=to)
 
 

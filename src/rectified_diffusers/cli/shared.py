@@ -154,7 +154,7 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     from rectified_diffusers.registration import register
 
     register()
-    with _without_loading_bars(), remedies(model):
+    with without_bars_of_libraries(), remedies(model):
         precision = dtype_option(_dtype(dtype, resolved))
         pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)
     return pipeline.to(resolved)
@@ -166,8 +166,8 @@ def _is_no_advice(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _without_loading_bars() -> Iterator[None]:
-    """Hide the bars about a second of reading files; those of a download belong to huggingface_hub and stay."""
+def without_bars_of_libraries() -> Iterator[None]:
+    """Hide the bars about a second of reading or writing files; those of downloads are huggingface_hub's and stay."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -180,12 +180,16 @@ def _without_loading_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def check_model(model: str) -> None:
-    """Tell a folder that is not there from a Hub id, before diffusers asks the Hub for either."""
+def check_model(model: str, index: str = "model_index.json", kind: str = "pipeline") -> None:
+    """Tell a folder that is not there from a Hub id, before diffusers asks the Hub for either.
+
+    Args:
+        index: the file that every folder of this kind has.
+    """
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise CommandError(f"the folder {model!r} holds no model_index.json, so it is no saved pipeline")
+        if not (folder / index).is_file():
+            raise CommandError(f"the folder {model!r} holds no {index}, so it is no saved {kind}")
         return
     # Of the form owner/name; but work/model, where a folder work is, means a folder.
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not folder.parent.is_dir()

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.cli.shared import PROG, CommandError, add_json, check_output_dir, load_pipeline, print_result
+from rectified_diffusers.cli.shared import (
+    PROG,
+    CommandError,
+    add_json,
+    check_output_dir,
+    load_pipeline,
+    print_result,
+    without_bars_of_libraries,
+)
 from rectified_diffusers.options import add_options, options_from
 from rectified_diffusers.training.config import (
     DistillConfig,
@@ -97,7 +105,8 @@ def run_training(arguments: argparse.Namespace) -> None:
         trainer = trainers[arguments.config_class](pipeline, open_triplets(arguments.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not know
         raise CommandError(str(error)) from error
-    trainer.train()
+    with without_bars_of_libraries():
+        trainer.train()
     if trainer.accelerator.is_main_process:
         text = f"{config.output_dir}: trained to step {config.max_steps}"
         print_result(arguments, text, output_dir=config.output_dir, step=config.max_steps)

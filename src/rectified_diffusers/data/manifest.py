@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.data.shards import write_atomically
+from rectified_diffusers.data.shards import holds_shards, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ def settle_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     )
     if differing:
         key, there, here = differing
+        anew = "" if holds_shards(folder) else " No triplets are there yet: to begin anew, remove that file."
         raise ValueError(
             f"The triplets in {folder} were made with other settings: expected {key} = {there!r}, got {here!r}. "
-            f"Use the settings in {path} to go on, or choose another output_dir."
+            f"Use the settings in {path} to go on, or choose another output_dir.{anew}"
         )
     # Every triplet is what its teacher answered, whatever release computed it: releases differ in rounding, and
     # refusing would cost a long run its shards for an upgrade. A moved teacher folder is the same teacher.

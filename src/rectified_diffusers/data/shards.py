@@ -44,6 +44,11 @@ def shard_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def holds_shards(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(shard_number(entry.name) is not None for entry in entries)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there as a whole or not at all, whenever the process or the machine stops.
 

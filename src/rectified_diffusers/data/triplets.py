@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from rectified_diffusers.arguments import require_type
 from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.manifest import (
+    MANIFEST_NAME,
     STORAGE_DTYPES,
     identity,
     new_manifest,
@@ -34,6 +36,7 @@ from rectified_diffusers.data.processes import join_processes
 from rectified_diffusers.data.prompts import check_prompts, prompts_sha256
 from rectified_diffusers.data.shards import (
     Shard,
+    holds_shards,
     remove_partial_files,
     require_space,
     shard_number,
@@ -118,6 +121,7 @@ def write_triplets(
     folder = Path(output_dir)
     processes = join_processes()
     with processes.main_process_first():
+        is_new = processes.is_main_process and not (folder / MANIFEST_NAME).exists()
         if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             remove_partial_files(folder)
@@ -128,7 +132,8 @@ def write_triplets(
     total = done + sum(rows_of(manifest, shard) for shard in mine)
     several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
     hidden = not (progress and processes.is_main_process)
-    with tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden) as progress_bar:
+    bar = tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden)
+    with bar as progress_bar, _settings_can_change(folder, is_new):
         for shard in mine:
             if _is_there(folder, manifest, shard):  # by another process meanwhile
                 progress_bar.update(rows_of(manifest, shard))
@@ -136,6 +141,17 @@ def write_triplets(
                 _make_shard(folder, manifest, shard, batches, progress_bar)
     processes.wait_for_everyone()
     return TripletDataset(folder)
+
+
+@contextmanager
+def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
+    """Take the manifest of a new folder back where the first triplets are refused: it is for other settings, then."""
+    try:
+        yield
+    except ValueError:
+        if is_new and not holds_shards(folder):
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        raise
 
 
 def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialState) -> list[int]:
@@ -268,8 +284,8 @@ class TripletDataset:
         if present < count:
             raise ValueError(
                 f"{count - present} of {count} shards are missing in {self.folder}, first: "
-                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` command "
-                "or generate_triplets call again: it makes what is missing."
+                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` "
+                "or `real-triplets` command or call again: it makes what is missing."
             )
         self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: _open_shard(self.folder, self.manifest, shard))
         self._shard(0)  # holds the shapes of the manifest to those of a file

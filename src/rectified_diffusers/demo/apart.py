@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.managers import BaseManager, BaseProxy
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +39,8 @@ class StudioProcess:
 
     def __enter__(self) -> StudioProcess:
         others = multiprocessing.active_children()
-        self._manager.start(_end_with_the_parent)
+        with _ctrl_c_later():  # which then ends the process by the manager's own finalizer
+            self._manager.start(_end_with_the_parent)
         (self._process,) = set(multiprocessing.active_children()) - set(others)
         thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
         self.studio = thread.submit(self._load)
@@ -58,6 +63,8 @@ class StudioProcess:
     def _load(self) -> Studio:
         try:
             return self._manager.maker().make(self._make)
+        except _Failure as failure:
+            raise failure.error from failure
         except (EOFError, ConnectionError) as error:
             self._process.join()
             raise self._ended() from error
@@ -74,7 +81,22 @@ class _Maker:
     """Has the one method that makes a studio: a manager tells the type of an error of a method alone."""
 
     def make(self, make: Callable[[], Studio]) -> Studio:
-        return make()
+        try:
+            return make()
+        except Exception as error:  # noqa: BLE001 (it is raised over there)
+            raise _Failure(error, traceback.format_exc()) from None
+
+
+class _Failure(Exception):
+    """Brings an error of the making over, so that none is taken for one of the connection, and its traceback."""
+
+    def __init__(self, error: Exception, told: str) -> None:
+        super().__init__(error, told)
+        self.error = error
+        self._told = told
+
+    def __str__(self) -> str:
+        return f"in the process that draws:\n{self._told}"
 
 
 class _Pictures(BaseProxy):
@@ -96,6 +118,20 @@ class _Manager(BaseManager):
 _Manager.register("maker", _Maker, method_to_typeid={"make": "studio"})
 _Manager.register("studio", create_method=False, method_to_typeid={"compare": "pictures", "morph": "pictures"})
 _Manager.register("pictures", proxytype=_Pictures, create_method=False)
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Hold Ctrl-C back, from a process started inside for good: half started, it answers with a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which lets signals through when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_the_parent() -> None:

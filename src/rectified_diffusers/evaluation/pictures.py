@@ -101,9 +101,11 @@ def choose(pictures: RealPictures, split: str, count: int | None, seed: int) -> 
         half = len(numbers) // 2 if count is None else count
         reference, floor = numbers[:half], numbers[half : 2 * half]
     if len(floor) < max(2, count or 2):
+        most = len(numbers) // 2
+        lower = f"Lower num_pictures, or num_held_out for the held-out split, to {most} at most."
         raise ValueError(
             f"{count or 2} pictures of split {split!r} need as many other real pictures for the floor, and there are "
-            f"{len(numbers)} in all. Lower num_pictures, or num_held_out for the held-out split."
+            f"{len(numbers)} in all. {lower if most >= 2 else 'Add pictures, 4 are the least.'}"
         )
     return Choice([pictures.captions[number] for number in reference], reference, floor, paired)
 

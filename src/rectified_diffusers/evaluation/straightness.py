@@ -175,7 +175,8 @@ def pipeline_straightness(
     shape = latent_shape(pipeline, height, width)
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
     parts = []
-    for first in tqdm(range(0, len(prompts), batch_size), desc="straightness", disable=not progress):
+    batches = range(0, len(prompts), batch_size)
+    for first in tqdm(batches, desc="straightness", leave=False, disable=not progress):
         velocity = PipelineVelocity.of(pipeline, prompts[first : first + batch_size], guidance_scale)
         state = velocity.state_at_start(noise[first : first + batch_size]).to(pipeline.device)
         parts.append(straightness(velocity, state, steps, bins, start=velocity.start))
