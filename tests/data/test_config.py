@@ -30,6 +30,10 @@ def test_wrong_values_raise(name, value, match):
         TripletConfig(**{"num_triplets": 1, name: value})
 
 
+def test_no_guidance_at_all_is_a_guidance():
+    assert TripletConfig(num_triplets=1, guidance_scale=0.0).guidance_scale == 0
+
+
 def test_the_number_of_triplets_has_no_default():
     with pytest.raises(TypeError, match="num_triplets"):
         TripletConfig()  # pyright: ignore[reportCallIssue]
