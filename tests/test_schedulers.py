@@ -452,7 +452,11 @@ def test_tensors_are_of_one_shape(method, place, wrong):
     scheduler.set_timesteps(2)
     tensors: list[Any] = [torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)]
     tensors[place] = 0.0 if wrong == "type" else torch.zeros(1, 4, 1, 1)
-    error, message = (TypeError, "must be a tensor") if wrong == "type" else (ValueError, r"of one shape .* and (sample|noise) \(1, 4")
+    error, message = (
+        (TypeError, "must be a tensor")
+        if wrong == "type"
+        else (ValueError, r"of one shape .* and (sample|noise) \(1, 4")
+    )
     timesteps = scheduler.timesteps[:1]
     given = (tensors[0], timesteps, tensors[1]) if method == "step" else (*tensors, timesteps)
     with pytest.raises(error, match=message):

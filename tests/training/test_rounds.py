@@ -73,7 +73,7 @@ def test_progressive_distillation_of_a_diffusion_model(tmp_path: Path) -> None:
 
 
 COMMANDS: dict[str, tuple[Any, type[TrainerConfig], dict[str, Any]]] = {
-    "reflow": (ReflowTrainer, ReflowConfig, {"preset": "modern", "max_steps": 2}),
+    "reflow": (ReflowTrainer, ReflowConfig, {"preset": "modern", "initialisation": "weights", "max_steps": 2}),
     "distill": (DistillTrainer, DistillConfig, {"preset": "instaflow", "max_steps": 2, "lora_rank": 2}),
     "progressive": (ProgressiveTrainer, ProgressiveConfig, {"teacher_steps": 4, "steps_per_round": 1}),
     "dmd": (DistributionMatchingTrainer, DistributionMatchingConfig, {"max_steps": 2, "fake_updates": 1}),
