@@ -1,11 +1,11 @@
-"""The checks of `TripletConfig`, and that options cost no import of torch."""
+"""The checks of both kinds of options, and that options cost no import of torch."""
 
 import subprocess
 import sys
 
 import pytest
 
-from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,30 @@ def test_wrong_values_raise(name, value, match):
 
 def test_no_guidance_at_all_is_a_guidance():
     assert TripletConfig(num_triplets=1, guidance_scale=0.0).guidance_scale == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("num_triplets", 0, "at least 1, got 0"),
+        ("seed", -1, "at least 0, got -1"),
+        ("inversion_time", 0.0, r"in \(0, 1\], got 0\.0"),
+        ("inversion_time", -0.5, r"in \(0, 1\], got -0\.5"),
+        ("inversion_time", 1.5, r"in \(0, 1\], got 1\.5"),
+        ("inversion_time", float("nan"), r"in \(0, 1\], got nan"),
+        ("size", 0, "at least 1 pixel or none, got 0"),
+    ],
+)
+def test_wrong_values_for_real_pictures_raise(name, value, match):
+    with pytest.raises(ValueError, match=f"{name} must be {match}"):
+        RealTripletConfig(**{"num_triplets": 1, name: value})
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    generated = TripletConfig(num_triplets=1, height=1, width=1, seed=0)
+    assert (generated.height, generated.width) == (1, 1)
+    real = RealTripletConfig(num_triplets=1, inversion_time=1.0, size=1)
+    assert (real.inversion_time, real.size) == (1, 1)
 
 
 def test_the_number_of_triplets_has_no_default():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.triplet_memory import write_synthetic
 
 from rectified_diffusers.data.joined import JoinedTriplets, open_triplets
 from rectified_diffusers.data.triplets import TripletDataset
@@ -45,6 +46,16 @@ def test_text_embeddings_go_along_or_are_refused(folders, tmp_path):
         JoinedTriplets([folders[0], tmp_path / "a"])
 
 
+def test_the_guidance_is_that_of_the_first_folder_and_none_where_no_manifest_has_it(folders, tmp_path):
+    """Manifests of the previews have neither guidance nor text embeddings."""
+    assert JoinedTriplets(folders).manifest["guidance_scale"] == 5
+    for name in ("a", "b"):
+        write_synthetic(tmp_path / name, num_triplets=8, triplets_per_shard=4)
+    joined = JoinedTriplets([tmp_path / "a", tmp_path / "b"])
+    assert joined.manifest["guidance_scale"] == 1
+    assert joined.rows([3, 12]).text_embeddings == {}
+
+
 def test_every_prompt_of_every_folder_is_remembered(folders):
     from rectified_diffusers.denoiser import Denoiser
 
@@ -58,7 +69,7 @@ def test_one_folder_is_opened_as_it_is_and_none_is_an_error(folders):
     assert type(open_triplets(folders)) is JoinedTriplets
     with pytest.raises(ValueError, match="at least one folder of triplets, got none"):
         open_triplets([])
-    with pytest.raises(TypeError, match=r"folders must be of type list or tuple.*as a list"):
+    with pytest.raises(TypeError, match=r"folders must be of type list or tuple.*as a list\.$"):
         JoinedTriplets(str(folders[0]))  # pyright: ignore[reportArgumentType]
 
 

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+from rectified_diffusers.data import processes
 from tests.data.test_triplets import contents
 from tests.tiny import make_tiny_pipeline
 
@@ -76,6 +79,33 @@ def test_the_missing_shards_are_divided_and_the_main_process_shows_its_share(mad
     assert "12/12" in two, "three of six shards"
     assert "16/16" in resumed, "two of six shards are there, the main process makes two of the other four"
     assert "process 2" not in two
+
+
+@pytest.mark.parametrize(
+    ("world_size", "available", "expected"),
+    [(None, False, False), ("1", False, False), ("2", False, True), ("2", True, False)],
+)
+def test_several_processes_without_an_accelerator_are_told_from_the_others(
+    monkeypatch, world_size, available, expected
+):
+    monkeypatch.setattr(getattr(torch, "accelerator", torch.cuda), "is_available", lambda: available)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    assert processes.several_on_cpu() is expected
+
+
+@pytest.mark.parametrize(("several", "flag", "cpu"), [(True, None, True), (False, "true", True), (False, None, False)])
+def test_processes_without_an_accelerator_are_connected_and_wait_for_the_slowest(monkeypatch, several, flag, cpu):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if flag is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", flag)
+    monkeypatch.setattr(processes, "several_on_cpu", lambda: several)
+    told = {}
+    monkeypatch.setattr(processes, "PartialState", lambda **options: told.update(options) or "state")
+    assert processes.join_processes() == "state"
+    assert told["cpu"] is cpu
+    assert told["timeout"] >= timedelta(days=7), "a shard of a large teacher takes hours, and a last one has no bound"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tracemalloc
 
 import pytest
@@ -52,6 +53,8 @@ def test_check_prompts():
         check_prompts("a red apple")
     with pytest.raises(ValueError, match="at least one prompt"):
         check_prompts([])
+    with pytest.raises(TypeError, match="must be a list of texts, got 3; read a file with read_prompts"):
+        check_prompts(3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="NoneType None at index 1"):
         check_prompts(["a", None])  # pyright: ignore[reportArgumentType]
 
@@ -88,7 +91,8 @@ def write(tmp_path):
 def test_every_form_gives_the_same_prompts(write, kind):
     prompts = open_prompts(write(kind, column="text"), column="text")
     assert len(prompts) == 3000
-    assert [prompts[i] for i in (0, 2999, 1023, 1024, 1700, -1)] == [MANY[i] for i in (0, 2999, 1023, 1024, 1700, -1)]
+    places = (0, 2999, 1023, 1024, 1700, -1, -3000)
+    assert [prompts[i] for i in places] == [MANY[i] for i in places]
     assert prompts[1500:2500:3] == MANY[1500:2500:3]
     assert list(prompts) == MANY
     assert prompts.sha256 == prompts_sha256(prompts) == prompts_sha256(MANY)
@@ -140,8 +144,12 @@ def test_columns_splits_and_rows_that_are_not_there_raise(write, tmp_path):
         open_prompts(write("splits"), split="test")
     with pytest.raises(ValueError, match="row 1 of row group 0: expected a text, got None; leave such rows out"):
         open_prompts(write("parquet", ["a", None]))
-    with pytest.raises(ValueError, match="holds no prompt"):
+    with pytest.raises(ValueError, match=r"row 1500: expected a text, got None"):
+        open_prompts(write("dataset", [None if i == 1500 else prompt for i, prompt in enumerate(MANY)]))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'prompts.parquet'))} holds no prompt"):
         open_prompts(write("parquet", []))
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'prompts.folder/part-0.parquet'))} holds no"):
+        open_prompts(write("folder", []))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match="is no whole parquet file"):
         open_prompts(tmp_path / "torn.parquet")
@@ -150,6 +158,34 @@ def test_columns_splits_and_rows_that_are_not_there_raise(write, tmp_path):
         open_prompts(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="no prompt file"):
         open_prompts(tmp_path / "none.parquet")
+
+
+def test_a_row_group_is_read_once_for_all_the_blocks_in_it(write, monkeypatch):
+    """Groups can be a million rows; here, blocks of 1024 prompts lie in groups of 1100."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    prompts, read, original = open_prompts(write("parquet")), [], parquet.ParquetFile.read_row_group
+
+    def read_row_group(file, number, *args):
+        read.append(number)
+        return original(file, number, *args)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", read_row_group)
+    assert list(prompts) == MANY
+    assert read == [0, 1, 2]
+
+
+def test_a_table_that_changes_while_it_is_used_is_told_by_its_row(write):
+    prompts = open_prompts(write("parquet"))
+    write("parquet", [None if i == 1050 else prompt for i, prompt in enumerate(MANY)])
+    with pytest.raises(ValueError, match="row 1050 of row group 0: expected a text, got None"):
+        prompts[1030]
+
+
+def test_a_path_into_a_folder_is_no_name_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work").mkdir()
+    with pytest.raises(ValueError, match=r"\(owner/name\), got work/prompts; rename or convert it"):
+        open_prompts("work/prompts")
 
 
 def test_data_sets_of_the_hub_go_by_their_id(monkeypatch, write):

@@ -1,8 +1,11 @@
 """Shards: equal bytes for equal content, whole or absent, damage found."""
 
+import hashlib
 import json
 import os
 import shutil
+import sys
+import zlib
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 from rectified_diffusers.data import shards as module
 from rectified_diffusers.data.shards import (
     Shard,
+    holds_shards,
     remove_partial_files,
     require_space,
     shard_number,
@@ -154,6 +158,30 @@ def test_shards_of_the_previews_are_read_without_the_checksums_they_lack(path, t
     shard.verify()
 
 
+def test_the_checksums_are_those_that_shards_have_always_had(path, tensors):
+    """Shards are read by later releases, which have to come to the same numbers."""
+    header = Shard.open(path).header
+    data, noise = (tensors[name].view(torch.uint8).numpy() for name in ("data", "noise"))
+    assert header["rows_crc32"] == [zlib.crc32(data[row].tobytes() + noise[row].tobytes()) for row in range(3)]
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    digest.update(b"\ndata torch.bfloat16 (3, 4, 2, 2)\n" + data.tobytes())
+    digest.update(b"\nnoise torch.bfloat16 (3, 4, 2, 2)\n" + noise.tobytes())
+    assert header["sha256"] == digest.hexdigest()
+
+
+def test_a_row_beyond_the_checksums_fails(path, tensors):
+    save_file(tensors, path, {"rectified_diffusers": '{"prompts": [], "rows_crc32": [7, 8]}'})
+    with pytest.raises(ValueError, match=r"Row 2 of .*shard-00003.safetensors fails its checksum: expected None"):
+        Shard.open(path).checked_row(2)
+
+
+def test_tensors_of_unequal_rows_are_no_shard(tmp_path, tensors):
+    with pytest.raises(ValueError, match="shorter"):
+        write_shard(tmp_path / "shard", {**tensors, "noise": tensors["noise"][:2]}, HEADER)
+    assert list(tmp_path.iterdir()) == []
+
+
 def full(*_):
     raise OSError(28, "No space left on device")
 
@@ -190,6 +218,29 @@ def test_partial_files_are_removed_and_others_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial"]
 
 
+def test_a_folder_holds_shards_or_other_files(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    assert holds_shards(tmp_path) is False
+    shard_path(tmp_path, 2).touch()
+    assert holds_shards(tmp_path) is True
+
+
+def test_systems_without_posix_locks_write_and_clean_up_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    (tmp_path / ".file.17.partial").touch()
+    write_atomically(tmp_path / "file", b"content")
+    remove_partial_files(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"content"}
+
+
+def test_the_last_byte_of_a_disk_can_be_used(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    require_space(tmp_path, 100)
+    with pytest.raises(OSError, match="101 bytes are to be written, 100 bytes are free"):
+        require_space(tmp_path, 101)
+
+
 def test_room_is_asked_for_before_the_work(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     require_space(tmp_path, free // 2)
@@ -201,9 +252,9 @@ def test_room_is_asked_for_before_the_work(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
 def test_a_file_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
-    """Another process may clean up at any moment of the writing; here, it does so at two."""
+    """Another process may clean up at any moment of the writing; here, it does so at three."""
     cleaned = []
-    lock, fsync = module._lock, os.fsync
+    lock, fsync, replace = module._lock, os.fsync, os.replace
 
     def lock_late(file, wait=False):
         if wait and not cleaned:  # before the writer has its lock: taken for a leftover
@@ -220,8 +271,15 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == 1
         fsync(descriptor)
 
+    def replace_late(partial, path):
+        cleaned.append("late")
+        remove_partial_files(tmp_path)
+        assert partial.read_bytes() == b"content"
+        replace(partial, path)
+
     monkeypatch.setattr(module, "_lock", lock_late)
     monkeypatch.setattr(os, "fsync", fsync_amid)
+    monkeypatch.setattr(os, "replace", replace_late)
     write_atomically(tmp_path / "file", b"content")
-    assert cleaned == ["early", "amid"]
+    assert cleaned == ["early", "amid", "late"]
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"content"}

@@ -6,7 +6,13 @@ from typing import Any, get_args, get_type_hints
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from rectified_diffusers.data.config import TripletConfig
@@ -132,6 +138,27 @@ def test_latents_are_not_clipped_because_the_teacher_does_not_say():
     assert make_solver(teacher, "DDIMScheduler").config["clip_sample"] is False
 
 
+def test_latents_are_clipped_if_the_teacher_says_so():
+    teacher = stable_diffusion_schedule(clip_sample=True)
+    assert make_solver(teacher, "DDIMParallelScheduler").config["clip_sample"] is True
+
+
+@pytest.mark.parametrize("options", [{"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}], ids=str)
+def test_a_solver_of_diffusion_models_can_be_that_of_a_flow(options):
+    teacher = UniPCMultistepScheduler(**options)
+    assert type(make_solver(teacher, "auto")) is UniPCMultistepScheduler
+    with pytest.raises(ValueError, match=r"'dpm_solver\+\+' is for diffusion teachers, and the teacher's UniPC"):
+        make_solver(teacher, "dpm_solver++")
+
+
+def test_the_shift_of_a_flow_is_kept_by_either_name_and_none_is_1():
+    shifted = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    unshifted = EulerDiscreteScheduler(prediction_type="flow_prediction")
+    for teacher, shift in ((shifted, 3.0), (unshifted, 1.0)):
+        assert make_solver(teacher, "DPMSolverMultistepScheduler").config["flow_shift"] == shift
+        assert make_solver(teacher, "FlowMatchEulerDiscreteScheduler").config["shift"] == shift
+
+
 @pytest.mark.parametrize(
     ("teacher", "solver", "match"),
     [
@@ -147,5 +174,8 @@ def test_solvers_of_another_kind_raise(teacher, solver, match):
 
 def test_an_sde_hidden_in_the_teachers_options_raises():
     teacher = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
-    with pytest.raises(ValueError, match=r"adds noise on the way.*or choose another solver"):
+    with pytest.raises(ValueError, match=r"adds noise on the way.*or choose another solver\.$"):
         make_solver(teacher, "DPMSolverMultistepScheduler")
+    remedy = r"or give the teacher a scheduler that solves the ODE\.$"
+    with pytest.raises(ValueError, match=rf"adds noise on the way.*{remedy}"):
+        make_solver(teacher, "teacher")

