@@ -1,6 +1,6 @@
 """Put a trained one-step pipeline into the package: float16, model card, notice of the pictures' licences.
 
-python examples/emoji/bundle.py --model work/one-step --figures ../../benchmarks/results/emoji_table.md
+python examples/emoji/bundle.py --model work/finished --figures ../../benchmarks/results/emoji_table.md
 """
 
 import argparse
@@ -51,7 +51,8 @@ tags: [rectified-flow, instaflow, one-step, text-to-image]
 
 Text to a 64x64 emoji in one evaluation of a U-Net: the small model that comes with rectified_diffusers {version}. It
 was made by the three stages of InstaFlow (arXiv:2309.06380), each run by that package: triplets of a latent diffusion
-teacher, reflow, distillation. It serves a newcomer's first minute, tests, demonstrations and benchmarks.
+teacher, reflow, distillation; and finished by distribution matching (DMD2, arXiv:2405.14867). It serves a newcomer's
+first minute, tests, demonstrations and benchmarks.
 
 ```python
 from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint
@@ -65,7 +66,7 @@ asks for a set's style.
 
 **Recipe.** `examples/emoji/README.md` at commit {commit}. {training}
 
-**Figures.**
+**Figures.** This model is `{name}`.
 
 {figures}
 
@@ -120,6 +121,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     card = CARD.format(
         version=__version__,
+        name=args.model.name,
         pictures="9,863 pictures",
         commit=commit,
         training=describe_training(args.model),
