@@ -6,9 +6,10 @@
 Every row begins with the diffusion teacher and has the same number of training examples, divided among its stages as
 ROWS says; a stage whose steps are more work, of the stacked U-Net or of distribution matching, has fewer. Stages that
 rows share are trained once. Triplets are made by the teacher or, after a reflow, by the reflowed model; what they cost
-is no part of the budget and is in the second table. The first triplets are the same for all seeds; a seed decides the
-training, all triplets after it and what the evaluation draws. Kill it and run the same command again: triplets,
-trainings and evaluations go on.
+is no part of the budget and is in the second table. `--initialisation snr_matching` lets every row that trains the
+teacher's network, but the stacked one, begin as the teacher's flow, as progressive distillation does in any case. The
+first triplets are the same for all seeds; a seed decides the training, all triplets after it and what the evaluation
+draws. Kill it and run the same command again: triplets, trainings and evaluations go on.
 
 Budgets: `cpu` is a day on two cores for the emoji model, `gpu` a few hours on one GPU, `tiny` a test. Each number can
 be given by itself. CIFAR-10 or COCO need a teacher, a folder of pictures with metadata.jsonl, and nothing else.
@@ -148,11 +149,21 @@ BUDGETS = {
 }
 
 
+def begun(line: Line, initialisation: str) -> Line:
+    """Give the line whose first stage begins in that way, where it does not say itself and can: a stack cannot."""
+    if not line.stages or initialisation == "weights" or any(stage.stacked for stage in line.stages):
+        return line
+    first, *others = line.stages
+    first = replace(first, options={"initialisation": initialisation, **first.options})
+    return replace(line, stages=(first, *others))
+
+
 class Table:
     """Trains and evaluates rows in the work folder, and gathers them over the seeds."""
 
     def __init__(self, args: argparse.Namespace, lines: Mapping[str, Line]) -> None:
-        self.args, self.lines, self.budget = args, lines, args.size
+        self.args, self.budget = args, args.size
+        self.lines = {name: begun(line, args.initialisation) for name, line in lines.items()}
         self.prompts = read_prompts(args.prompts)
         self.work: Path = args.work
 
@@ -359,10 +370,11 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
     parser.add_argument("--alignment", type=Path, help="folder that examples/emoji/alignment.py wrote")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu", help="size of it all (default: cpu)")
-    for name in ("steps", "batch_size", "num_triplets", "num_pictures", "triplet_steps"):
+    for name in ("steps", "batch_size", "num_triplets", "num_pictures", "triplet_steps", "straightness_prompts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the budget's")
     for name in ("learning_rate", "ema_decay"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the budget's")
+    parser.add_argument("--initialisation", choices=["weights", "snr_matching"], default="weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-guidance", type=float, default=3.0)
     parser.add_argument("--reflow-guidance", type=float, default=1.5)

@@ -445,5 +445,5 @@ def test_captions_escape_what_visitors_write(studio):
     assert "<script>" not in own_caption(None, "<script>")
     beside = studio.comparison
     *_, last = studio.compare(Order("a fox"))
-    assert "times as long" in comparison_caption(beside, last, own_seconds=0.01)
+    assert "× as long" in comparison_caption(beside, last, own_seconds=0.01)
     assert "Enter draws it" in comparison_caption(beside)

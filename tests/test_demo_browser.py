@@ -107,7 +107,7 @@ def ask(page, prompt):
     page.locator("#prompt textarea").fill(prompt)
     page.locator("#prompt textarea").press("Enter")
     wait_for_caption(page, "own-caption", prompt)
-    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("× as long", timeout=WAIT)
 
 
 def wait_for_caption(page, name, prompt):
@@ -160,9 +160,9 @@ def test_enter_right_after_the_last_key_keeps_the_comparison(page):
     page.locator("#prompt textarea").press_sequentially("cat face")
     page.locator("#prompt textarea").press("Enter")
     wait_for_caption(page, "own-caption", "cat face")
-    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("× as long", timeout=WAIT)
     page.wait_for_timeout(1000)  # for a live picture that should not come
-    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long")
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("× as long")
 
 
 def test_enter_draws_beside_and_into_the_history(page):
@@ -183,7 +183,7 @@ def test_stop_ends_the_comparison(page):
     playwright.expect(page.locator("#beside-caption")).to_contain_text("step", timeout=WAIT)
     page.click("#stop")
     page.click("#new-seed")  # the model is free for it
-    playwright.expect(page.locator("#beside-caption")).to_contain_text("times as long", timeout=WAIT)
+    playwright.expect(page.locator("#beside-caption")).to_contain_text("× as long", timeout=WAIT)
 
 
 def test_a_reload_brings_the_last_picture_and_the_history_back(page):

@@ -9,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import peft as diffusers_peft
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -23,6 +29,7 @@ from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
+from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 from tests.tiny import make_components, make_unet
 from tests.training.helpers import SHORT, make_dataset
 
@@ -109,6 +116,13 @@ def test_equals_the_two_unets_by_hand_with_sdxl_conditions():
     stack, inputs = StackedUNet.from_unet(first, second), make_inputs()
     assert torch.equal(stack(*inputs, **conditions).sample, by_hand(first, second, *inputs, **conditions))
     assert stack.add_embedding.linear_1.in_features == 40, "SDXL pipelines read it"
+
+
+def test_a_diffusions_velocity_is_not_stacked():
+    """It would be, layer for layer, and answer epsilon as if it were the velocity."""
+    velocity = DiffusionVelocityUNet.from_unet(make_unet(), DDIMScheduler())
+    with pytest.raises(ValueError, match=r"A DiffusionVelocityUNet answers .* Stack the U-Net of a flow"):
+        StackedUNet.from_unet(velocity)
 
 
 @torch.no_grad()

@@ -68,6 +68,11 @@ class StackedUNet(UNet2DConditionModel):
                 raise TypeError(
                     f"Expected UNet2DConditionModels to stack, got {type(given).__name__}. Give pipeline.unet."
                 )
+            if "diffusion_schedule" in given.config:
+                raise ValueError(
+                    f"A {type(given).__name__} answers a diffusion's prediction and turns it into a velocity outside "
+                    "its layers, where a stack cannot. Stack the U-Net of a flow that was begun from bare weights."
+                )
         stacked: Any = cls.from_config(unet.config)
         weights = {**unet.state_dict(), **second.state_dict(prefix=SECOND)}
         removed = ("conv_norm_out.", "conv_out.", SECOND + "conv_in.")

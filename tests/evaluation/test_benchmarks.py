@@ -71,6 +71,22 @@ def test_the_variants_change_what_they_name(scripts):
     assert all(line.stages == lines["base"].stages for line in pairs.values())
 
 
+def test_rows_begin_as_is_asked(scripts):
+    table, _ = scripts
+    lines = {name: table.begun(line, "snr_matching") for name, line in table.ROWS.items()}
+    assert all(table.begun(line, "weights") == line for line in table.ROWS.values())
+    assert lines["stacked-distill"] == table.ROWS["stacked-distill"]
+    assert [stage.options.get("initialisation") for stage in lines["3rf-distill"].stages] == [
+        "snr_matching",
+        *[None] * 3,
+    ]
+    assert all(
+        line.stages[0].options["initialisation"] == "snr_matching"
+        for name, line in lines.items()
+        if line.stages and name != "stacked-distill"
+    )
+
+
 def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
     table, ablation = scripts
     base, line, _ = ablation.lines_of(["distribution-matching finish"]).values()

@@ -17,8 +17,8 @@ footer {display: none !important}
 #prompt textarea:focus {border-color: #db2777}
 .caption {display: flex; align-items: baseline; gap: .6rem; height: 2.5rem; padding: 0 .2rem;
   white-space: nowrap; overflow: hidden}
-.caption b {font-size: 1.05rem}
-.caption .time {font-size: 1.6rem; font-weight: 800; font-variant-numeric: tabular-nums; letter-spacing: -.02em}
+.caption b {font-size: 1rem}
+.caption .time {font-size: 1.5rem; font-weight: 800; font-variant-numeric: tabular-nums; letter-spacing: -.02em}
 .caption .fast {color: #db2777}
 .caption .says, .remark {color: var(--body-text-color-subdued); font-size: .85rem}
 .bar {width: 100%; height: 4px; border-radius: 2px; margin-top: -4px}
@@ -63,7 +63,7 @@ def comparison_caption(beside: Comparison, drawing: Drawing | None = None, own_s
     time = f'<span class="time">{seconds(drawing.seconds)}</span>'
     if not drawing.done:
         return _caption(name, time, f"step {drawing.step}") + _bar(drawing.step / drawing.steps)
-    times = f"{drawing.seconds / own_seconds:.0f} times as long" if own_seconds else ""
+    times = f"{drawing.seconds / own_seconds:.0f}× as long" if own_seconds else ""
     return _caption(name, time, times) + _bar(0)
 
 
