@@ -370,7 +370,8 @@ def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
     parser.add_argument("--alignment", type=Path, help="folder that examples/emoji/alignment.py wrote")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu", help="size of it all (default: cpu)")
-    for name in ("steps", "batch_size", "num_triplets", "num_pictures", "triplet_steps", "straightness_prompts"):
+    counts = ("steps", "warmup_steps", "batch_size", "num_triplets", "triplet_steps", "num_pictures")
+    for name in (*counts, "straightness_prompts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the budget's")
     for name in ("learning_rate", "ema_decay"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the budget's")
