@@ -32,9 +32,14 @@ def provenance(device: str = "cpu") -> dict[str, str]:
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
         "threads": str(torch.get_num_threads()),
         "load at the start": f"{os.getloadavg()[0]:.1f}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "date": now(),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers")),
     }
+
+
+def now() -> str:
+    """Date and time to the minute, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="minutes")
 
 
 def write_results(output: Path, results: dict[str, Any], lines: Sequence[str]) -> None:

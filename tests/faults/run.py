@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.machine import provenance
+from benchmarks.machine import now, provenance
 from tqdm import tqdm
 
 from tests.faults.campaign import FAULTS, NEEDS_MOUNT, NEEDS_PROCESSES, Reference, Try
@@ -124,6 +124,7 @@ def run_campaign(
 
     They are compared with undisturbed runs, which are made first.
     """
+    commit = provenance()["commit"]  # of what is loaded here, from which every try is forked
     workloads = make_workloads(work)
     references: dict[str, Reference] = {}
     with tqdm(total=sum(tries[row.fault] for row in rows), unit="try", file=sys.stderr, mininterval=10) as bar:
@@ -140,17 +141,16 @@ def run_campaign(
                 chance = random.Random(f"{row.fault}/{row.workload}/{number}")
                 verdict = FAULTS[row.fault](Try(workload, folder, references[name], chance))
                 shutil.rmtree(folder, ignore_errors=True)
-                _add(row, {} if verdict.survived else {"number": number, **asdict(verdict)})
+                _add(row, commit, {} if verdict.survived else {"number": number, **asdict(verdict)})
                 save()
                 bar.update()
 
 
-def _add(row: Row, failure: dict[str, Any]) -> None:
-    made = provenance()
+def _add(row: Row, commit: str, failure: dict[str, Any]) -> None:
     row.tries += 1
     row.failures += [failure] if failure else []
-    row.commits = sorted({*row.commits, made["commit"]})
-    row.dates = [*row.dates[:1], made["date"]]
+    row.commits = sorted({*row.commits, commit})
+    row.dates = [*row.dates[:1], now()]
 
 
 if __name__ == "__main__":
