@@ -89,7 +89,7 @@ def make_trainer(
     """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time.
 
     The 6 steps of a progressive distillation are three rounds of two. The teacher of a distribution matching is a flow
-    with other weights in its network.
+    with other weights in its network; its option `real` is an argument of the trainer.
     """
     trainer_class, config_class = TRAINERS[method]
     options = {**SHORT, **options}
@@ -99,7 +99,7 @@ def make_trainer(
     teacher: dict[str, Any] = {}
     if config_class is DistributionMatchingConfig:
         options = {"fake_updates": 2, **options}
-        teacher["teacher"] = make_matching_teacher()
+        teacher |= {"teacher": make_matching_teacher(), "real": options.pop("real", None)}
     config = config_class(output_dir=output_dir, **options)
     return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
 

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.training.processes TRIPLETS OUTPUT RUN ...
 
-A RUN is `name=options`: name is the folder below OUTPUT, and options a JSON object for `make_trainer`.
+A RUN is `name=options`: name is the folder below OUTPUT, and options a JSON object for `make_trainer`, with its
+`method` if that is not reflow. Distribution matching takes the triplets for real ones, too.
 """
 
 import json
@@ -30,7 +31,10 @@ def main(triplets: str, output: str, *runs: str) -> None:
     dataset = TripletDataset(triplets)
     for run in runs:
         name, _, options = run.partition("=")
-        trainer = make_trainer("reflow", dataset, Path(output, name), **json.loads(options or "{}"))
+        given = {"method": "reflow", **json.loads(options or "{}")}
+        if given["method"] == "dmd":
+            given["real"] = dataset
+        trainer = make_trainer(dataset=dataset, output_dir=Path(output, name), **given)
         trainer.train()
         record = {
             "processes": trainer.accelerator.num_processes,

@@ -106,6 +106,19 @@ def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, al
 
 
 @pytest.mark.slow
+def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletDataset, tmp_path: Path) -> None:
+    """Student, fake velocity and discriminator: two networks in turn, each with its own gradients to share."""
+    options = {"max_steps": 2, "fake_updates": 2, "first_fake_updates": 1}
+    make_trainer("dmd", dataset, tmp_path / "alone", real=dataset, **options).train()
+    run = f"two={json.dumps({'method': 'dmd', **options})}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
+    words = ["-m", "tests.training.processes", str(dataset.folder), str(tmp_path), run]
+    launch([*torchrun, *words], ACCELERATE_USE_CPU="true")
+    assert json.loads((tmp_path / "two-1.json").read_text())["processes"] == 2
+    check_that_they_agree(tensors(tmp_path / "two", 2), tensors(tmp_path / "alone", 2))
+
+
+@pytest.mark.slow
 def test_weights_shared_out_by_fsdp_are_those_of_one_process(
     dataset: TripletDataset, alone: Path, tmp_path: Path
 ) -> None:

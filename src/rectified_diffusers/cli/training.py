@@ -51,6 +51,14 @@ def add_dmd(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help="Pipeline folder or Hub id of a diffusion model, or of a flow that was not reflowed (required)",
     )
+    parser.add_argument(
+        "--real-triplets",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="Folder that `real-triplets` wrote, or several: with DMD2's discriminator, which compares the student's "
+        "pictures with these (default: without)",
+    )
     return parser
 
 
@@ -81,9 +89,11 @@ def _add_training(commands: Any, name: str, text: str, config_class: type[Traine
 
 def run_training(arguments: argparse.Namespace) -> None:
     config = options_from(_with_preset(arguments), arguments.config_class)
-    for folder in arguments.triplets:
-        if not folder.is_dir():
-            raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} triplets")
+    real = getattr(arguments, "real_triplets", None) or []
+    for command, folders in (("triplets", arguments.triplets), ("real-triplets", real)):
+        for folder in folders:
+            if not folder.is_dir():
+                raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} {command}")
     check_output_dir(config.output_dir)
     pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
     from rectified_diffusers.data.joined import open_triplets
@@ -101,6 +111,7 @@ def run_training(arguments: argparse.Namespace) -> None:
     own: dict[str, Any] = {}
     if "teacher" in arguments:
         own["teacher"] = load_pipeline(arguments.teacher, "cpu", "float32")
+        own["real"] = open_triplets(real) if real else None
     try:
         trainer = trainers[arguments.config_class](pipeline, open_triplets(arguments.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not know

@@ -237,6 +237,12 @@ class DistributionMatchingConfig(TrainerConfig):
     regression_loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
         "l2", "Distance to the triplets' data, if it has a weight; lpips and lpips_huber compare decoded pictures."
     )
+    adversarial_weight: float = option(
+        1e-3, "Weight, in the student's loss, of what the discriminator says of its data; with real triplets only."
+    )
+    discriminator_weight: float = option(
+        1e-2, "Weight of the discriminator's loss, in that of the fake velocity; with real triplets only."
+    )
     learning_rate: float = option(1e-5, "Learning rate of AdamW, after warm-up.")
     warmup_steps: int = option(500, "Steps over which the learning rate rises linearly from 0.")
     max_grad_norm: float = option(10.0, "Gradients are scaled down to at most this norm.")
@@ -249,7 +255,8 @@ class DistributionMatchingConfig(TrainerConfig):
         _require(self, "fake_learning_rate", rate is None or 0 < rate < math.inf, "greater than 0")
         _require(self, "min_t", 0 < self.min_t < 1, "in (0, 1)")
         _require(self, "max_t", self.min_t < self.max_t < 1, f"between min_t={self.min_t} and 1")
-        for name in ("teacher_guidance_scale", "regression_weight"):
+        weights = ("regression_weight", "adversarial_weight", "discriminator_weight")
+        for name in ("teacher_guidance_scale", *weights):
             _require(self, name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
 
 

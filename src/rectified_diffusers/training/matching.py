@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.data.triplets import TripletDataset, Triplets
@@ -15,13 +16,15 @@ from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
+from rectified_diffusers.training.discriminator import Discriminator
 from rectified_diffusers.training.guards import ROWS, require_direction, require_same_text
 from rectified_diffusers.training.lora import add_lora
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.sharding import copy_weights, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network
-from rectified_diffusers.training.trainer import Trainer
+from rectified_diffusers.training.trainer import Trainer, manifest_digest
 from rectified_diffusers.training.update import Update
 
 _LEAST_DISTANCE = 1e-4  # of the student's data from the teacher's, for the division by it
@@ -50,22 +53,37 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     one's towards the teacher's, see `matching_gradient`. One step updates the fake velocity `fake_updates` times and
     the student once. It is a finish for a student that draws in one step already.
 
-    Not here: DMD2's discriminator, whose real pictures take the student past its teacher, and its several steps. Of
-    the triplets, the prompts take part; noise is new at every update, unless `regression_weight` is set: then the
-    student's is the triplets', and DMD's distance to their data (arXiv:2311.18828) is added to its loss.
+    With real pictures the student may go past its teacher: a `Discriminator` on the fake velocity's U-Net learns to
+    tell their x_t from those of the student's data, and what it says is added to the losses, -log D(x_t) to the
+    student's, -log(1 - D(x_t)) - log D(x_t of real data) to the fake velocity's, with D = sigmoid(logits).
+
+    Of the triplets, the prompts take part; noise is new at every update, unless `regression_weight` is set: then the
+    student's is the triplets', and DMD's distance to their data (arXiv:2311.18828) is added to its loss. DMD2's
+    several steps are not here.
 
     Args:
         pipeline: of the student, a flow; or a diffusion model with `initialisation="snr_matching"`.
         teacher: a diffusion pipeline, or a flow trained on new noise for its data, with the VAE and the text encoders
             of the student. A reflowed one will not do: its velocity knows the noise that its data came from.
+        real: triplets of real pictures, whose data and prompts take part.
     """
 
     validation_steps = (1,)
     figures = ("loss", "grad_norm", "fake_loss")
 
     def __init__(
-        self, pipeline: Any, dataset: TripletDataset, config: DistributionMatchingConfig, teacher: Any
+        self,
+        pipeline: Any,
+        dataset: TripletDataset,
+        config: DistributionMatchingConfig,
+        teacher: Any,
+        real: TripletDataset | None = None,
     ) -> None:
+        if real is not None and getattr(config, "mixed_precision", None) == "fp16":
+            raise ValueError(
+                "What the discriminator says of the student's data has gradients too small for float16, got "
+                "mixed_precision='fp16'. Use bf16 or no."
+            )
         super().__init__(pipeline, dataset, config)
         if not self.starts_as_flow:
             raise ValueError(
@@ -83,6 +101,17 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.real.guidance = config.teacher_guidance_scale
         prompts = dataset.rows(range(min(4, len(dataset)))).prompts
         require_same_text(self.prompt_encoder.encode(prompts), self.real.encode(prompts, teacher.device))
+        self.real_data: Any = real
+        self.discriminator: Any = None  # of the fake network, if there are real pictures
+        if real is not None:
+            denoiser_for(pipeline, real)
+            shapes = [tuple(triplets.manifest["latent_shape"]) for triplets in (dataset, real)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"The real pictures must be as large as those of the triplets, got latents {shapes[1]} and "
+                    f"{shapes[0]}. Make the real triplets at the size of the others."
+                )
+            self.real_prompts = PromptEncoder(self.denoiser, self.device)
         self.teacher = self.make_teacher().to(self.device).requires_grad_(False).eval()
         self.fake = self.make_fake()
         optimizer = make_optimizer(trainable(self.fake), config, self.device)
@@ -96,10 +125,15 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return initial_network(self.real, "weights" if self.real.diffusion() is None else "snr_matching")
 
     def make_fake(self) -> Any:
-        """Make the network of the fake velocity, a copy of the teacher's; with lora_rank a LoRA of it is trained."""
+        """Make the network of the fake velocity, a copy of the teacher's; with lora_rank a LoRA of it is trained.
+
+        The discriminator, if there are real pictures, is trained whole in any case.
+        """
         network = copy.deepcopy(self.teacher).requires_grad_(True).train()
         if self.config.lora_rank is not None:
             add_lora(network, self.config)
+        if self.real_data is not None:
+            self.discriminator = Discriminator(network, self.config.seed)
         if self.config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network
@@ -111,17 +145,26 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     def begin(self, step: int) -> None:
         """Find out, too, whether a teacher that is a flow has the sign that its scheduler says."""
         super().begin(step)
+        if self.real_data is not None:
+            self.real_prompts.remember(self.real_data)
         if step == 0 and self.real.diffusion() is None:
             rows = torch.arange(min(ROWS, self.config.micro_batch_size or ROWS, len(self.dataset)))
             require_direction(self.ask_teacher, self.read(rows, torch.zeros(len(rows)).bool()))
 
     def draw(self, step: int, use: str = "") -> tuple[Tensor, ...]:
-        """Draw what an update sees, for the whole batch: rows, times, noise to begin with, noise to mix with data."""
+        """Draw what an update sees, for the whole batch: rows, times, noise to begin with, noise to mix with data.
+
+        With real pictures, further: their rows, and the noise to mix with them.
+        """
         config, generator = self.config, self.generator_for(step, use)
         rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
         shape = (config.batch_size, *self.dataset.manifest["latent_shape"])
-        return rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
+        drawn = rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
+        if self.real_data is None:
+            return drawn
+        real_rows = torch.randint(len(self.real_data), (config.batch_size,), generator=generator)
+        return *drawn, real_rows, torch.randn(shape, generator=generator)
 
     def train_step(self, step: int) -> tuple[float, ...]:
         """Update the fake velocity, then the student; give the student's loss and gradient norm, and the fake loss."""
@@ -139,16 +182,34 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.fake_update(step, self.draw(step, use), self.fake_losses, rate, seed)[0]
 
     def fake_losses(self, *drawn: Tensor) -> Tensor:
-        """Give the flow's loss of the fake velocity on data that the student makes, for each example."""
-        batch, t, new_noise = self.on_device(*drawn)
+        """Give the flow's loss of the fake velocity on data that the student makes, for each example.
+
+        With real pictures, the discriminator's is added, which sees as many of them.
+        """
+        batch, t, new_noise = self.on_device(*drawn[:4])
         told = self.prompt_encoder(batch.prompts)
         with torch.no_grad():
             data = batch.noise + self.one_step_velocity(batch.noise, told)
         x_t, velocity = self.interpolation.interpolate(new_noise, data, t)
-        return velocity_loss(self.ask(self.real, self.fake_model, x_t, t, told), velocity)
+        if self.discriminator is None:
+            return velocity_loss(self.ask(self.real, self.fake_model, x_t, t, told), velocity)
+        real_rows, real_noise = drawn[4:]
+        real_x_t, real_told = self.read_real(real_rows, real_noise, t)
+        both = {name: torch.cat([part, real_told[name]]) for name, part in told.items()}
+        answer = self.ask(self.real, self.fake_model, torch.cat([x_t, real_x_t]), t.repeat(2), both)
+        made, real = self.discriminator.logits.chunk(2)
+        losses = softplus(made) + softplus(-real)
+        return velocity_loss(answer[: len(x_t)], velocity) + self.config.discriminator_weight * losses
+
+    def read_real(self, rows: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Conditioning]:
+        """Read real data to the device, with noise in it, and what the networks are told of its prompts."""
+        batch = self.real_data.rows(rows.tolist())
+        self.real_prompts.lend(batch)
+        x_t, _ = self.interpolation.interpolate(noise.to(self.device), batch.data.to(self.device), t)
+        return x_t, self.real_prompts(batch.prompts)
 
     def example_losses(self, *drawn: Tensor) -> Tensor:
-        batch, t, new_noise = self.on_device(*drawn)
+        batch, t, new_noise = self.on_device(*drawn[:4])
         return self.compute_loss(batch, t, new_noise)
 
     def on_device(self, rows: Tensor, t: Tensor, noise: Tensor, new_noise: Tensor) -> tuple[Triplets, Tensor, Tensor]:
@@ -163,7 +224,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.ask(self.denoiser, self.model, noise, torch.zeros(len(noise), device=self.device), told)
 
     def compute_loss(self, batch: Triplets, t: Tensor, new_noise: Tensor | None = None) -> Tensor:
-        """Give the student's loss of each example: one whose gradient is `matching_gradient`, and the regression's.
+        """Give the student's loss of each example: one whose gradient is `matching_gradient`, and what is added to it.
 
         Args:
             batch: its noise is what the student begins with.
@@ -176,10 +237,21 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         new_noise = torch.randn_like(noise) if new_noise is None else new_noise
         gradient = self.gradient(data.detach(), new_noise, t, told)
         loss = (data - (data - gradient).detach()).square().flatten(1).mean(1) / 2
+        if self.discriminator is not None:
+            loss = loss + self.config.adversarial_weight * self.adversarial_loss(data, new_noise, t, told)
         weight = self.config.regression_weight
         if not weight:
             return loss
         return loss + weight * self.regression(velocity, batch.data - noise, noise, torch.zeros_like(t))
+
+    def adversarial_loss(self, data: Tensor, new_noise: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        """Give -log D(x_t), of each example, whose gradient is that of the data alone and not the fake network's."""
+        with torch.enable_grad():
+            seen = data.detach().requires_grad_()
+            self.ask(self.real, self.fake, self.interpolation.interpolate(new_noise, seen, t)[0], t, told)
+            losses = softplus(-self.discriminator.logits)
+            (slope,) = torch.autograd.grad(losses.sum(), seen)
+        return losses.detach() + (slope * (data - data.detach())).flatten(1).sum(1)
 
     @torch.no_grad()
     def gradient(self, data: Tensor, new_noise: Tensor, t: Tensor, told: Conditioning) -> Tensor:
@@ -203,7 +275,10 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return null + weight * (guided - null)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "teacher_sha256": fingerprint({self.real.component: self.real.network})}
+        own: dict[str, Any] = {"teacher_sha256": fingerprint({self.real.component: self.real.network})}
+        if self.real_data is not None:
+            own |= {"real_rows": len(self.real_data), "real_manifest": manifest_digest(self.real_data)}
+        return {**super().identity(), **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Give what a checkpoint has to hold; the teacher is another pipeline's and not among it."""

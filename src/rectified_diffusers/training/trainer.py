@@ -48,6 +48,12 @@ from rectified_diffusers.training.update import Update
 Config = TypeVar("Config", bound=TrainerConfig)
 
 
+def manifest_digest(dataset: TripletDataset) -> str:
+    """Tell triplets from others by what they were made of, whatever versions of libraries made them."""
+    made_by = {key: value for key, value in dataset.manifest.items() if key != "made_with"}
+    return hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 class Trainer(ABC, Generic[Config]):
     """Train a copy of a pipeline's network on triplets; a subclass says with which times and which loss.
 
@@ -284,12 +290,10 @@ class Trainer(ABC, Generic[Config]):
 
     def identity(self) -> dict[str, Any]:
         """Give what has to agree for one run to be the continuation of another."""
-        made_by = {key: value for key, value in self.dataset.manifest.items() if key != "made_with"}
-        manifest = json.dumps(made_by, sort_keys=True).encode()
         return {
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
-            "dataset_manifest": hashlib.blake2b(manifest, digest_size=16).hexdigest(),
+            "dataset_manifest": manifest_digest(self.dataset),
             **config_to_json(self.config),
         }
 
