@@ -72,13 +72,16 @@ class Stage:
     share: Fraction
     options: Mapping[str, Any] = field(default_factory=dict)
     stacked: bool = False  # of a doubled U-Net, which is doubled where it is not yet
+    discriminator: bool = False  # of distribution matching, which compares with real pictures by it
 
     @property
     def cost(self) -> Fraction:
         """The work of a step, in steps of a reflow, of which each is three forward passes: one, and one backward."""
         # Of distribution matching: a pass of the student and three of the fake for each update of that, three of the
-        # student for its own, one of the fake, two of the guided teacher.
-        matching = Fraction(4 * FAKE_UPDATES + 6, 3) if self.method == "dmd" else Fraction(1)
+        # student for its own, one of the fake, two of the guided teacher. With a discriminator the fake sees as many
+        # real ones, and the student's update goes through it forwards and backwards once more.
+        passes = 7 * FAKE_UPDATES + 9 if self.discriminator else 4 * FAKE_UPDATES + 6
+        matching = Fraction(passes, 3) if self.method == "dmd" else Fraction(1)
         return matching * (2 if self.stacked else 1)
 
 
@@ -195,9 +198,10 @@ class Table:
             source = source[:-1]  # triplets come from the last flow, or from the teacher
         dataset = self.triplets(line, source, seed)
         model = self.train(line, before, seed)
-        folder = self.folder(stage.method, model, *dataset, self.config(stage, Path(), seed))
+        real = [self.real_triplets(self.args.teacher, self.budget.num_triplets // 4)] if stage.discriminator else []
+        folder = self.folder(stage.method, model, *dataset, *real, self.config(stage, Path(), seed))
         if not (folder / "model_index.json").exists():
-            self.train_stage(stage, model, dataset, folder, seed)
+            self.train_stage(stage, model, dataset, real, folder, seed)
         return folder
 
     def folder(self, kind: str, *what: object) -> Path:
@@ -208,27 +212,33 @@ class Table:
     def triplets(self, line: Line, source: tuple[Stage, ...], seed: int) -> list[Path]:
         """Give the folders of the triplets that a teacher or a reflowed model drew, or found for real pictures."""
         whose = "reflow" if source else "teacher"
-        args, budget, model = self.args, self.budget, self.train(line, source, seed)
-        count = line.triplets * budget.num_triplets
+        model, count = self.train(line, source, seed), line.triplets * self.budget.num_triplets
+        seed = seed + 1 if source else 0  # the first triplets are for all seeds, and need other noise than these
         real = int(count * line.real)
-        common: dict[str, Any] = {
-            "num_inference_steps": budget.triplet_steps,
-            "batch_size": budget.batch_size,
-            "seed": seed + 1 if source else 0,  # the first triplets are for all seeds, and need other noise than these
-            "mixed_precision": args.mixed_precision,
+        guidance = self.guidance(whose)
+        config = TripletConfig(num_triplets=count - real, guidance_scale=guidance, **self.sampling(seed))
+        folder = self.folder("triplets", model, config)
+        if not (folder / "done").exists():
+            generate_triplets(self.load(model), self.prompts, folder, config)
+            (folder / "done").touch()
+        return [folder, self.real_triplets(model, real, seed)] if real else [folder]
+
+    def real_triplets(self, model: Path, count: int, seed: int = 0) -> Path:
+        """Give the folder of triplets whose data is real pictures and whose noise a model found."""
+        config = RealTripletConfig(num_triplets=count, inversion_time=self.args.inversion_time, **self.sampling(seed))
+        folder = self.folder("real", model, config)
+        if not (folder / "done").exists():
+            generate_real_triplets(self.load(model), self.args.data, folder, config)
+            (folder / "done").touch()
+        return folder
+
+    def sampling(self, seed: int) -> dict[str, Any]:
+        return {
+            "num_inference_steps": self.budget.triplet_steps,
+            "batch_size": self.budget.batch_size,
+            "seed": seed,
+            "mixed_precision": self.args.mixed_precision,
         }
-        config = TripletConfig(num_triplets=count - real, guidance_scale=self.guidance(whose), **common)
-        folders = [self.folder("triplets", model, config)]
-        if not (folders[0] / "done").exists():
-            generate_triplets(self.load(model), self.prompts, folders[0], config)
-            (folders[0] / "done").touch()
-        if real:
-            of_real = RealTripletConfig(num_triplets=real, inversion_time=args.inversion_time, **common)
-            folders.append(self.folder("real", model, of_real))
-            if not (folders[1] / "done").exists():
-                generate_real_triplets(self.load(model), args.data, folders[1], of_real)
-                (folders[1] / "done").touch()
-        return folders
 
     def steps(self, stage: Stage) -> int:
         """Give the optimizer steps of a stage: its share of the budget, half of that if each costs twice."""
@@ -264,12 +274,16 @@ class Table:
             common["warmup_steps"] = min(budget.warmup_steps, steps // 10)
         return config_class(**{**common, **options})
 
-    def train_stage(self, stage: Stage, model: Path, triplets: list[Path], folder: Path, seed: int) -> None:
+    def train_stage(
+        self, stage: Stage, model: Path, triplets: list[Path], real: list[Path], folder: Path, seed: int
+    ) -> None:
         trainer_class, _ = TRAINERS[stage.method]
         pipeline = self.load(model)
         if stage.stacked and not isinstance(pipeline.unet, StackedUNet):
             pipeline.unet = StackedUNet.from_unet(pipeline.unet)
-        own = {"teacher": self.load(self.args.teacher)} if stage.method == "dmd" else {}
+        own: dict[str, Any] = {}
+        if stage.method == "dmd":
+            own = {"teacher": self.load(self.args.teacher), "real": open_triplets(real) if real else None}
         at_once = not folder.exists()
         begin = time.perf_counter()
         trainer_class(pipeline, open_triplets(triplets), self.config(stage, folder, seed), **own).train()
