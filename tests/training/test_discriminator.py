@@ -83,10 +83,12 @@ def test_the_fake_velocity_learns_its_loss_too(
     torch.testing.assert_close(trainer.discriminator.logits, of_real, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_student_has_the_gradient_of_its_data_alone(
-    dataset: TripletDataset, real: TripletDataset, output_dir: Path
+    checkpointing: bool, dataset: TripletDataset, real: TripletDataset, output_dir: Path
 ) -> None:
-    trainer = make_matching(dataset, output_dir, real=real, adversarial_weight=0.7)
+    options: dict[str, Any] = {"adversarial_weight": 0.7, "gradient_checkpointing": checkpointing}
+    trainer = make_matching(dataset, output_dir, real=real, **options)
     assert trainer.discriminator is not None
     batch, t = dataset.rows(range(4)), torch.tensor([0.1, 0.4, 0.6, 0.9])
     new_noise = torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(3))
