@@ -111,6 +111,17 @@ def test_a_gaussian_keeps_its_place(pictures, tmp_path, monkeypatch):
         torch.testing.assert_close(rows.noise, began / math.hypot(begin, 1 - begin), atol=0.02, rtol=0.02)
 
 
+def test_of_no_steps_the_noise_is_new_and_the_flow_is_not_asked(reference, pictures, tmp_path, monkeypatch):
+    teacher = make_tiny_pipeline("diffusion")
+    monkeypatch.delattr(type(teacher.unet), "forward")
+    rows = generate(pictures, tmp_path, teacher, num_inference_steps=0).rows(range(8))
+    expected = TripletDataset(reference).rows(range(8))
+    assert (rows.prompts, rows.data.tolist()) == (expected.prompts, expected.data.tolist())
+    noise = torch.cat([draw_noise(7, shard, (4, *rows.noise.shape[1:])) for shard in range(2)])
+    torch.testing.assert_close(rows.noise, noise, rtol=2**-10, atol=1e-6)
+    assert json.loads((tmp_path / "manifest.json").read_text())["solver"] == "none, new noise"
+
+
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(reference, pictures, tmp_path):
     (tmp_path / "manifest.json").write_bytes((reference / "manifest.json").read_bytes())
     (tmp_path / "shard-00001.safetensors").write_bytes((reference / "shard-00001.safetensors").read_bytes())

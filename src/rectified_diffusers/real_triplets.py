@@ -89,7 +89,7 @@ def generate_real_triplets(
             yield Triplets(own, noise, data, adapted.encode(own) if config.store_text_embeddings else {})
 
     decided = {
-        "solver": "Heun, backwards",
+        "solver": "Heun, backwards" if config.num_inference_steps else "none, new noise",
         "inversion_time": float(config.inversion_time),
         "pictures": real.identity,
         "split": config.split,
@@ -116,6 +116,8 @@ def _noise(
     teacher: Teacher, config: RealTripletConfig, prompts: Sequence[str], data: Tensor, new_noise: Tensor
 ) -> Tensor:
     """Run the flow from data with new noise in it back to noise of unit variance, `(B, C, H, W)`, storage dtype."""
+    if config.num_inference_steps == 0:
+        return teacher.round(new_noise)
     velocity = PipelineVelocity.of(teacher.pipeline, prompts, config.guidance_scale)
     begin = config.inversion_time
     if begin <= velocity.start:

@@ -44,6 +44,7 @@ def test_no_guidance_at_all_is_a_guidance():
         ("inversion_time", 1.5, r"in \(0, 1\], got 1\.5"),
         ("inversion_time", float("nan"), r"in \(0, 1\], got nan"),
         ("size", 0, "at least 1 pixel or none, got 0"),
+        ("num_inference_steps", -1, "at least 0, got -1"),
     ],
 )
 def test_wrong_values_for_real_pictures_raise(name, value, match):

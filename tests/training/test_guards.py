@@ -68,6 +68,27 @@ def test_triplets_of_another_scaling_are_refused(dataset: TripletDataset, output
         make_trainer("reflow", other, output_dir)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("reflow", {}),
+        ("distill", {}),
+        ("progressive", {"pairs": "coupled"}),
+        ("dmd", {"regression_weight": 0.1}),
+    ],
+)
+def test_pictures_with_new_noise_are_no_pairs(
+    method: str, options: dict[str, Any], dataset: TripletDataset, output_dir: Path
+) -> None:
+    for manifest in ({"num_inference_steps": 0}, {"parts": [{"num_inference_steps": 25}, {"num_inference_steps": 0}]}):
+        by_chance = TripletDataset(dataset.folder)
+        by_chance.manifest |= manifest
+        with pytest.raises(ValueError, match=r"fits the data of each noise, and there are triplets"):
+            make_trainer(method, by_chance, output_dir, **options)
+        if options:
+            make_trainer(method, by_chance, output_dir)
+
+
 def test_a_shift_counts_and_its_absence_is_zero() -> None:
     vae = make_vae()
     require_same_latents(vae, {})

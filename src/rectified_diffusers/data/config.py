@@ -2,12 +2,9 @@
 
 import math
 from dataclasses import MISSING, dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rectified_diffusers.options import check_options, option
-
-_AT_LEAST_ONE = ("num_triplets", "num_inference_steps", "batch_size", "triplets_per_shard")
-
 
 # After the words, the schedulers of diffusers that solve the ODE of a noise schedule or of a flow.
 Solver = Literal[
@@ -34,6 +31,8 @@ Solver = Literal[
 class StoredTripletConfig:
     """Options of every way to make a folder of triplets."""
 
+    least_steps: ClassVar[int] = 1
+
     num_triplets: int = option(MISSING, "Triplets to make.")
     num_inference_steps: int = option(25, "Solver steps of the teacher.")
     guidance_scale: float = option(1.0, "Classifier-free guidance of the teacher; 1 is none.")
@@ -52,9 +51,10 @@ class StoredTripletConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        least = {"num_triplets": 1, "num_inference_steps": self.least_steps, "batch_size": 1, "triplets_per_shard": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
@@ -89,11 +89,15 @@ class TripletConfig(StoredTripletConfig):
 class RealTripletConfig(StoredTripletConfig):
     """Options of `generate_real_triplets`; real pairs are of 2-RF++ (arXiv:2405.20320) and later work."""
 
+    least_steps = 0
+
     num_triplets: int = option(
         MISSING, "Triplets to make, of pictures in random order; they repeat when there are fewer."
     )
     num_inference_steps: int = option(
-        25, "Steps of Heun's method, two evaluations each: as much work as that many steps with guidance."
+        25,
+        "Steps of Heun's method, two evaluations each: as much work as that many steps with guidance. At 0 the noise "
+        "is new and has nothing to do with the picture, which is all that the discriminator of dmd needs.",
     )
     guidance_scale: float = option(
         1.0,

@@ -38,6 +38,16 @@ def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
             )
 
 
+def require_pairs(manifest: Mapping[str, Any]) -> None:
+    """Raise if noise and data of some triplets have nothing to do with each other."""
+    if any(part.get("num_inference_steps") == 0 for part in manifest.get("parts", [manifest])):
+        raise ValueError(
+            "This training fits the data of each noise, and there are triplets whose pictures have new noise, of "
+            "real-triplets with num_inference_steps=0. Make them again with more steps, or give them to dmd as its "
+            "real triplets."
+        )
+
+
 def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
     """Raise if two pipelines do not say the same of the same prompts, as those with the same text encoders do."""
     for name in sorted(student.keys() | teacher.keys()):

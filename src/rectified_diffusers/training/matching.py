@@ -65,7 +65,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         pipeline: of the student, a flow; or a diffusion model with `initialisation="snr_matching"`.
         teacher: a diffusion pipeline, or a flow trained on new noise for its data, with the VAE and the text encoders
             of the student. A reflowed one will not do: its velocity knows the noise that its data came from.
-        real: triplets of real pictures, whose data and prompts take part.
+        real: triplets of real pictures, whose data and prompts take part, and not their noise.
     """
 
     validation_steps = (1,)
@@ -119,6 +119,10 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.fake_update = Update(
             self.accelerator, self.fake_model, self.fake_optimizer, trainable(self.fake), config, self.output
         )
+
+    @property
+    def fits_pairs(self) -> bool:
+        return self.config.regression_weight > 0
 
     def make_teacher(self) -> Any:
         """Make a network that gives the teacher's velocity, in float32; the pipeline's own is left alone."""

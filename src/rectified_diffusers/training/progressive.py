@@ -42,6 +42,10 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         self.step = 1
 
     @property
+    def fits_pairs(self) -> bool:
+        return self.config.pairs == "coupled"
+
+    @property
     def schedule_steps(self) -> int:
         return self.config.steps_per_round
 

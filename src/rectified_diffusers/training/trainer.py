@@ -33,7 +33,7 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import ROWS, require_config, require_direction
+from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_pairs
 from rectified_diffusers.training.hub import Card, base_model_of, measure_straightness, require_repository, upload
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -76,6 +76,8 @@ class Trainer(ABC, Generic[Config]):
         require_config(type(self), config)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
+        if self.fits_pairs:
+            require_pairs(dataset.manifest)
         # accelerate fixes its mixed precision for the life of the process. bf16 needs only autocast, which
         # predict_velocity does itself, so that runs of either precision can follow each other; fp16 needs a scaler.
         precision = "fp16" if config.mixed_precision == "fp16" else "no"
@@ -102,6 +104,11 @@ class Trainer(ABC, Generic[Config]):
         self.update = Update(self.accelerator, self.model, self.optimizer, self.parameters, config, self.output)
         self.ema = self.make_ema()
         self.since_line: list[tuple[float, ...]] = []
+
+    @property
+    def fits_pairs(self) -> bool:
+        """Whether a triplet's data has to belong to its noise."""
+        return True
 
     @property
     def schedule_steps(self) -> int:
