@@ -121,6 +121,7 @@ def test_ctrl_c_while_it_is_started_ends_both_without_a_traceback():
     code = (
         "import os, signal\n"
         "from rectified_diffusers.demo import apart\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job ignores
         "start = apart._Manager.start\n"
         "def interrupted(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
