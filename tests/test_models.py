@@ -118,11 +118,25 @@ def test_equals_the_two_unets_by_hand_with_sdxl_conditions():
     assert stack.add_embedding.linear_1.in_features == 40, "SDXL pipelines read it"
 
 
-def test_a_diffusions_velocity_is_not_stacked():
-    """It would be, layer for layer, and answer epsilon as if it were the velocity."""
-    velocity = DiffusionVelocityUNet.from_unet(make_unet(), DDIMScheduler())
-    with pytest.raises(ValueError, match=r"A DiffusionVelocityUNet answers .* Stack the U-Net of a flow"):
-        StackedUNet.from_unet(velocity)
+@torch.no_grad()
+def test_a_diffusions_velocity_is_stacked_inside_its_conversion(tmp_path):
+    """The two halves see what the one U-Net sees, and their answer is read as that one's is."""
+    pair = make_pair()
+    first, second = (DiffusionVelocityUNet.from_unet(unet, DDIMScheduler()) for unet in pair)
+    stack = StackedUNet.from_unet(first, second)
+    sample, _, told = make_inputs()
+    t = torch.tensor([0.3, 0.9])
+    as_flow = first.inner.as_flow
+    expected = as_flow.velocity(by_hand(*pair, *as_flow.network_input(sample, t), told), sample, t, "epsilon")
+    stack.save_pretrained(tmp_path)
+    loaded = StackedUNet.from_pretrained(tmp_path)
+    assert loaded.config["diffusion_schedule"] == first.config["diffusion_schedule"]
+    for model in (stack, loaded):
+        found = model(sample, 1000 * (1 - t), told).sample
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(model(sample, 1000 * (1 - t), told, return_dict=False)[0], found)
+    with pytest.raises(ValueError, match=r"got a DiffusionVelocityUNet with .* and a UNet2DConditionModel with None"):
+        StackedUNet.from_unet(first, pair[1])
 
 
 @torch.no_grad()

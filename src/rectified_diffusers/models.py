@@ -1,6 +1,5 @@
 """The Stacked U-Net of InstaFlow-1.7B: two of diffusers' U-Nets in series, with no latents between them."""
 
-import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -10,6 +9,8 @@ from diffusers.loaders import peft as diffusers_peft
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
+
+from rectified_diffusers.velocity_unet import SIGNATURE, DiffusionInside
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,12 @@ class StackedUNet(UNet2DConditionModel):
     - the residuals of a ControlNet or a T2I-Adapter go into the first half: a ControlNet is a copy of its encoder;
     - an IP-Adapter is refused.
 
-    Args: those of `UNet2DConditionModel`, for both halves. `from_unet` builds one from weights.
+    Args: those of `UNet2DConditionModel`, for both halves, and
+        diffusion_schedule: of a stack whose answer is a diffusion's prediction, which becomes a velocity outside its
+            layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets.
     """
 
-    @functools.wraps(UNet2DConditionModel.__init__)  # the loader reads the names in a config off this signature
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
         if config.get("addition_embed_type") == "image_hint":
             raise ValueError(
                 "addition_embed_type='image_hint' joins a picture to the latents before conv_in, which the second "
@@ -52,6 +54,10 @@ class StackedUNet(UNet2DConditionModel):
         # Functions, not nn.Identity: a LoRA for layers called conv_in would be put onto a module of that name.
         del self.conv_out, self.second.conv_in
         self.conv_out, self.second.conv_in = _pass_on, _pass_on
+        self.inner: DiffusionInside | None = None
+        if diffusion_schedule is not None:
+            self.register_to_config(diffusion_schedule=dict(diffusion_schedule))
+            self.inner = DiffusionInside(self.config)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, second: UNet2DConditionModel | None = None) -> Self:
@@ -68,11 +74,13 @@ class StackedUNet(UNet2DConditionModel):
                 raise TypeError(
                     f"Expected UNet2DConditionModels to stack, got {type(given).__name__}. Give pipeline.unet."
                 )
-            if "diffusion_schedule" in given.config:
-                raise ValueError(
-                    f"A {type(given).__name__} answers a diffusion's prediction and turns it into a velocity outside "
-                    "its layers, where a stack cannot. Stack the U-Net of a flow that was begun from bare weights."
-                )
+        schedules = [given.config.get("diffusion_schedule") for given in (unet, second)]
+        if schedules[0] != schedules[1]:
+            raise ValueError(
+                f"The second half's answer is read as the first half's config says, got a {type(unet).__name__} with "
+                f"diffusion_schedule {schedules[0]} and a {type(second).__name__} with {schedules[1]}. Stack two of "
+                "one kind."
+            )
         stacked: Any = cls.from_config(unet.config)
         weights = {**unet.state_dict(), **second.state_dict(prefix=SECOND)}
         removed = ("conv_norm_out.", "conv_out.", SECOND + "conv_in.")
@@ -118,10 +126,16 @@ class StackedUNet(UNet2DConditionModel):
             "mid_block_additional_residual": mid_block_additional_residual,
             "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
         }
-        features, *_ = super().forward(
-            sample, timestep, encoder_hidden_states, **conditions, **residuals, return_dict=False
-        )  # (B, block_out_channels[0], H, W)
-        return self.second(features, timestep, encoder_hidden_states, **conditions, return_dict=return_dict)
+        first = super().forward
+
+        def ask(sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+            features, *_ = first(
+                sample, timestep, encoder_hidden_states, **conditions, **residuals, return_dict=False
+            )  # (B, block_out_channels[0], H, W)
+            return self.second(features, timestep, encoder_hidden_states, **conditions, return_dict=False)[0]
+
+        velocity = self.inner.velocity(ask, sample, timestep) if self.inner else ask(sample, timestep)
+        return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
 
     def load_lora_adapter(
         self,
@@ -168,6 +182,9 @@ class StackedUNet(UNet2DConditionModel):
             "An IP-Adapter has weights for the attention layers of one U-Net, a StackedUNet has those of two. "
             "Use it with the U-Net that the stack was made from."
         )
+
+
+StackedUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _pass_on(features: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A diffusion U-Net that is a velocity model before any training, by matching signal-to-noise ratios."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,18 +58,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
             )
         super().__init__(**config)
         self.register_to_config(diffusion_schedule=dict(diffusion_schedule))
-        if self.config["in_channels"] != self.config["out_channels"]:
-            raise ValueError(
-                "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
-                f"in_channels={self.config['in_channels']} and out_channels={self.config['out_channels']}."
-            )
-        self.as_flow = DiffusionAsFlow(_alphas_cumprod(diffusion_schedule))
-        self.prediction_type: Any = diffusion_schedule["prediction_type"]
-        if self.prediction_type == "epsilon" and self.as_flow.schedule.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
-                "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
-            )
+        self.inner = DiffusionInside(self.config)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, scheduler: Any) -> Self:
@@ -105,16 +95,49 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
             timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
             encoder_hidden_states: text embeddings, `(B, tokens, cross_attention_dim)`.
         """
+        unet = super().forward
+
+        def ask(inner_sample: Tensor, inner_timestep: Tensor) -> Tensor:
+            return unet(inner_sample, inner_timestep, encoder_hidden_states, *args, return_dict=False, **kwargs)[0]
+
+        velocity = self.inner.velocity(ask, sample, timestep)
+        return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
+
+
+class DiffusionInside:
+    """What turns the answer of a diffusion network into a velocity, by the `diffusion_schedule` of its config."""
+
+    def __init__(self, config: Any) -> None:
+        if config["in_channels"] != config["out_channels"]:
+            raise ValueError(
+                "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
+                f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
+            )
+        schedule = config["diffusion_schedule"]
+        self.as_flow = DiffusionAsFlow(_alphas_cumprod(schedule))
+        self.prediction_type: Any = schedule["prediction_type"]
+        if self.prediction_type == "epsilon" and self.as_flow.schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
+                "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
+            )
+
+    def velocity(
+        self, ask: Callable[[Tensor, Tensor], Tensor], sample: Tensor, timestep: Tensor | float | int
+    ) -> Tensor:
+        """Give the velocity at x_t, with its shape and dtype.
+
+        Args:
+            ask: gives the network's prediction for its own sample `(B, C, H, W)` and timesteps `(B,)`.
+            sample: x_t of the straight path, `(B, C, H, W)`.
+            timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
+        """
         precise = torch.promote_types(sample.dtype, torch.float32)
         t = timestep_to_time(torch.as_tensor(timestep, dtype=precise, device=sample.device)).expand(len(sample))
-        inner_sample, inner_timestep = self.as_flow.network_input(sample, t)
-        prediction = super().forward(
-            inner_sample, inner_timestep, encoder_hidden_states, *args, return_dict=False, **kwargs
-        )[0]
+        prediction = ask(*self.as_flow.network_input(sample, t))
         # Towards noise epsilon is divided by alpha, 0.068 at the end: not in half precision.
         velocity = self.as_flow.velocity(prediction.to(precise), sample.to(precise), t, self.prediction_type)
-        velocity = velocity.to(sample.dtype)
-        return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
+        return velocity.to(sample.dtype)
 
 
 def _signature() -> inspect.Signature:
@@ -124,7 +147,8 @@ def _signature() -> inspect.Signature:
     return inspect.Signature([*parameters, own])
 
 
-DiffusionVelocityUNet.__init__.__signature__ = _signature()  # pyright: ignore[reportFunctionMemberAccess]
+SIGNATURE = _signature()
+DiffusionVelocityUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:

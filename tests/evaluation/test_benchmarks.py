@@ -81,16 +81,11 @@ def test_rows_begin_as_is_asked(scripts):
     table, _ = scripts
     lines = {name: table.begun(line, "snr_matching") for name, line in table.ROWS.items()}
     assert all(table.begun(line, "weights") == line for line in table.ROWS.values())
-    assert lines["stacked-distill"] == table.ROWS["stacked-distill"]
     assert [stage.options.get("initialisation") for stage in lines["3rf-distill"].stages] == [
         "snr_matching",
         *[None] * 3,
     ]
-    assert all(
-        line.stages[0].options["initialisation"] == "snr_matching"
-        for name, line in lines.items()
-        if line.stages and name != "stacked-distill"
-    )
+    assert all(line.stages[0].options["initialisation"] == "snr_matching" for line in lines.values() if line.stages)
 
 
 def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
@@ -146,6 +141,7 @@ def test_a_table_is_made_and_made_again_from_what_is_there(scripts, arguments, t
 @pytest.mark.slow
 def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkeypatch):
     rows = ["--rows", "teacher-8", "2rf-1", "progressive-4", "stacked-distill", "--seeds", "0"]
+    rows += ["--initialisation", "snr_matching"]
     found, text = run(scripts[0], arguments, monkeypatch, *rows)
     assert [(row["name"], row["steps"]) for row in found["rows"]] == [
         ("diffusion teacher, DPM-Solver++", 8),
@@ -155,7 +151,7 @@ def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkey
     ]
     # 12 steps of 4: two U-Nets cost twice, so that the last stages of the stacked one have half of their 3 + 3
     assert [row["optimizer_steps"] for row in found["costs"]] == [[], [12], [12], [6, 1, 1]]
-    assert "progressive {'teacher_steps': 32" in text
+    assert "progressive {'initialisation': 'snr_matching', 'teacher_steps': 32" in text
     assert tiny_pictures == ["reflow", "progressive", "reflow", "distill", "distill"]
 
 
