@@ -23,7 +23,7 @@ RANKS = {
     "loading": 1.5,
     "loaders": 2.5,
     "denoiser": 2.5,  # knows the schedulers; data, evaluation and training ask it
-    "models": 2,
+    "models": 2.7,  # stacks what velocity_unet made
     "speed": 2,
     "weights": 2,
     "velocity_unet": 2.5,
