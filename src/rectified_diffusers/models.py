@@ -38,7 +38,9 @@ class StackedUNet(UNet2DConditionModel):
 
     Args: those of `UNet2DConditionModel`, for both halves, and
         diffusion_schedule: of a stack whose answer is a diffusion's prediction, which becomes a velocity outside its
-            layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets.
+            layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. What the second half, new to
+            its features, does wrong is multiplied there, by 1 / alpha at the noise: a U-Net whose flow was begun from
+            bare weights is easier to begin a stack with.
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

@@ -85,6 +85,7 @@ def test_rows_begin_as_is_asked(scripts):
         "snr_matching",
         *[None] * 3,
     ]
+    assert lines.pop("stacked-distill") == table.ROWS["stacked-distill"]
     assert all(line.stages[0].options["initialisation"] == "snr_matching" for line in lines.values() if line.stages)
 
 
