@@ -137,6 +137,8 @@ def test_a_diffusions_velocity_is_stacked_inside_its_conversion(tmp_path):
         assert torch.equal(model(sample, 1000 * (1 - t), told, return_dict=False)[0], found)
     with pytest.raises(ValueError, match=r"got a DiffusionVelocityUNet with .* and a UNet2DConditionModel with None"):
         StackedUNet.from_unet(first, pair[1])
+    with pytest.raises(ValueError, match=r"must say the schedule and the prediction_type, got \{'beta_start': 0.1\}"):
+        StackedUNet.from_config({**pair[0].config, "diffusion_schedule": {"beta_start": 0.1}})
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class StackedUNet(UNet2DConditionModel):
         self.conv_out, self.second.conv_in = _pass_on, _pass_on
         self.inner: DiffusionInside | None = None
         if diffusion_schedule is not None:
-            self.register_to_config(diffusion_schedule=dict(diffusion_schedule))
+            self.register_to_config(diffusion_schedule=diffusion_schedule)
             self.inner = DiffusionInside(self.config)
 
     @classmethod

@@ -51,13 +51,8 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
-        if diffusion_schedule is None or "prediction_type" not in diffusion_schedule:
-            raise ValueError(
-                f"diffusion_schedule must say the schedule and the prediction_type, got {diffusion_schedule!r}. Make "
-                "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
-            )
         super().__init__(**config)
-        self.register_to_config(diffusion_schedule=dict(diffusion_schedule))
+        self.register_to_config(diffusion_schedule=diffusion_schedule)
         self.inner = DiffusionInside(self.config)
 
     @classmethod
@@ -108,12 +103,17 @@ class DiffusionInside:
     """What turns the answer of a diffusion network into a velocity, by the `diffusion_schedule` of its config."""
 
     def __init__(self, config: Any) -> None:
+        schedule = config["diffusion_schedule"]
+        if schedule is None or "prediction_type" not in schedule:
+            raise ValueError(
+                f"diffusion_schedule must say the schedule and the prediction_type, got {schedule!r}. Make "
+                "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
+            )
         if config["in_channels"] != config["out_channels"]:
             raise ValueError(
                 "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
                 f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
             )
-        schedule = config["diffusion_schedule"]
         self.as_flow = DiffusionAsFlow(_alphas_cumprod(schedule))
         self.prediction_type: Any = schedule["prediction_type"]
         if self.prediction_type == "epsilon" and self.as_flow.schedule.alphas_cumprod[-1] == 0:
