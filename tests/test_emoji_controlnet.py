@@ -1,56 +1,25 @@
 """examples/emoji/controlnet.py in small: what it trains is a ControlNet whose edges the one step sees."""
 
-import json
-import runpy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
-from safetensors.torch import save_file
 
 from rectified_diffusers import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
+from tests import emoji
+from tests.emoji import SIZE, write_data
 from tests.tiny import make_components, make_unet, sample
 
 pytest.importorskip("controlnet_aux")
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "emoji" / "controlnet.py"
-SIZE = 64  # pixels: canny works in multiples of it
-CORNERS = (8, 40)
-
 
 @pytest.fixture
 def example(monkeypatch) -> Iterator[Any]:
-    """Run the example with arguments and give its namespace; its neighbours' short names are forgotten after."""
-    monkeypatch.syspath_prepend(str(EXAMPLE.parent))
-    before = set(sys.modules)
-
-    def run(*arguments: str, name: str = "__main__") -> dict[str, Any]:
-        monkeypatch.setattr("sys.argv", [EXAMPLE.name, *arguments])
-        return runpy.run_path(str(EXAMPLE), run_name=name)
-
-    yield run
-    for name in {"loop", "teacher", "text", "vae"} & (set(sys.modules) - before):
-        del sys.modules[name]
-
-
-def write_data(folder: Path) -> None:
-    """Write what data.py writes: pictures of a dark square in one of four corners, the last two of them held out."""
-    folder.mkdir()
-    images = torch.full((4, 3, SIZE, SIZE), 255, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        row, column = CORNERS[i // 2], CORNERS[i % 2]
-        image[:, row : row + 16, column : column + 16] = 0
-    rows = [
-        {"label": "square", "tags": ["dark"], "style": "flat", "split": split}
-        for split in ("train", "train", "caption", "caption")
-    ]
-    save_file({"images": images}, folder / "images.safetensors")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with emoji.example("controlnet.py", monkeypatch) as run:
+        yield run
 
 
 def test_what_it_trains_draws_along_edges(example, tmp_path, capsys):

@@ -38,14 +38,14 @@ def train(
     save: Callable[[], None],
     args: argparse.Namespace,
 ) -> None:
-    """Train `module`; `save` is called with the averaged weights in place.
+    """Train what of `module` requires a gradient; `save` is called with the averaged weights in place.
 
     `loss_of_batch(module, generator, mine)` draws a whole batch from the generator and returns the mean loss of the
     rows `mine`, this process's share.
     """
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    parameters = list(module.to(accelerator.device).parameters())
+    parameters = [weight for weight in module.to(accelerator.device).parameters() if weight.requires_grad]
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     lr_factor = get_wsd_schedule(

@@ -2,11 +2,18 @@
 
     python examples/emoji/teacher.py --data work/data --vae work/vae --output work/teacher
 
-A U-Net that predicts epsilon on Stable Diffusion's noise schedule, trained together with its text encoder, with
-prompts dropped for classifier-free guidance. Resumable; the result is a StableDiffusionPipeline folder.
+A U-Net on Stable Diffusion's noise schedule, trained together with its text encoder, with prompts dropped for
+classifier-free guidance. Resumable; the result is a StableDiffusionPipeline folder. `--initial-model` begins with the
+U-Net and the text encoder of a pipeline that is there, and leaves the text encoder as it is:
+
+    python examples/emoji/teacher.py --data work/data --vae MODEL/vae --initial-model MODEL --output work/teacher
+
+Two processes of one thread each are faster than one: `OMP_NUM_THREADS=1 accelerate launch --config_file
+examples/accelerate_configs/cpu_2.yaml examples/emoji/teacher.py ...`
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -18,7 +25,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import compute_snr
 from diffusers.utils import make_image_grid
 from loop import add_training_options, train
 from safetensors.torch import load_file, save_file
@@ -66,7 +72,24 @@ def encode_pictures(vae: AutoencoderKL, data: Path, output: Path) -> torch.Tenso
     return load_file(path)["latents"]
 
 
-class TextToEpsilon(torch.nn.Module):
+def start_from(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    """U-Net and text encoder of a pipeline, the latter frozen, in float32.
+
+    Of a rectified flow the sign of the U-Net's last layer is turned: it predicts data - noise, and a diffusion model
+    alpha * noise - sigma * data.
+    """
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").float()
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().requires_grad_(False)
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    if scheduler["prediction_type"] == "flow_prediction":
+        with torch.no_grad():
+            unet.conv_out.weight.neg_()
+            unet.conv_out.bias.neg_()
+    unet.set_attn_processor(AttnProcessor())
+    return unet, text_encoder
+
+
+class TextToPrediction(torch.nn.Module):
     """U-Net and text encoder as one module, since they are trained together."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel):
@@ -78,10 +101,10 @@ class TextToEpsilon(torch.nn.Module):
 
 
 class DiffusionLoss:
-    """Epsilon prediction with dropped prompts, weighted by SNR^(-1/2) up to 4.
+    """v-prediction, alpha * noise - sigma * data, with dropped prompts; all timesteps count the same.
 
-    The prompt decides colour and shape at high noise, where an error in epsilon says least about the picture: so high
-    noise counts more here than with equal or min-SNR weights (arXiv:2303.09556).
+    The prompt decides colour and shape at high noise. There v is the picture, and epsilon the input, which says
+    nothing of it: even weighted by SNR^(-1/2), epsilon learns the picture far more slowly there.
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, latents: torch.Tensor, rows: list[dict], args: argparse.Namespace):
@@ -101,24 +124,32 @@ class DiffusionLoss:
         noise = torch.randn(data.shape, generator=generator)
         timesteps = torch.randint(self.schedule.config.num_train_timesteps, (count,), generator=generator)
         x_t = self.schedule.add_noise(data, noise, timesteps)
-        weight = compute_snr(self.schedule, timesteps).rsqrt().clamp(max=4)
+        target = self.schedule.get_velocity(data, noise, timesteps)
 
         device = next(module.parameters()).device
         token_ids = tokenize(self.tokenizer, captions[mine]).to(device)
-        epsilon = module(x_t[mine].to(device), timesteps[mine].to(device), token_ids).float()
-        error = (epsilon - noise[mine].to(device)).square().mean(dim=(1, 2, 3))
-        return (weight[mine].to(device) * error).mean()
+        predicted = module(x_t[mine].to(device), timesteps[mine].to(device), token_ids).float()
+        return (predicted - target[mine].to(device)).square().mean()
 
 
 def noise_schedule() -> DDPMScheduler:
-    """The schedule of Stable Diffusion 1.x."""
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    """The schedule of Stable Diffusion, with the prediction of its 2.x at 768 pixels."""
+    return DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--vae", type=Path, required=True, help="folder that vae.py wrote")
+    parser.add_argument(
+        "--initial-model", type=Path, help="folder of a pipeline to begin with; from nothing if not set"
+    )
     parser.add_argument("--prompt-dropout", type=float, default=0.1)
     add_training_options(parser, max_steps=40_000, batch_size=32, learning_rate=5e-4)
     args = parser.parse_args()
@@ -127,8 +158,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderKL.from_pretrained(args.vae).to(device)
     latents = encode_pictures(vae, args.data, args.output)
-    tokenizer = build_tokenizer(args.data, args.output / "tokenizer")
-    module = TextToEpsilon(build_unet(), build_text_encoder(tokenizer))
+    if args.initial_model:
+        tokenizer = CLIPTokenizer.from_pretrained(args.initial_model, subfolder="tokenizer")
+        module = TextToPrediction(*start_from(args.initial_model))
+    else:
+        tokenizer = build_tokenizer(args.data, args.output / "tokenizer")
+        module = TextToPrediction(build_unet(), build_text_encoder(tokenizer))
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=module.text_encoder,
