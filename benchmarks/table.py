@@ -7,10 +7,10 @@ Every row begins with the diffusion teacher and has the same number of training 
 ROWS says; a stage whose steps are more work, of the stacked U-Net or of distribution matching, has fewer. Stages that
 rows share are trained once. Triplets are made by the teacher or, after a reflow, by the reflowed model; what they cost
 is no part of the budget and is in the second table. `--initialisation snr_matching` lets every row that trains begin
-as the teacher's flow, as progressive distillation does in any case, but for the stacked one: a stack is new to its
-second half, whose errors that conversion multiplies by 14 at the noise. The first triplets are the same for all seeds;
-a seed decides the training, all triplets after it and what the evaluation draws. Kill it and run the same command
-again: triplets, trainings and evaluations go on.
+as the teacher's flow, as progressive distillation does in any case; but for the stacked one, if the teacher predicts
+epsilon: a stack is new to its second half, whose errors the conversion of epsilon multiplies by 14 at the noise. The
+first triplets are the same for all seeds; a seed decides the training, all triplets after it and what the evaluation
+draws. Kill it and run the same command again: triplets, trainings and evaluations go on.
 
 Budgets: `cpu` is a day on two cores for the emoji model, `gpu` a few hours on one GPU, `tiny` a test. Each number can
 be given by itself. CIFAR-10 or COCO need a teacher, a folder of pictures with metadata.jsonl, and nothing else.
@@ -153,9 +153,13 @@ BUDGETS = {
 }
 
 
-def begun(line: Line, initialisation: str) -> Line:
-    """Give the line whose first stage begins in that way, where it does not say itself and is not to be stacked."""
-    if not line.stages or initialisation == "weights" or any(stage.stacked for stage in line.stages):
+def begun(line: Line, initialisation: str, prediction_type: str) -> Line:
+    """Give the line whose first stage begins in that way, where it does not say itself.
+
+    One that is to be stacked keeps the bare weights if the teacher's prediction type is epsilon.
+    """
+    stacked = any(stage.stacked for stage in line.stages)
+    if not line.stages or initialisation == "weights" or (stacked and prediction_type == "epsilon"):
         return line
     first, *others = line.stages
     first = replace(first, options={"initialisation": initialisation, **first.options})
@@ -167,7 +171,9 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, lines: Mapping[str, Line]) -> None:
         self.args, self.budget = args, args.size
-        self.lines = {name: begun(line, args.initialisation) for name, line in lines.items()}
+        scheduler = json.loads((args.teacher / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        begin = args.initialisation, scheduler["prediction_type"]
+        self.lines = {name: begun(line, *begin) for name, line in lines.items()}
         self.prompts = read_prompts(args.prompts)
         self.work: Path = args.work
 

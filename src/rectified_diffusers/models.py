@@ -39,8 +39,8 @@ class StackedUNet(UNet2DConditionModel):
     Args: those of `UNet2DConditionModel`, for both halves, and
         diffusion_schedule: of a stack whose answer is a diffusion's prediction, which becomes a velocity outside its
             layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. What the second half, new to
-            its features, does wrong is multiplied there, by 1 / alpha at the noise: a U-Net whose flow was begun from
-            bare weights is easier to begin a stack with.
+            its features, does wrong is multiplied there if it predicts epsilon, by 1 / alpha at the noise: easier to
+            begin a stack with are a U-Net that predicts v, and one whose flow was begun from bare weights.
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

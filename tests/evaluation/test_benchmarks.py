@@ -79,14 +79,16 @@ def test_a_variant_that_is_the_base_has_no_row(scripts):
 
 def test_rows_begin_as_is_asked(scripts):
     table, _ = scripts
-    lines = {name: table.begun(line, "snr_matching") for name, line in table.ROWS.items()}
-    assert all(table.begun(line, "weights") == line for line in table.ROWS.values())
+    lines = {name: table.begun(line, "snr_matching", "epsilon") for name, line in table.ROWS.items()}
+    assert all(table.begun(line, "weights", "epsilon") == line for line in table.ROWS.values())
     assert [stage.options.get("initialisation") for stage in lines["3rf-distill"].stages] == [
         "snr_matching",
         *[None] * 3,
     ]
     assert lines.pop("stacked-distill") == table.ROWS["stacked-distill"]
     assert all(line.stages[0].options["initialisation"] == "snr_matching" for line in lines.values() if line.stages)
+    stacked = table.begun(table.ROWS["stacked-distill"], "snr_matching", "v_prediction")
+    assert stacked.stages[0].options["initialisation"] == "snr_matching"
 
 
 def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
