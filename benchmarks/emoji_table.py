@@ -32,11 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="pipeline folder")
     for name in ("reflow", "distilled"):
         parser.add_argument(
-            f"--{name}",
-            type=Path,
-            nargs="+",
-            required=True,
-            help="pipeline folders; several are called by their names",
+            f"--{name}", type=Path, nargs="+", default=[], help="pipeline folders; several are called by their names"
         )
     parser.add_argument("--data", type=Path, required=True, help="folder that examples/emoji/data.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
