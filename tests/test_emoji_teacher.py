@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from rectified_diffusers import RectifiedFlowPipeline
+from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint
 from tests import emoji
 from tests.emoji import SIZE, write_data
 from tests.tiny import make_components, make_unet
@@ -82,3 +82,16 @@ def test_the_loss_is_that_of_v(run, tmp_path):
     loss = parts["DiffusionLoss"](make_components()["tokenizer"], data, rows, args)
     generator = torch.Generator().manual_seed(0)
     assert loss(Exact(), generator, slice(None)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_kept_teacher_shares_its_other_parts_with_the_bundled_model():
+    """So that the one may be trained on what the other draws."""
+    kept = emoji.FOLDER / "diffusion-teacher"
+    for part in ("vae", "text_encoder"):
+        ours, theirs = weights(kept, part), weights(bundled_checkpoint(), part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    teacher = StableDiffusionPipeline.from_pretrained(kept)
+    assert teacher.scheduler.config.prediction_type == "v_prediction"
+    bundled = RectifiedFlowPipeline.from_pretrained(bundled_checkpoint())
+    assert teacher.tokenizer("a red apple, 3d style") == bundled.tokenizer("a red apple, 3d style")
