@@ -83,8 +83,8 @@ def start_from(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     if scheduler["prediction_type"] == "flow_prediction":
         with torch.no_grad():
-            unet.conv_out.weight.neg_()
-            unet.conv_out.bias.neg_()
+            for weight in unet.conv_out.parameters():
+                weight.neg_()
     unet.set_attn_processor(AttnProcessor())
     return unet, text_encoder
 
