@@ -7,7 +7,7 @@ HUGGING_FACE = {"accelerate", "diffusers", "huggingface_hub", "peft", "safetenso
 
 config = configparser.ConfigParser()
 config.read("setup.cfg", encoding="utf-8")
-bounds = dict(re.findall(r"^([\w-]+)>=([\w.]+)$", config["options"]["install_requires"], flags=re.MULTILINE))
+bounds = dict(re.findall(r"^([\w-]+)>=([\w.]+)", config["options"]["install_requires"], flags=re.MULTILINE))
 missing = HUGGING_FACE - bounds.keys()
 if missing:
     raise SystemExit(f"setup.cfg states no lower bound (name>=version) for: {', '.join(sorted(missing))}")
