@@ -172,8 +172,8 @@ class Table:
     def __init__(self, args: argparse.Namespace, lines: Mapping[str, Line]) -> None:
         self.args, self.budget = args, args.size
         scheduler = json.loads((args.teacher / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-        begin = args.initialisation, scheduler["prediction_type"]
-        self.lines = {name: begun(line, *begin) for name, line in lines.items()}
+        prediction_type = scheduler.get("prediction_type", "epsilon")  # diffusers' default; old configs leave it out
+        self.lines = {name: begun(line, args.initialisation, prediction_type) for name, line in lines.items()}
         self.prompts = read_prompts(args.prompts)
         self.work: Path = args.work
 

@@ -33,6 +33,8 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 from vae import as_input
 
+from rectified_diffusers.export import fold_sign
+
 PROMPTS = (
     *("a red apple", "grinning face", "dog face", "rocket", "a pizza", "heart", "cat", "house"),
     *("a blue fish", "christmas tree", "soccer ball", "birthday cake", "sun", "umbrella", "car", "ghost"),
@@ -81,10 +83,8 @@ def start_from(folder: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").float()
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").float().requires_grad_(False)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
-    if scheduler["prediction_type"] == "flow_prediction":
-        with torch.no_grad():
-            for weight in unet.conv_out.parameters():
-                weight.neg_()
+    if scheduler.get("prediction_type") == "flow_prediction":
+        unet = fold_sign(unet)
     unet.set_attn_processor(AttnProcessor())
     return unet, text_encoder
 

@@ -91,6 +91,23 @@ def test_rows_begin_as_is_asked(scripts):
     assert stacked.stages[0].options["initialisation"] == "snr_matching"
 
 
+def test_a_teacher_whose_config_leaves_the_prediction_type_out_predicts_epsilon(
+    scripts, arguments, monkeypatch, tmp_path
+):
+    """As diffusers reads it: the schedulers of Stable Diffusion 1.5's time say nothing of it."""
+    table, _ = scripts
+    path = tmp_path / "teacher" / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["prediction_type"]
+    path.write_text(json.dumps(config))
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser, "table")
+    monkeypatch.setattr(sys, "argv", ["script", *arguments, "--initialisation", "snr_matching"])
+    lines = table.Table(table.parsed(parser), table.ROWS).lines
+    assert lines["stacked-distill"] == table.ROWS["stacked-distill"]
+    assert lines["2rf-1"].stages[0].options["initialisation"] == "snr_matching"
+
+
 def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
     table, ablation = scripts
     base, line, with_real = ablation.lines_of(["distribution-matching finish"]).values()
