@@ -160,6 +160,19 @@ class DistillConfig(TrainerConfig):
     loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
         "l2", "Distance between the one-step result and the data; lpips and lpips_huber compare decoded pictures."
     )
+    plain_unet: bool = option(
+        False,
+        "Go on from a DiffusionVelocityUNet, as snr_matching makes it, with a plain U-Net that is nearly the same at "
+        "t = 0: one that every program of Stable Diffusion knows. For teachers that predict v or the sample.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plain_unet and self.lora_rank is not None:
+            raise ValueError(
+                f"plain_unet changes the weights under the LoRA of lora_rank={self.lora_rank}, which would fit no "
+                "model. Train all weights, or the DiffusionVelocityUNet as it is."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

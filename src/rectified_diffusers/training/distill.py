@@ -8,6 +8,7 @@ from rectified_diffusers.data.triplets import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import FixedTime
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.losses import FlowLoss
+from rectified_diffusers.training.plain_unet import plain_unet
 from rectified_diffusers.training.trainer import Trainer
 
 
@@ -23,6 +24,10 @@ class DistillTrainer(Trainer[DistillConfig]):
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: DistillConfig) -> None:
         super().__init__(pipeline, dataset, config)
         self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
+
+    def make_network(self) -> Any:
+        network = super().make_network()
+        return plain_unet(network).requires_grad_(True) if self.config.plain_unet else network
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         # One step from t = 0 takes all the time there is, so the error of the data is the error of the velocity.
