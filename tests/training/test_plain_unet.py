@@ -8,34 +8,21 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
 from rectified_diffusers.export import export_diffusers
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.plain_unet import plain_unet
 from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 from tests.tiny import make_diffusion_scheduler, make_tiny_pipeline, make_unet
-from tests.training.helpers import PROMPTS, SHORT, digests
+from tests.training.helpers import SHORT, digests, make_dataset
 
 WIDE: dict[str, Any] = {"block_out_channels": (48, 64)}
 WITH_ATTENTION: dict[str, Any] = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
 
 
-def make_teacher(kind: Any = "v_prediction", **changes: Any) -> Any:
-    teacher = make_tiny_pipeline(kind)
-    teacher.unet = make_unet(**{**WIDE, **changes})
-    return teacher
-
-
 def make_velocity(prediction_type: str = "v_prediction", **changes: Any) -> DiffusionVelocityUNet:
     scheduler = make_diffusion_scheduler(prediction_type=prediction_type)
     return DiffusionVelocityUNet.from_unet(make_unet(**{**WIDE, **changes}), scheduler)
-
-
-def make_triplets(teacher: Any, folder: Path) -> TripletDataset:
-    config = TripletConfig(num_triplets=4, num_inference_steps=3, guidance_scale=1.0, storage_dtype="float32")
-    return generate_triplets(teacher, PROMPTS, folder, config, progress=False)
 
 
 @torch.no_grad()
@@ -123,8 +110,8 @@ def test_what_cannot_be_made_plain_is_refused() -> None:
 
 
 def test_a_distillation_ends_in_a_model_that_stock_diffusers_knows(tmp_path: Path) -> None:
-    teacher = make_teacher()
-    dataset = make_triplets(teacher, tmp_path / "triplets")
+    teacher, dataset = make_tiny_pipeline("v_prediction"), make_dataset(tmp_path / "triplets")
+    teacher.unet = make_unet(**WIDE)
     for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         options = {**SHORT, "max_steps": steps, "initialisation": "snr_matching", "plain_unet": True}
         DistillTrainer(teacher, dataset, DistillConfig(output_dir=tmp_path / folder, **options)).train()

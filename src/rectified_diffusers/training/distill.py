@@ -27,7 +27,7 @@ class DistillTrainer(Trainer[DistillConfig]):
 
     def make_network(self) -> Any:
         network = super().make_network()
-        return plain_unet(network).requires_grad_(True) if self.config.plain_unet else network
+        return plain_unet(network) if self.config.plain_unet else network
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         # One step from t = 0 takes all the time there is, so the error of the data is the error of the velocity.

@@ -7,9 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from rectified_diffusers.schedulers import time_to_timestep
 from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
-
-NOISE_END = 1000.0  # the flow's timestep at t = 0
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
     of_prediction, of_x, timestep = _at_the_noise_end(unet)
     for parameter in made.conv_out.parameters():
         parameter.mul_(of_prediction)
-    _shift_time(made, NOISE_END - timestep)
+    _shift_time(made, time_to_timestep(0.0) - timestep)
     _lead_past(made, of_x)
     return made.train(unet.training)
 
@@ -81,30 +80,23 @@ def _lead_past(unet: Any, factor: float) -> None:
         )
     channels, pairs = _freed(unet, latents)
     find, offset = _found_again(unet.conv_in)
-    for layer in (last.conv2, last.conv_shortcut, *(attention.proj_out for attention in _last_attention(block))):
+    attention = list(getattr(block, "attentions", []))[-1:]  # what comes after the last layer, if there is any
+    for layer in (last.conv2, last.conv_shortcut, *(one.proj_out for one in attention)):
         layer.weight[channels] = 0
         layer.bias[channels] = 0
-    for attention in _last_attention(block):
-        attention.proj_in.weight[:, channels] = 0
+    for one in attention:
+        one.proj_in.weight[:, channels] = 0
     unet.conv_out.weight[:, channels] = 0
-    center = unet.conv_out.kernel_size[0] // 2
-    for latent, pair in enumerate(pairs.tolist()):
-        for channel, sign in zip(pair, (1, -1), strict=True):
-            # The last block's input ends in what conv_in made.
-            last.conv_shortcut.weight[channel, -len(find[latent]) :, 0, 0] = (
-                sign * last.output_scale_factor * find[latent]
-            )
-            last.conv_shortcut.bias[channel] = sign * last.output_scale_factor * offset[latent]
-            unet.conv_out.weight[latent, channel, center, center] = sign * factor
+    center, width = unet.conv_out.kernel_size[0] // 2, find.shape[1]
+    for sign, of_latents in zip((1, -1), pairs.T, strict=True):
+        scale = sign * last.output_scale_factor
+        last.conv_shortcut.weight[of_latents, -width:, 0, 0] = scale * find  # its input ends in what conv_in made
+        last.conv_shortcut.bias[of_latents] = scale * offset
+        unet.conv_out.weight[range(latents), of_latents, center, center] = sign * factor
     size = norm.num_channels // norm.num_groups
     filled = torch.isin(channels, pairs.flatten()).reshape(-1, size).float().mean(1)  # the mean square of a group
     norm.weight[channels] = filled.sqrt().repeat_interleave(size).to(norm.weight)
     norm.bias[channels] = 0
-
-
-def _last_attention(block: Any) -> list[Any]:
-    """Give the attention after the last layer of a block, if it has attention."""
-    return list(getattr(block, "attentions", []))[-1:]
 
 
 def _freed(unet: Any, count: int) -> tuple[Tensor, Tensor]:
