@@ -43,7 +43,7 @@ def train(
     `loss_of_batch(module, generator, mine)` draws a whole batch from the generator and returns the mean loss of the
     rows `mine`, this process's share.
     """
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator()  # whose own mixed precision would be that of every later training of the process
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     parameters = [weight for weight in module.to(accelerator.device).parameters() if weight.requires_grad]
     ema = EMAModel(parameters, decay=args.ema_decay, foreach=True)
@@ -59,7 +59,7 @@ def train(
     bar = tqdm(range(done, args.max_steps), initial=done, total=args.max_steps, mininterval=5, disable=not main)
     for step in bar:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
             loss = loss_of_batch(module, generator, mine)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)

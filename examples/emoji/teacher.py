@@ -143,7 +143,8 @@ def noise_schedule() -> DDPMScheduler:
     )
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the options of `train_teacher`, from the command line if no arguments are given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--vae", type=Path, required=True, help="folder that vae.py wrote")
@@ -152,8 +153,10 @@ def main() -> None:
     )
     parser.add_argument("--prompt-dropout", type=float, default=0.1)
     add_training_options(parser, max_steps=40_000, batch_size=32, learning_rate=5e-4)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def train_teacher(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderKL.from_pretrained(args.vae).to(device)
@@ -187,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_teacher(parse_arguments())

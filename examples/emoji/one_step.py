@@ -1,0 +1,204 @@
+"""From a diffusion teacher down to one step, all stages in one process: minutes on a GPU.
+
+    python examples/emoji/one_step.py --data work/data --prompts work/prompts.txt --weights work/weights \\
+        --output work/one_step
+
+It is what the commands of README.md beside this do one after the other, by the package's Python interface and with
+larger batches. Every stage has a folder of its own in the output, and is not repeated where it is complete; kill it
+and run it again, and it goes on. The numbers of steps and of triplets are those of the bundled model: what went into
+ten minutes of an H200.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from teacher import parse_arguments as teacher_arguments
+from teacher import train_teacher
+
+import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
+from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
+from rectified_diffusers.data.prompts import read_prompts
+from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
+from rectified_diffusers.real_triplets import generate_real_triplets
+from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig, ReflowConfig
+from rectified_diffusers.training.distill import DistillTrainer
+from rectified_diffusers.training.matching import DistributionMatchingTrainer
+from rectified_diffusers.training.reflow import ReflowTrainer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
+    parser.add_argument("--prompts", type=Path, required=True, help="file that prompts.py wrote")
+    parser.add_argument("--weights", type=Path, required=True, help="folder that weights.py wrote")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the stages' folders")
+    parser.add_argument("--teacher", type=Path, default=Path(__file__).parent / "diffusion-teacher")
+    parser.add_argument("--teacher-steps", type=int, default=911, help="further steps of the teacher; 0: as it is")
+    parser.add_argument("--first-triplets", type=int, default=40_960, help="triplets of the teacher")
+    parser.add_argument("--reflow-steps", type=int, default=390)
+    parser.add_argument("--second-triplets", type=int, default=53_248, help="triplets of the 2-Rectified Flow")
+    parser.add_argument("--l2-steps", type=int, default=394)
+    parser.add_argument("--lpips-steps", type=int, default=645)
+    parser.add_argument("--matching-steps", type=int, default=103, help="steps of distribution matching; 0: none")
+    parser.add_argument("--real-pictures", type=int, default=9097, help="for its discriminator; 0: no discriminator")
+    parser.add_argument("--batch-size", type=int, default=512)
+    return parser.parse_args()
+
+
+def load(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(DEVICE)
+
+
+class Stages:
+    """Runs the stages, each from the folders of those before."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work = args, args.output
+        self.prompts = read_prompts(args.prompts)
+
+    def run(self) -> None:
+        teacher = self.teacher()
+        first = self.triplets("triplets-1", teacher, self.args.first_triplets, 16, guidance_scale=3.0, seed=0)
+        reflow = self.train(
+            ReflowTrainer,
+            ReflowConfig,
+            "2-rectified-flow",
+            teacher,
+            first,
+            initialisation="snr_matching",
+            max_steps=self.args.reflow_steps,
+            learning_rate=6e-4,
+        )
+        second = self.triplets("triplets-2", reflow, self.args.second_triplets, 12, guidance_scale=1.5, seed=1)
+        one_step = self.train(
+            DistillTrainer,
+            DistillConfig,
+            "one-step-l2",
+            reflow,
+            second,
+            plain_unet=True,
+            max_steps=self.args.l2_steps,
+            learning_rate=6e-4,
+        )
+        one_step = self.train(
+            DistillTrainer,
+            DistillConfig,
+            "one-step-lpips",
+            one_step,
+            second,
+            loss="lpips",
+            lpips_weights=self.args.weights / "lpips_alexnet.safetensors",
+            max_steps=self.args.lpips_steps,
+            learning_rate=3e-4,
+        )
+        if self.args.matching_steps:
+            self.finish(one_step, second, teacher)
+
+    def finish(self, model: Path, triplets: TripletDataset, teacher: Path) -> None:
+        own: dict[str, Any] = {"teacher": load(teacher)}
+        if self.args.real_pictures:
+            config = RealTripletConfig(
+                num_triplets=self.args.real_pictures, num_inference_steps=0, batch_size=64, triplets_per_shard=4096
+            )
+            own["real"] = generate_real_triplets(own["teacher"], self.args.data, self.work / "real-triplets", config)
+        self.train(
+            DistributionMatchingTrainer,
+            DistributionMatchingConfig,
+            "finished",
+            model,
+            triplets,
+            own,
+            batch_size=self.args.batch_size // 2,
+            max_steps=self.args.matching_steps,
+            learning_rate=1e-4,
+            teacher_guidance_scale=3.0,
+            fake_updates=3,
+            first_fake_updates=60,
+            fake_learning_rate=2e-4,
+            max_grad_norm=10.0,
+        )
+
+    def teacher(self) -> Path:
+        """Give the folder of the teacher: the given one, or what it becomes with further steps."""
+        steps, begin = self.args.teacher_steps, self.args.teacher
+        if not steps:
+            return begin
+        folder = self.work / "teacher"
+        options: dict[str, Any] = {
+            "data": self.args.data,
+            "vae": begin / "vae",
+            "initial-model": begin,
+            "output": folder,
+            "max-steps": steps,
+            "decay-steps": steps // 2,
+            "save-every-steps": steps,
+            "batch-size": self.args.batch_size,
+            "learning-rate": 8e-4,
+            "ema-decay": 0.998,
+        }
+        began = time.perf_counter()
+        train_teacher(teacher_arguments([f"--{name}={value}" for name, value in options.items()]))
+        self.report("teacher", began)
+        return folder
+
+    def triplets(self, name: str, teacher: Path, count: int, steps: int, **options: Any) -> TripletDataset:
+        config = TripletConfig(
+            num_triplets=count,
+            num_inference_steps=steps,
+            batch_size=1024,
+            triplets_per_shard=4096,
+            mixed_precision="bf16",
+            **options,
+        )
+        began = time.perf_counter()
+        dataset = generate_triplets(load(teacher), self.prompts, self.work / name, config)
+        self.report(name, began)
+        return dataset
+
+    def train(
+        self,
+        trainer_class: Any,
+        config_class: Any,
+        name: str,
+        model: Path,
+        triplets: TripletDataset,
+        own: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Path:
+        """Run a trainer, `own` being what it alone takes; give the folder of the finished pipeline."""
+        steps = options["max_steps"]
+        common = {
+            "output_dir": self.work / name,
+            "batch_size": self.args.batch_size,
+            "warmup_steps": max(1, steps // 12),
+            "lr_schedule": "cosine",
+            "ema_decay": 0.995,
+            "save_every_steps": steps,
+            "log_every_steps": 20,
+        }
+        began = time.perf_counter()
+        trainer_class(load(model), triplets, config_class(**{**common, **options}), **own or {}).train()
+        self.report(name, began)
+        return self.work / name
+
+    def report(self, name: str, began: float) -> None:
+        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main() -> None:
+    if DEVICE == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    Stages(parse_arguments()).run()
+
+
+if __name__ == "__main__":
+    main()
