@@ -84,9 +84,10 @@ def test_the_loss_is_that_of_v(run, tmp_path):
     assert loss(Exact(), generator, slice(None)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_kept_teacher_shares_its_other_parts_with_the_bundled_model():
+@pytest.mark.parametrize("folder", ["diffusion-teacher", "longer-teacher"])
+def test_a_kept_teacher_shares_its_other_parts_with_the_bundled_model(folder):
     """So that the one may be trained on what the other draws."""
-    kept = emoji.FOLDER / "diffusion-teacher"
+    kept = emoji.FOLDER / folder
     for part in ("vae", "text_encoder"):
         ours, theirs = weights(kept, part), weights(bundled_checkpoint(), part)
         assert ours.keys() == theirs.keys()

@@ -1,7 +1,7 @@
 """Put trained pipelines where they are kept: float16, model card, notice of the pictures' licences.
 
-    python examples/emoji/bundle.py --model work/one-step-lpips --figures benchmarks/results/emoji_second_teacher.md
-    python examples/emoji/bundle.py --teacher work/teacher
+    python examples/emoji/bundle.py --model work/one_step/finished --figures benchmarks/results/emoji_one_step.md
+    python examples/emoji/bundle.py --teacher work/one_step/teacher --keep-as longer-teacher
 
 The first puts a one-step model into the package; the second puts its teacher into this folder, so that who wants to
 begin with the teacher need not train it.
@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from rectified_diffusers import RectifiedFlowPipeline, __version__
 
 ASSETS = Path(__file__).parents[2] / "src" / "rectified_diffusers" / "assets" / "emoji-one-step"
-TEACHER = Path(__file__).parent / "diffusion-teacher"
+HERE = Path(__file__).parent
 
 NOTICE = """\
 The weights in this folder were trained on pictures from the sets below. None of the pictures is included.
@@ -98,7 +98,7 @@ one-step model. It draws with 25 steps of DPM-Solver++ and guidance 3:
 ```python
 from diffusers import StableDiffusionPipeline
 
-teacher = StableDiffusionPipeline.from_pretrained("examples/emoji/diffusion-teacher")
+teacher = StableDiffusionPipeline.from_pretrained("examples/emoji/{folder}")
 teacher("a red apple", num_inference_steps=25, guidance_scale=3).images[0]
 ```
 
@@ -151,13 +151,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the one-step pipeline")
     parser.add_argument("--figures", type=Path, help="Markdown table that benchmarks/emoji_table.py wrote")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher")
+    parser.add_argument("--keep-as", default="diffusion-teacher", help="the teacher's folder beside this script")
     args = parser.parse_args()
     if bool(args.model) != bool(args.figures) or not (args.model or args.teacher):
         parser.error("give --model and --figures, or --teacher, or all three.")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     if args.teacher:
         pipeline = StableDiffusionPipeline.from_pretrained(args.teacher)
-        keep(pipeline, TEACHER, TEACHER_CARD.format(commit=commit))
+        keep(pipeline, HERE / args.keep_as, TEACHER_CARD.format(commit=commit, folder=args.keep_as))
     if args.model:
         card = CARD.format(
             version=__version__,
