@@ -30,6 +30,7 @@ from rectified_diffusers.training.matching import DistributionMatchingTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS_PER_FILE = 4096  # so that a dataset can keep all files open
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,66 +66,37 @@ class Stages:
         self.prompts = read_prompts(args.prompts)
 
     def run(self) -> None:
-        teacher = self.teacher()
-        first = self.triplets("triplets-1", teacher, self.args.first_triplets, 16, guidance_scale=3.0, seed=0)
-        reflow = self.train(
-            ReflowTrainer,
-            ReflowConfig,
-            "2-rectified-flow",
-            teacher,
-            first,
-            initialisation="snr_matching",
-            max_steps=self.args.reflow_steps,
-            learning_rate=6e-4,
-        )
-        second = self.triplets("triplets-2", reflow, self.args.second_triplets, 12, guidance_scale=1.5, seed=1)
-        one_step = self.train(
-            DistillTrainer,
-            DistillConfig,
-            "one-step-l2",
-            reflow,
-            second,
-            plain_unet=True,
-            max_steps=self.args.l2_steps,
-            learning_rate=6e-4,
-        )
-        one_step = self.train(
-            DistillTrainer,
-            DistillConfig,
-            "one-step-lpips",
-            one_step,
-            second,
-            loss="lpips",
-            lpips_weights=self.args.weights / "lpips_alexnet.safetensors",
-            max_steps=self.args.lpips_steps,
-            learning_rate=3e-4,
-        )
-        if self.args.matching_steps:
-            self.finish(one_step, second, teacher)
+        args, teacher = self.args, self.teacher()
+        triplets = self.triplets("triplets-1", teacher, args.first_triplets, 16, guidance_scale=3.0, seed=0)
+        common = self.common("2-rectified-flow", args.reflow_steps, 6e-4)
+        reflow = self.train(ReflowTrainer, ReflowConfig(**common, initialisation="snr_matching"), teacher, triplets)
+
+        triplets = self.triplets("triplets-2", reflow, args.second_triplets, 12, guidance_scale=1.5, seed=1)
+        common = self.common("one-step-l2", args.l2_steps, 6e-4)
+        one_step = self.train(DistillTrainer, DistillConfig(**common, plain_unet=True), reflow, triplets)
+        common = self.common("one-step-lpips", args.lpips_steps, 3e-4)
+        weights = args.weights / "lpips_alexnet.safetensors"
+        config = DistillConfig(**common, loss="lpips", lpips_weights=weights)
+        one_step = self.train(DistillTrainer, config, one_step, triplets)
+        if args.matching_steps:
+            self.finish(one_step, triplets, teacher)
 
     def finish(self, model: Path, triplets: TripletDataset, teacher: Path) -> None:
-        own: dict[str, Any] = {"teacher": load(teacher)}
-        if self.args.real_pictures:
+        """Match the distribution of the teacher and, if there are to be real pictures, theirs."""
+        pipeline, count, real = load(teacher), self.args.real_pictures, None
+        if count:
             config = RealTripletConfig(
-                num_triplets=self.args.real_pictures, num_inference_steps=0, batch_size=64, triplets_per_shard=4096
+                num_triplets=count, num_inference_steps=0, batch_size=64, triplets_per_shard=ROWS_PER_FILE
             )
-            own["real"] = generate_real_triplets(own["teacher"], self.args.data, self.work / "real-triplets", config)
-        self.train(
-            DistributionMatchingTrainer,
-            DistributionMatchingConfig,
-            "finished",
-            model,
-            triplets,
-            own,
-            batch_size=self.args.batch_size // 2,
-            max_steps=self.args.matching_steps,
-            learning_rate=1e-4,
+            real = generate_real_triplets(pipeline, self.args.data, self.work / "real-triplets", config)
+        config = DistributionMatchingConfig(
+            **self.common("finished", self.args.matching_steps, 1e-4, self.args.batch_size // 2),
             teacher_guidance_scale=3.0,
             fake_updates=3,
             first_fake_updates=60,
             fake_learning_rate=2e-4,
-            max_grad_norm=10.0,
         )
+        self.train(DistributionMatchingTrainer, config, model, triplets, teacher=pipeline, real=real)
 
     def teacher(self) -> Path:
         """Give the folder of the teacher: the given one, or what it becomes with further steps."""
@@ -139,7 +111,7 @@ class Stages:
             "output": folder,
             "max-steps": steps,
             "decay-steps": steps // 2,
-            "save-every-steps": steps,
+            "save-every-steps": 1000,
             "batch-size": self.args.batch_size,
             "learning-rate": 8e-4,
             "ema-decay": 0.998,
@@ -154,7 +126,7 @@ class Stages:
             num_triplets=count,
             num_inference_steps=steps,
             batch_size=1024,
-            triplets_per_shard=4096,
+            triplets_per_shard=ROWS_PER_FILE,
             mixed_precision="bf16",
             **options,
         )
@@ -163,31 +135,25 @@ class Stages:
         self.report(name, began)
         return dataset
 
-    def train(
-        self,
-        trainer_class: Any,
-        config_class: Any,
-        name: str,
-        model: Path,
-        triplets: TripletDataset,
-        own: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> Path:
-        """Run a trainer, `own` being what it alone takes; give the folder of the finished pipeline."""
-        steps = options["max_steps"]
-        common = {
+    def common(self, name: str, steps: int, learning_rate: float, batch_size: int | None = None) -> dict[str, Any]:
+        """Give the options that every trainer has."""
+        return {
             "output_dir": self.work / name,
-            "batch_size": self.args.batch_size,
+            "max_steps": steps,
+            "batch_size": batch_size or self.args.batch_size,
+            "learning_rate": learning_rate,
             "warmup_steps": max(1, steps // 12),
             "lr_schedule": "cosine",
             "ema_decay": 0.995,
-            "save_every_steps": steps,
             "log_every_steps": 20,
         }
+
+    def train(self, trainer_class: Any, config: Any, model: Path, triplets: TripletDataset, **own: Any) -> Path:
+        """Run a trainer, `own` being what it alone takes; give the folder of the finished pipeline."""
         began = time.perf_counter()
-        trainer_class(load(model), triplets, config_class(**{**common, **options}), **own or {}).train()
-        self.report(name, began)
-        return self.work / name
+        trainer_class(load(model), triplets, config, **own).train()
+        self.report(config.output_dir.name, began)
+        return config.output_dir
 
     def report(self, name: str, began: float) -> None:
         print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
