@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def provenance(device: str = "cpu") -> dict[str, str]:
     flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
     processor = f"{cpu[1] if cpu else platform.processor()} {' '.join(flags)}, {os.cpu_count()} CPUs"
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "commit": (git("rev-parse", "--verify", "--quiet", "HEAD") or "none")
         + (" with changes" if git("status", "--porcelain") else ""),
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else processor,

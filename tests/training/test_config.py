@@ -94,7 +94,7 @@ def test_presets_are_what_the_papers_say() -> None:
     for config in (reflow, distill):
         assert (config.warmup_steps, config.max_grad_norm, config.ema_decay) == (1000, 1.0, 0.9999)
     reflow, distill = (config.preset("modern", output_dir=Path("run")) for config in (ReflowConfig, DistillConfig))
-    assert (reflow.time_density, reflow.loss, distill.loss) == ("u_shaped", "pseudo_huber", "lpips_huber")
+    assert (reflow.time_density, reflow.loss, distill.loss) == ("logit_normal", "l2", "pseudo_huber")
     assert (reflow.initialisation, distill.initialisation) == ("snr_matching", "weights")
 
 

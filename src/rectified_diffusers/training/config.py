@@ -113,9 +113,9 @@ class TrainerConfig:
     def preset(cls: type[Config], name: PresetName, **options: Any) -> Config:
         """Make a config with the values of a preset; explicit options win over it.
 
-        "instaflow" has the values of the paper, "modern" some of the later literature: for reflow the initialisation
-        that won here, which a flow as the model refuses, and values that are provisional. docs/papers.md has the
-        source of each, and what was measured.
+        "instaflow" has the values of the paper, "modern" those of the later literature that won here; its
+        initialisation of a reflow, a flow as the model refuses. docs/papers.md has the source of each, and what was
+        measured.
         """
         if name not in cls.presets:
             known = ", ".join(map(repr, cls.presets)) or "none"
@@ -129,12 +129,7 @@ class ReflowConfig(TrainerConfig):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 25_000, "time_density": "uniform", "loss": "l2"},
-        "modern": {
-            **_INSTAFLOW,
-            "initialisation": "snr_matching",
-            "time_density": "u_shaped",
-            "loss": "pseudo_huber",
-        },
+        "modern": {**_INSTAFLOW, "initialisation": "snr_matching", "time_density": "logit_normal", "loss": "l2"},
     }
 
     time_density: Literal["uniform", "logit_normal", "u_shaped"] = option("uniform", "Density of t in training.")
@@ -154,7 +149,7 @@ class DistillConfig(TrainerConfig):
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 21_500, "loss": "l2"},
-        "modern": {**_INSTAFLOW, "loss": "lpips_huber"},
+        "modern": {**_INSTAFLOW, "loss": "pseudo_huber"},
     }
 
     loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
