@@ -4,29 +4,24 @@ from pathlib import Path
 
 import pytest
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_file
 
 from rectified_diffusers import RectifiedFlowPipeline
 from tests import emoji
 from tests.emoji import SIZE, write_data
 from tests.tiny import make_components, make_diffusion_scheduler, make_unet, sample
 
-pytest.importorskip("lpips")
-
 STAGES = ("2-rectified-flow", "finished", "one-step-l2", "one-step-lpips")
 
 
 @pytest.fixture
-def arguments(tmp_path) -> list[str]:
-    from torchvision.models import alexnet
-
+def arguments(backbone, tmp_path) -> list[str]:
     data, teacher, weights, prompts = (tmp_path / name for name in ("data", "given", "weights", "prompts.txt"))
     components = {**make_components(), "unet": make_unet(sample_size=SIZE // 4, block_out_channels=(48, 64))}
     scheduler = make_diffusion_scheduler(prediction_type="v_prediction")
     StableDiffusionPipeline(**components, scheduler=scheduler).save_pretrained(teacher)
     write_data(data)
     weights.mkdir()
-    save_file(alexnet(weights=None).features.state_dict(prefix="features."), weights / "lpips_alexnet.safetensors")
+    (weights / "lpips_alexnet.safetensors").symlink_to(backbone)
     prompts.write_text("square\ndark\n", encoding="utf-8")
     given = {"data": data, "prompts": prompts, "weights": weights, "teacher": teacher, "output": tmp_path / "stages"}
     small = dict.fromkeys(("first-triplets", "second-triplets", "real-pictures"), 2)

@@ -58,7 +58,8 @@ tags: [rectified-flow, instaflow, one-step, text-to-image]
 
 Text to a 64x64 emoji in one evaluation of a U-Net: the small model that comes with rectified_diffusers {version}. It
 was made by the three stages of InstaFlow (arXiv:2309.06380), each run by that package: triplets of a latent diffusion
-teacher, reflow, distillation. It serves a newcomer's first minute, tests, demonstrations and benchmarks.
+teacher, reflow, distillation; and finished by distribution matching (DMD2, arXiv:2405.14867). It serves a newcomer's
+first minute, tests, demonstrations and benchmarks.
 
 ```python
 from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint

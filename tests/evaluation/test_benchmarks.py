@@ -8,7 +8,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
 
 from rectified_diffusers.data.triplets import TripletDataset
 from tests.evaluation.conftest import CAPTIONS
@@ -28,18 +27,14 @@ def scripts(monkeypatch):
 
 
 @pytest.fixture
-def arguments(data, sentence_encoder, alignment, tmp_path):
+def arguments(data, sentence_encoder, alignment, backbone, tmp_path):
     """The arguments of a run from a tiny teacher, with as small weights as the scripts want to find."""
     make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "teacher")
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "minilm").symlink_to(sentence_encoder)
-    lpips = pytest.importorskip("lpips", exc_type=ImportError)
-    assert lpips
-    from torchvision.models import alexnet
-
-    save_file(alexnet(weights=None).features.state_dict(prefix="features."), weights / "lpips_alexnet.safetensors")
+    (weights / "lpips_alexnet.safetensors").symlink_to(backbone)
     folders = {"teacher": tmp_path / "teacher", "data": data, "prompts": tmp_path / "prompts.txt", "weights": weights}
     folders |= {"alignment": alignment, "work": tmp_path / "work", "output": tmp_path / "results" / "table"}
     return [text for name, folder in folders.items() for text in (f"--{name}", str(folder))]

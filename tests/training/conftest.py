@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors.torch import save_file
 
 from rectified_diffusers.data.triplets import TripletDataset
 from tests.training.helpers import make_dataset
@@ -27,17 +25,3 @@ def _no_progress_bar() -> Iterator[None]:
 @pytest.fixture
 def output_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
-
-
-@pytest.fixture(scope="session")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of random weights under torchvision's names."""
-    pytest.importorskip("lpips", reason="the lpips loss needs lpips and torchvision", exc_type=ImportError)
-    from torchvision.models import alexnet
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = alexnet(weights=None).features.state_dict(prefix="features.")
-    path = tmp_path_factory.mktemp("lpips") / "alexnet.safetensors"
-    save_file(weights, path)
-    return path
