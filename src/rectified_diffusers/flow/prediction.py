@@ -121,6 +121,10 @@ class DiffusionAsFlow:
         """The diffusion path itself."""
         return VariancePreserving(self.alphas_cumprod)
 
+    def _sample(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Scale x_t to the diffusion path, in the dtype of x_t."""
+        return (per_example(self.scale_of(t), x_t) * x_t).to(x_t.dtype)
+
     def _angle(self, t: Tensor) -> Tensor:
         """atan(sigma / alpha), clamped to the schedule: the signal-to-noise ratio the network is told."""
         angles = self.schedule.angles.to(t)
@@ -141,8 +145,7 @@ class DiffusionAsFlow:
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sample and the timestep, `(B,)`, to give to the diffusion network for x_t at t."""
-        sample = per_example(self.scale_of(t), x_t) * x_t
-        return sample.to(x_t.dtype), self.timestep_of(t)
+        return self._sample(x_t, t), self.timestep_of(t)
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
         """Turn the network's prediction for `network_input(x_t, t)` into the velocity data - noise at x_t."""
@@ -151,7 +154,7 @@ class DiffusionAsFlow:
                 "Expected a diffusion network's prediction, 'epsilon', 'v_prediction' or 'sample', got 'velocity'. "
                 "A network that predicts the velocity needs no DiffusionAsFlow; use it as it is."
             )
-        sample, _ = self.network_input(x_t, t)
+        sample = self._sample(x_t, t)
         angle = self._angle(t)
         alpha, sigma = angle.cos(), angle.sin()
         at = Coefficients(alpha, sigma, d_alpha=-sigma, d_sigma=alpha)  # by the angle; no prediction here asks for d_*
