@@ -14,13 +14,14 @@ distilling its 2-RF gives a good one. This script compares the two on
 A recipe with budget T takes T training steps and N pairs:
 
 - direct: T steps of distillation on N pairs of the teacher;
-- 2-RF: T / 2 steps of reflow on N / 2 pairs of the teacher, then T / 2 steps of distillation on N / 2 pairs of the 2-RF;
-- 2-RF, teacher's pairs: the same, but distilled on N / 2 further pairs of the teacher. This separates the effect of the
-  coupling from the effect of the better start.
+- 2-RF: T / 2 steps of reflow on N / 2 pairs of the teacher, then T / 2 of distillation on N / 2 pairs of the 2-RF;
+- 2-RF, teacher's pairs: the same, but distilled on N / 2 further pairs of the teacher. This separates the effect of
+  the coupling from the effect of the better start.
 
-N is proportional to T, and a pair costs the same number of evaluations whether the teacher or the 2-RF makes it. So all
-recipes are equal in pairs, in steps, and in network evaluations: those that generate the pairs, and 3 for each training
-example (one forward pass, and a backward pass that counts as two). Training the smooth teacher is not counted.
+N is proportional to T, and a pair costs the same number of evaluations whether the teacher or the 2-RF makes it. So
+all recipes are equal in pairs, in steps, and in network evaluations: those that generate the pairs, and 3 for each
+training example (one forward pass, and a backward pass that counts as two). The training of the smooth teacher is not
+counted.
 
 Each cell is stored in --work when it is finished; a run that was killed continues from there.
 """
@@ -55,7 +56,15 @@ METRICS = {
     "sliced": "sliced Wasserstein distance to the teacher",
 }
 SMALL = Size(
-    dimensions=4, modes=8, width=16, batch_size=32, evaluations=4, teacher_steps=20, samples=256, projections=8
+    dimensions=4,
+    modes=8,
+    width=16,
+    batch_size=32,
+    evaluations=4,
+    teacher_steps=20,
+    samples=64,
+    projections=8,
+    chunk=32,
 )
 
 
@@ -116,20 +125,22 @@ class Bench:
     def run(self, cell: Cell) -> dict[str, float]:
         """Train the student of a cell and measure it."""
         size, rate, half = self.size, cell.learning_rate, cell.steps // 2
-        pairs = self.toys.pairs(cell.teacher, size.pairs(cell.steps), "training")
         held_out, reference = self.references(cell.teacher)
         own, found = held_out, {}
         if cell.recipe == "direct":
+            pairs = self.toys.pairs(cell.teacher, size.pairs(cell.steps), "training")
             stages = [Stage(FixedTime(0), pairs, cell.steps, rate)]
             start = self.toys.student(cell.start)
         else:
-            stages = [Stage(Uniform(), pairs[: size.pairs(half)], half, rate)]
+            pairs = self.toys.pairs(cell.teacher, size.pairs(half), "training")
+            stages = [Stage(Uniform(), pairs, half, rate)]
             start = self.reflow(cell, stages[0])
-            pairs = pairs[size.pairs(half) :]
             if cell.recipe == "2rf":
                 pairs = draw_pairs(start, size.pairs(half), size, cell.name, "pairs")
                 own = draw_pairs(start, size.samples, size, self.seed, cell.teacher, "held out")  # of the same noise
                 found = {"transport_cost": own.transport_cost, **distances(own.data, reference, size, "flow_")}
+            else:
+                pairs = self.toys.pairs(cell.teacher, size.pairs(cell.steps), "training")[size.pairs(half) :]
             stages.append(Stage(FixedTime(0), pairs, half, rate))
         student = stages[-1].train(start, size, cell.name)
         with torch.no_grad():

@@ -76,7 +76,7 @@ def _lower(figure: dict[str, Any]) -> float:
 
 
 def _transport(axis: Any, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Bars of E |data - noise|^2 / d: independent pairs, the teacher's, and those of the 2-RF at the largest budget."""
+    """Draw bars of E |data - noise|^2 / d: independent pairs, the teacher's, and the 2-RF's at the largest budget."""
     for place, (teacher, found) in enumerate(results["teachers"].items()):
         start = {"sharp": "new", "smooth": "matched"}[teacher]
         last = [row for row in rows if "transport_cost" in row and row["start"] == start][-1]

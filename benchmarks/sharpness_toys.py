@@ -23,8 +23,6 @@ from rectified_diffusers.flow import (
     velocity_loss,
 )
 
-CHUNK = 2048  # of pairs: each chunk has its own generator, so that more pairs begin with the same ones
-
 
 def generator_for(*names: object) -> torch.Generator:
     """Return the CPU generator of one use: a function of its names alone."""
@@ -40,6 +38,7 @@ class Size:
         examples_per_pair: training examples drawn for each pair, so that the number of pairs follows the budget.
         evaluations: of the velocity, for one pair. Heun takes two a step.
         samples: on which every metric is taken.
+        chunk: of pairs that are drawn at once, with a generator of their own, so that more pairs begin with the same.
     """
 
     dimensions: int = 32
@@ -52,6 +51,7 @@ class Size:
     teacher_steps: int = 8000
     samples: int = 8192
     projections: int = 128
+    chunk: int = 2048
 
     def pairs(self, steps: int) -> int:
         """Number of pairs for so many training steps."""
@@ -216,11 +216,11 @@ class Stage:
 
 def draw_pairs(velocity: Velocity, count: int, size: Size, *names: object) -> Pairs:
     """Follow a flow from new noise, by Heun's method."""
-    return join([draw_chunk(velocity, size, *names, first) for first in range(0, count, CHUNK)])[:count]
+    return join([draw_chunk(velocity, size, *names, first) for first in range(0, count, size.chunk)])[:count]
 
 
 def draw_chunk(velocity: Velocity, size: Size, *names: object) -> Pairs:
-    noise = torch.randn(CHUNK, size.dimensions, generator=generator_for(*names))
+    noise = torch.randn(size.chunk, size.dimensions, generator=generator_for(*names))
     with torch.no_grad():
         return Pairs(noise, heun(velocity, noise, size.evaluations // 2))
 
@@ -269,6 +269,8 @@ class Toys:
     def pairs(self, teacher: str, count: int, use: str) -> Pairs:
         """Return the first pairs of a teacher for one use; more of them begin with the same."""
         chunks = self._chunks.setdefault((teacher, use), [])
-        while len(chunks) * CHUNK < count:
-            chunks.append(draw_chunk(self.velocity(teacher), self.size, self.seed, teacher, use, len(chunks) * CHUNK))
+        while len(chunks) * self.size.chunk < count:
+            chunks.append(
+                draw_chunk(self.velocity(teacher), self.size, self.seed, teacher, use, len(chunks) * self.size.chunk)
+            )
         return join(chunks)[:count]
