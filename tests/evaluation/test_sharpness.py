@@ -11,7 +11,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("sharpness", "sharpness_toys", "sharpness_figure", "machine")
 KINDS = [("sharp", "new"), ("smooth", "matched"), ("smooth", "bare")]
-METRICS = ("own_error", "teacher_error", "frechet", "sliced")
+METRICS = ("own_error", "teacher_error", "frechet", "sliced", "mode_distance")
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +131,6 @@ def test_the_metrics_in_closed_form(scripts):
     assert scripts[0].sliced_wasserstein(data, data[torch.randperm(64)], 16) == 0
     shifted = data + 3 * torch.ones(8)  # by 3 sqrt(8), of which a direction sees an eighth of the square on average
     assert scripts[0].sliced_wasserstein(data, shifted, 4096) == pytest.approx(3, rel=0.05)
+    mixture = scripts[1].Mixture.draw(scripts[0].SMALL, 0)
+    drawn = mixture.sample(4096, torch.Generator().manual_seed(0))
+    assert scripts[0].mode_distance(drawn, mixture) == pytest.approx(1, rel=0.03)
