@@ -30,10 +30,16 @@ def draw_figure(results: dict[str, Any], learning_rate: float, path: Path) -> No
     for column, (teacher, title) in enumerate(TITLES.items()):
         for line, (metric, label) in enumerate(CURVES.items()):
             axis = axes[line][column]
-            _curves(axis, [row for row in rows if row["teacher"] == teacher], metric)
+            of_teacher = [row for row in rows if row["teacher"] == teacher]
+            _curves(axis, of_teacher, metric)
             axis.set(xscale="log", yscale="log")
+            budgets = sorted({row["evaluations"] for row in rows})
+            axis.set_xticks(budgets, [f"{budget / 1e6:.3g}" for budget in budgets])
+            axis.set_xticks([], minor=True)
+            values = [value for row in of_teacher for value in row[metric]["values"]]
             if metric == "frechet":
                 floor = results["teachers"][teacher]["frechet"]["mean"]
+                values.append(floor)
                 axis.axhline(floor, color=FLOOR, linestyle=":", linewidth=1.2)
                 axis.annotate(
                     "floor: the teacher against itself",
@@ -44,9 +50,10 @@ def draw_figure(results: dict[str, Any], learning_rate: float, path: Path) -> No
                     color=FLOOR,
                     fontsize=8,
                 )
-                axis.set_xlabel("total budget, network evaluations")
+                axis.set_xlabel("total budget, million network evaluations")
             else:
                 axis.set_title(title)
+            axis.set_ylim(min(values) / 2, 2 * max(values))
             if column == 0:
                 axis.set_ylabel(label)
     _transport(axes[0][2], results, rows)
@@ -63,16 +70,12 @@ def _curves(axis: Any, rows: list[dict[str, Any]], metric: str) -> None:
                 continue
             x = [row["evaluations"] for row in points]
             mean = [row[metric]["mean"] for row in points]
-            # A lower end below 0 has no place on a logarithmic axis: the band then ends at the lowest seed.
-            low = [_lower(row[metric]) for row in points]
-            high = [row[metric]["mean"] + (row[metric]["half_width"] or 0) for row in points]
+            widths = [row[metric]["half_width"] or 0 for row in points]
+            low, high = zip(*((m - w, m + w) for m, w in zip(mean, widths, strict=True)), strict=True)
             face = "white" if start == "bare" else color
             axis.plot(x, mean, line, color=color, marker=marker, markersize=5, markerfacecolor=face, linewidth=1.6)
+            # A lower end below 0 has no place on a logarithmic axis; the band then reaches its edge.
             axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def _lower(figure: dict[str, Any]) -> float:
-    return max(figure["mean"] - (figure["half_width"] or 0), min(figure["values"]))
 
 
 def _transport(axis: Any, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
