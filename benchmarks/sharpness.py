@@ -172,14 +172,14 @@ class Bench:
 
 
 def cells_of(seed: int, args: argparse.Namespace) -> Iterator[Cell]:
-    """List the cells of a seed: every recipe at every budget, and `direct` at one budget with other learning rates."""
+    """List the cells of a seed: every recipe at every budget, and at one budget with other learning rates, too."""
     rate = args.learning_rate
     for teacher, starts in STARTS.items():
         for start in starts:
             for steps in args.budgets:
                 yield from (Cell(seed, teacher, start, recipe, steps, rate) for recipe in RECIPES)
-            for other in (rate / 3, rate * 3):
-                yield Cell(seed, teacher, start, "direct", args.grid_budget, float(f"{other:.2g}"))
+            for other in (float(f"{rate / 3:.2g}"), float(f"{rate * 3:.2g}")):
+                yield from (Cell(seed, teacher, start, recipe, args.grid_budget, other) for recipe in RECIPES)
 
 
 class Store:
@@ -268,7 +268,7 @@ def report_lines(results: dict[str, Any], args: argparse.Namespace) -> list[str]
         words += [text_of(row[name]) for name in METRICS]
         words += [text_of(row["frechet_ratio"]) if "frechet_ratio" in row else ""]
         by_rate[row["learning_rate"] == args.learning_rate].append(words)
-        if row["recipe"] == "2rf":
+        if row["recipe"] == "2rf" and row["learning_rate"] == args.learning_rate:
             flows.append([*words[:2], str(row["steps"] // 2), *(text_of(row[name]) for name in FLOW)])
     lines += ["", "## Budgets", *table(head, by_rate[True]), ""]
     lines += ["The last column is the ratio of the Frechet distances, seed by seed."]
