@@ -1,6 +1,6 @@
 """When does reflow before distillation pay? A sharp and a smooth toy teacher, at equal total budget.
 
-    OMP_NUM_THREADS=1 python benchmarks/sharpness.py          # about ten minutes on one core
+    OMP_NUM_THREADS=1 python benchmarks/sharpness.py          # 13 minutes on one core
     python benchmarks/sharpness.py --small --output /tmp/sharpness
 
 InstaFlow (arXiv:2309.06380) reports that distilling the teacher directly gives a poor one-step model, and that
