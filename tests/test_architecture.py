@@ -16,6 +16,8 @@ MAX_FUNCTION_LINES = 60
 RANKS = {
     "options": 0,
     "arguments": 0,
+    "complete": 1,
+    "saving": 1,
     "data.config": 1,  # free of torch, for --help
     "training.config": 1,
     "flow": 1,

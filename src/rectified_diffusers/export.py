@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rectified_diffusers.arguments import require_count, require_pipeline
+from rectified_diffusers.saving import make_readable, save_pipeline
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import refuse_lora
 from rectified_diffusers.weights.original_layout import original_unet_layout
@@ -72,7 +73,7 @@ def export_diffusers(
     parts |= {name: part for name, part in pipeline.components.items() if name in names}
     if pipeline.scheduler.config["velocity_direction"] == "data":
         parts["unet"] = fold_sign(pipeline.unet)
-    stock(**{**parts, "scheduler": solver}).save_pretrained(output_dir)
+    save_pipeline(stock(**{**parts, "scheduler": solver}), output_dir)
 
 
 def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> SchedulerMixin:
@@ -200,6 +201,7 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
         save_config(folder)
     pipeline.tokenizer.save_pretrained(output_dir / "tokenizer")
     pipeline.scheduler.save_pretrained(output_dir / "scheduler")
+    make_readable(output_dir)
 
 
 def _check_onnx(pipeline: Any) -> None:

@@ -19,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 
+from rectified_diffusers.complete import complete_components
+
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _CONVERT = (
     "Pickles can run code when they are opened. Convert it once, if you trust it, with diffusers' own loader: "
@@ -96,17 +98,18 @@ def remedies(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
 ) -> Iterator[None]:
-    """Say what to do where `from_pretrained(source, ...)`, run inside, fails, and check what it downloaded.
+    """Check what `from_pretrained(source, ...)`, run inside, downloads and loads, and say what to do where it fails.
 
     Raises:
-        ValueError: no weights are stored under the variant, a config has values of wrong types, or an index of shards
-            leaves the folder.
+        ValueError: weights of a model are missing or unexpected, no weights are stored under the variant, a config has
+            values of wrong types, or an index of shards leaves the folder.
         OSError: a safetensors file is cut off or has no valid header, or a download has the wrong hash; the weights
             are pickles; the Hub cannot be reached.
     """
     before = _blobs(source, cache_dir)
     try:
-        yield
+        with complete_components():
+            yield
         folder = _folder_of(source, cache_dir, revision)
         _verify_downloads(source, cache_dir, before)
         _check_indexes(folder)

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,11 +28,13 @@ from typing_extensions import Self
 from rectified_diffusers.arguments import require_count, require_finite, require_latents, require_number, require_texts
 from rectified_diffusers.loaders import SafetensorsLoaders
 from rectified_diffusers.loading import dtype_option, remedies, safetensors_only
+from rectified_diffusers.saving import make_readable
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import cannot_be_saved
 
 logger = logging.getLogger(__name__)
 
+_PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "safe_serialization", "variant")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -160,7 +163,11 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, but refuse a model with a LoRA attached, which could not be loaded again."""
+        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached.
+
+        Raises:
+            ValueError: a LoRA is attached to a model, which could not be loaded again.
+        """
         for name, model in self.components.items():
             if isinstance(model, nn.Module) and cannot_be_saved(model):
                 raise ValueError(
@@ -169,7 +176,12 @@ class RectifiedFlowMixin(SafetensorsLoaders):
                     "unload_lora_weights(); to save without it, unload_lora_weights(). save_lora_weights() saves a "
                     "LoRA by itself."
                 )
+        push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+        make_readable(Path(save_directory))
+        if push_to_hub:  # which saves once more, into a folder of its own
+            options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 from rectified_diffusers import schedulers
 from rectified_diffusers.arguments import require_pipeline
+from rectified_diffusers.saving import save_pipeline
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 
 # The file in the folder `scheduler`, and the library that the index says the scheduler comes from: a file format.
@@ -43,7 +44,7 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     stock = _stock_class(type(pipeline))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be a folder or not exist yet, but {folder} is a file; choose another name.")
-    pipeline.save_pretrained(folder)
+    save_pipeline(pipeline, folder)
     source = inspect.getsource(schedulers)
     (folder / "scheduler" / f"{SCHEDULER_MODULE}.py").write_text(source, encoding="utf-8")
     # The index comes last: until then the folder is one that needs this package, and loads with it.

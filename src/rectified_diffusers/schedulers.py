@@ -33,8 +33,8 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 with Euler steps, on t_i = i / N by default.
 
     v minimises Eq. (1) of arXiv:2209.03003. The U-Net is given `1000 * (1 - t)` as a float, 1000 at the noise end.
-    The grid is kept in float64 on the CPU and a step divides by a Python float, so that nothing is upcast: in float32,
-    float16 and bfloat16 alike the result is that of the loop `x += v / N`.
+    The grid is kept in float64 on the CPU and a step multiplies by a Python float, so that nothing is upcast: in
+    float32, float16 and bfloat16 alike the result is that of the authors' loop, `dt = 1.0 / N; x = x + dt * v`.
 
     Args:
         num_train_timesteps: the timestep at t = 0.
@@ -170,8 +170,8 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             grid = shift * grid / (1 + (shift - 1) * grid)
         self._set_grid((1 - start) * grid, device)
         if given is None and shift == 1:
-            # N itself, not 1 / (difference of two rounded numbers).
-            self._steps_per_unit_time = [len(grid) / (1 - start)] * len(grid)
+            # 1 / N itself, as the authors' loop has it, not a difference of two rounded numbers.
+            self._step_sizes = [(1 - start) / len(grid)] * len(grid)
 
     def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
         """Check a caller's grid: one-dimensional, sigmas in (0, 1], strictly descending."""
@@ -194,7 +194,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         # On CUDA without waiting: the copy from the CPU's memory is staged before the call returns.
         on_cuda = device is not None and torch.device(device).type == "cuda"
         self.timesteps = timesteps.to(torch.float32).to(device, non_blocking=on_cuda)
-        self._steps_per_unit_time: list[float] = (-1 / self.sigmas.diff()).tolist()
+        self._step_sizes: list[float] = (-self.sigmas.diff()).tolist()
         self.num_inference_steps = len(sigmas)
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -223,7 +223,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     def step(
         self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Take one Euler step towards the data: x_{t+dt} = x_t + dt * v(x_t, t), x += v / N by default.
+        """Take one Euler step towards the data: x_{t+dt} = x_t + dt * v(x_t, t), dt = 1 / N by default.
 
         Steps follow the grid of `set_timesteps`; the last one lands on t = 1 exactly.
 
@@ -244,7 +244,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 f"All {self.num_inference_steps} steps of the grid are taken: call set_timesteps before another run."
             )
         self._step_index = index + 1
-        displacement = model_output / self._steps_per_unit_time[index]
+        displacement = self._step_sizes[index] * model_output
         towards_data = self.config["velocity_direction"] == "data"
         moved = (sample + displacement if towards_data else sample - displacement).to(sample.dtype)
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils import make_image_grid
 
+from rectified_diffusers.saving import save_pipeline
 from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, system_errors, write_atomically
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.lora import Adapter
@@ -108,7 +109,7 @@ class RunFolder:
         remove(staging)
         _forget_last_call(pipeline)
         with system_errors():
-            pipeline.save_pretrained(staging)
+            save_pipeline(pipeline, staging)
             if adapter is not None:
                 adapter.save(type(pipeline), staging)
         for name, text in texts.items():
