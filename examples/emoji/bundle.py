@@ -1,7 +1,7 @@
 """Put trained pipelines where they are kept: float16, model card, notice of the pictures' licences.
 
     python examples/emoji/bundle.py --model work/one_step/finished --figures benchmarks/results/emoji_one_step.md
-    python examples/emoji/bundle.py --teacher work/one_step/teacher --keep-as longer-teacher
+    python examples/emoji/bundle.py --teacher work/one_step/teacher
 
 The first puts a one-step model into the package; the second puts its teacher into this folder, so that who wants to
 begin with the teacher need not train it.
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the one-step pipeline")
     parser.add_argument("--figures", type=Path, help="Markdown table that benchmarks/emoji_table.py wrote")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher")
-    parser.add_argument("--keep-as", default="diffusion-teacher", help="the teacher's folder beside this script")
+    parser.add_argument("--keep-as", default="teacher", help="the teacher's folder beside this script")
     args = parser.parse_args()
     if bool(args.model) != bool(args.figures) or not (args.model or args.teacher):
         parser.error("give --model and --figures, or --teacher, or all three.")

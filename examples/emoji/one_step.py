@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help="file that prompts.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that weights.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the stages' folders")
-    parser.add_argument("--teacher", type=Path, default=Path(__file__).parent / "diffusion-teacher")
+    parser.add_argument("--teacher", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--teacher-steps", type=int, default=911, help="further steps of the teacher; 0: as it is")
     parser.add_argument("--first-triplets", type=int, default=40_960, help="triplets of the teacher")
     parser.add_argument("--reflow-steps", type=int, default=390)

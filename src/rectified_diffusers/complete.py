@@ -6,6 +6,7 @@ time of a load of ours `from_pretrained` of their base classes asks.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
+from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 # Numbers of positions, which older releases of transformers saved with CLIP models; not weights.
 _NOT_WEIGHTS = re.compile(r"(^|\.)position_ids$")
+# The libraries' warnings of what is an error here.
+_REPORT = re.compile("LOAD REPORT|Some weights of|TRAIN this model")
+# the libraries' warnings of what is an error here
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _active: ContextVar[bool] = ContextVar("complete_components", default=False)
 
@@ -42,7 +47,13 @@ def complete_components() -> Iterator[None]:
 @functools.cache
 def _install() -> None:
     for base in (ModelMixin, PreTrainedModel):
-        base.from_pretrained = classmethod(_checked(base.from_pretrained.__func__))  # type: ignore[method-assign]
+        load: Any = base.from_pretrained
+        setattr(base, load.__name__, classmethod(_checked(load.__func__)))
+        logging.getLogger(base.__module__).addFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return not (_active.get() and _REPORT.search(record.getMessage()))
 
 
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +81,17 @@ def _require_complete(name: str, model_class: type[Any], info: dict[str, Any]) -
                 f"{name}: {len(keys)} weights are {kind}, the first {keys[0]!r}, so this is no complete "
                 f"{model_class.__name__} as this release of its library names the weights. Download or save it again; "
                 f"to use it all the same, load the {name} by its own class and pass it to from_pretrained."
+            )
+
+
+def require_weights(pipeline: Any, source: Any) -> None:
+    """Raise a ValueError if a part of a pipeline has weights that were not in the file it was loaded from."""
+    for name, part in pipeline.components.items():
+        weights = part.named_parameters() if isinstance(part, Module) else ()
+        if missing := [key for key, weight in weights if weight.is_meta]:
+            raise ValueError(
+                f"{source} lacks {len(missing)} weights of the {name}, the first {missing[0]!r}. Download it again, "
+                f"or load the {name} by its own class and pass it to from_single_file."
             )
 
 

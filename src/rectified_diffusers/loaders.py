@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from typing_extensions import Self
 
+from rectified_diffusers.complete import require_weights
 from rectified_diffusers.loading import checked_downloads, refuse_folder_of_pickles, refuse_pickle, safetensors_only
 from rectified_diffusers.weights.lora import attaching, check_fits, check_lora, mend_kohya
 
@@ -30,10 +31,18 @@ class SafetensorsLoaders(DiffusionPipeline):
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load one .safetensors file as diffusers does; a .ckpt is refused."""
+        """Load one .safetensors file as diffusers does; a .ckpt, or a file that lacks weights, is refused."""
         refuse_pickle(pretrained_model_link_or_path, _MODEL)
         stock: Any = super()
-        return stock.from_single_file(pretrained_model_link_or_path, **kwargs)
+        try:
+            pipeline = stock.from_single_file(pretrained_model_link_or_path, **kwargs)
+        except NotImplementedError as error:  # torch cannot move what diffusers found no weights for
+            raise ValueError(
+                f"{pretrained_model_link_or_path} lacks weights of the U-Net or of the VAE, expected a complete model "
+                "in one file. Download it again, or load the folder that it was made from."
+            ) from error
+        require_weights(pipeline, pretrained_model_link_or_path)
+        return pipeline
 
     def load_lora_weights(
         self,

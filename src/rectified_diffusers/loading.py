@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from huggingface_hub import constants, errors, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
@@ -71,6 +73,34 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
     """Refuse a local folder that has weights as pickles and none in safetensors."""
     if folder.is_dir() and (pickle := _only_pickles(folder)):
         refuse_pickle(pickle, conversion)
+
+
+def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
+    """Refuse a local folder whose model index names classes of libraries that diffusers would import for it.
+
+    diffusers before 0.40 imports whatever an index names. Allowed are the libraries that it knows, the modules of its
+    pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own gate does the same.
+
+    Args:
+        replaced: classes that are never loaded from where the index says, since others take their place.
+
+    Raises:
+        ValueError: a part is of another library.
+    """
+    index = Path(source, "model_index.json")
+    if not index.is_file() or not _is_json_object(index):  # the latter is explained where loading fails
+        return
+    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+            continue
+        library = entry[0]
+        known = library in LOADABLE_CLASSES or hasattr(diffusers.pipelines, library) or library in sys.modules
+        if known or entry[-1] in replaced:
+            continue
+        raise ValueError(
+            f"{index}: {name} is of {library!r}, which is neither diffusers nor transformers nor imported here, so "
+            "loading it would run code. If you trust it, import it first, or pass trust_remote_code=True."
+        )
 
 
 @contextmanager

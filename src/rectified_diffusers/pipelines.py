@@ -27,7 +27,7 @@ from typing_extensions import Self
 
 from rectified_diffusers.arguments import require_count, require_finite, require_latents, require_number, require_texts
 from rectified_diffusers.loaders import SafetensorsLoaders
-from rectified_diffusers.loading import dtype_option, remedies, safetensors_only
+from rectified_diffusers.loading import dtype_option, refuse_foreign_code, remedies, safetensors_only
 from rectified_diffusers.saving import make_readable
 from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
 from rectified_diffusers.weights.lora import cannot_be_saved
@@ -109,6 +109,9 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         stored, beside diffusers' U-Net in float32. Weights are read from safetensors alone: pickles are refused.
         """
         kwargs = safetensors_only(kwargs)
+        if not kwargs.get("trust_remote_code"):
+            # A portable save ships our scheduler's source; extract_init_dict takes the class that is here.
+            refuse_foreign_code(pretrained_model_name_or_path, replaced=[RectifiedFlowEulerScheduler.__name__])
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs |= dtype_option(torch.float32)
         where = {name: kwargs.get(name) for name in ("variant", "cache_dir", "revision")}
