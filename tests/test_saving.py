@@ -24,6 +24,7 @@ from tests.hub.client import sample
 from tests.tiny import (
     make_feature_extractor,
     make_safety_checker,
+    make_text_config,
     make_tiny_pipeline,
     make_tiny_xl_pipeline,
 )

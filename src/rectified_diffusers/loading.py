@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,6 +164,7 @@ def remedies(
             ) from error
         folder = _folder_of(source, cache_dir, revision)
         _verify_downloads(source, cache_dir, before)
+        _forget_unfinished(error, source, cache_dir)
         _explain_files(error, source, folder)
         _explain_absence(error, source)
         raise
@@ -171,6 +173,7 @@ def remedies(
         _verify_downloads(source, cache_dir, before)
         if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
             raise
+        _explain_redirects(error, source)
         _explain_files(error, source, folder)
         raise ValueError(
             f"{source} cannot be loaded: a value in model_index.json or in the config of a part is missing or of "
@@ -229,13 +232,34 @@ def _only_pickles(folder: Path) -> Path | None:
     return next((file for file in files if file.suffix in _PICKLES), None)
 
 
-def _blobs(source: str | os.PathLike[str], cache_dir: str | Path | None) -> dict[Path, int]:
-    """List the files of a repository in the Hub's cache, which are named by their hashes, with their times."""
+def _explain_redirects(error: BaseException, source: str | os.PathLike[str]) -> None:
+    """Raise what is to be done where huggingface_hub before 1.0 followed redirects until Python stopped it."""
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, RecursionError) else []
+    if any(frame.name == "_request_wrapper" for frame in frames):
+        raise ConnectionError(
+            f"{source} could not be fetched: the Hub redirects in a loop. Load it again when the Hub answers."
+        ) from None
+
+
+def _forget_unfinished(error: Exception, source: str | os.PathLike[str], cache_dir: str | Path | None) -> None:
+    """Delete unfinished downloads after one of a wrong length, from which huggingface_hub before 1.0 would go on."""
+    if "Consistency check failed" in str(error):
+        for unfinished in _blob_folder(source, cache_dir).glob("*.incomplete"):
+            unfinished.unlink()
+
+
+def _blob_folder(source: str | os.PathLike[str], cache_dir: str | Path | None) -> Path:
+    """Return where the Hub's cache keeps the files of a repository; of a path, a folder that does not exist."""
     try:
         name = repo_folder_name(repo_id=str(source), repo_type="model")
-    except errors.HFValidationError:  # a path
-        return {}
-    folder = Path(cache_dir or constants.HF_HUB_CACHE, name, "blobs")
+    except errors.HFValidationError:
+        name = "no repository"
+    return Path(cache_dir or constants.HF_HUB_CACHE, name, "blobs")
+
+
+def _blobs(source: str | os.PathLike[str], cache_dir: str | Path | None) -> dict[Path, int]:
+    """List the files of a repository in the Hub's cache, which are named by their hashes, with their times."""
+    folder = _blob_folder(source, cache_dir)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file: file.stat().st_mtime_ns for file in files if _HASH.fullmatch(file.name)}
 

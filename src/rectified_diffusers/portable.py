@@ -26,8 +26,7 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         images = pipeline(prompt, num_inference_steps=1, guidance_scale=1.0).images
 
-    - `trust_remote_code=True` lets diffusers run the scheduler's source. Without it, loading is an error (in diffusers
-      0.36 the source of a local folder runs unasked).
+    - `trust_remote_code=True` lets diffusers run the scheduler's source. Without it, loading is an error.
     - The steps and the guidance must be said: the stock class defaults to 50 steps at 7.5, which burns the colours.
     - `save_pretrained` of a pipeline loaded like that writes a folder without the source; copy the folder instead.
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 MAX_RANK = 4096  # no layer of Stable Diffusion or SDXL has a product of a higher rank than 1280
 _FACTOR = re.compile(
@@ -26,14 +25,10 @@ _OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # of a text en
 def cannot_be_saved(model: nn.Module) -> bool:
     """Tell whether a LoRA in a model, active or not, makes its `save_pretrained` write what cannot be loaded.
 
-    The layers of a LoRA rename the weights, and the loader takes the old names for missing. Only transformers can save
-    a LoRA with the path of the model it belongs to, if it knows that path: for a LoRA that was given to `add_adapter`.
+    The layers of a LoRA rename the weights, and the loader takes the old names for missing. transformers saves the
+    LoRA with a path to the model it belongs to instead, out of the folder, which we do not follow.
     """
-    if not any(name.endswith(".base_layer") for name, _ in model.named_modules()):
-        return False
-    configs = (getattr(model, "peft_config", None) or {}).values()
-    bases = {getattr(config, "base_model_name_or_path", None) for config in configs}
-    return not (isinstance(model, PreTrainedModel) and model.name_or_path and bases == {model.name_or_path})
+    return any(name.endswith(".base_layer") for name, _ in model.named_modules())
 
 
 def refuse_lora(names: Iterable[str], whose: str) -> None:
@@ -49,7 +44,7 @@ def refuse_lora(names: Iterable[str], whose: str) -> None:
 def mend_kohya(
     weights: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Give the same LoRA, up * down * alpha / rank in every layer, as diffusers 0.36 to 0.42 reads it right.
+    """Give the same LoRA, up * down * alpha / rank in every layer, as diffusers 0.38 to 0.42 reads it right.
 
     - It hands the alphas that differ from the commonest one to PEFT under names that PEFT does not know, for attention
       layers and the text encoder, which then get the commonest alpha. So all get that, and `up` is multiplied by
