@@ -36,6 +36,9 @@ def test_json_is_equal_but_for_dates_and_timings(pair):
     assert difference(*write_json(pair, {"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]})) == "/a/1/b is 2, then 3"
     assert difference(*write_json(pair, {"a": 1}, {"a": 1.0})) == "/a is 1, then 1.0"
     assert difference(*write_json(pair, {"a": 1}, {"a": 1, "b": 2})) == "/b is on one side only"
+    assert (
+        difference(*write_json(pair, {"unet.target_modules": ["a", "b"]}, {"unet.target_modules": ["b", "a"]})) is None
+    )
     assert difference(*write_json(pair, [1, 2], [1])) == "/ is [1, 2], then [1]"
 
 

@@ -19,6 +19,7 @@ LEFT_OUT = ("*.err", "*.md", "*.html", "*.py", "*/plots/*", "*/seconds.safetenso
 NOT_COMPARED = {"seconds", "seconds_per_image", "date", "versions", "commit", "hardware", "address"}  # keys of JSON
 # Options that the version after records and the version before does not know, with the value that changes nothing.
 NEW_OPTIONS: dict[str, Any] = {}
+SETS = (".target_modules",)  # ends of keys: lists that peft makes of sets, in the order of this process' hashes
 SEALS = {"blake2b"}  # of what stands beside them: another one beside a new option
 
 
@@ -97,6 +98,8 @@ def of_json(before: Any, after: Any, where: str = "") -> str | None:
                 return f"{where}/{key} is on one side only"
         return next((found for key in keys if (found := of_json(before[key], after[key], f"{where}/{key}"))), None)
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        if where.endswith(SETS):
+            before, after = sorted(before), sorted(after)
         pairs = enumerate(zip(before, after, strict=True))
         return next((found for i, pair in pairs if (found := of_json(*pair, f"{where}/{i}"))), None)
     same = type(before) is type(after) and repr(before) == repr(after)  # NaN is equal to itself
