@@ -91,6 +91,7 @@ class Version:
     """A version of the source, and a process that runs its commands."""
 
     def __init__(self, tree: Path) -> None:
+        self.tree = tree
         path = os.pathsep.join([str(tree / "src"), str(ROOT)])
         command = [sys.executable, "-c", "from tests.compare.__main__ import serve; serve()"]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": path}
@@ -102,7 +103,9 @@ class Version:
 
     def _answer(self) -> str:
         assert self.process.stdout
-        return self.process.stdout.readline().strip()
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"the process of {self.tree} has ended.")
+        return line.strip()
 
     def run(self, folder: Path, name: str, line: str) -> int:
         words = shlex.split(line)
