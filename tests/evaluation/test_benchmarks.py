@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rectified_diffusers.data.triplets import TripletDataset
-from tests.evaluation.conftest import CAPTIONS
 from tests.tiny import make_tiny_pipeline
+from tests.tiny_inputs import CAPTIONS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -15,8 +15,8 @@ from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_
 from rectified_diffusers.evaluation.judges import inception_judge, mobilenet_judge
 from rectified_diffusers.evaluation.pictures import choose, read_pictures
 from rectified_diffusers.evaluation.report import Evaluation
-from tests.evaluation.conftest import SIZE
 from tests.tiny import make_tiny_pipeline
+from tests.tiny_inputs import SIZE
 
 SMALL = {
     "num_pictures": 6,
