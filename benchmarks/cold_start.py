@@ -50,7 +50,7 @@ import torch
 from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline, StackedUNet, optimize
 done("imports")
 cls = RectifiedFlowXLPipeline if "sdxl" in folder else RectifiedFlowPipeline
-pipeline = cls.from_pretrained(folder, torch_dtype=torch.float16 if device.startswith("cuda") else None).to(device)
+pipeline = cls.from_pretrained(folder, dtype=torch.float16 if device.startswith("cuda") else torch.float32).to(device)
 pipeline.set_progress_bar_config(disable=True)
 if way != "eager":
     optimize(pipeline, compile=way == "compiled")
@@ -65,7 +65,11 @@ COMMAND = [sys.executable, "-m", "rectified_diffusers.cli"]
 
 def run(words: list[str], threads: int) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+    done.check_returncode()
+    return done.stdout
 
 
 def imports(words: list[str], threads: int) -> list[tuple[str, float]]:

@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -170,12 +171,18 @@ def seconds_of_saving(trainer: Any, step: int) -> float:
     return time.perf_counter() - begin
 
 
+def folder_with_room() -> str | None:
+    """Name the memory's file system where a small disk could not take the checkpoints of a large model, else none."""
+    memory, disk = Path("/dev/shm"), shutil.disk_usage(tempfile.gettempdir()).free
+    return str(memory) if disk < 32e9 and memory.exists() and shutil.disk_usage(memory).free > disk else None
+
+
 def alone(args: argparse.Namespace, triplets: Path, which: str, checkpointing: str) -> dict[str, Any]:
     """Time one of the two by itself on a GPU, with its peak memory."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=folder_with_room()) as folder:
         try:
             step, trainer = start(which, args, triplets, Path(folder), checkpointing)
             times = [timed(step, number, args.device) for number in range(1, WARM_UP + args.steps + 1)]

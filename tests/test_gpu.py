@@ -62,8 +62,9 @@ def cuda(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let convolutions in float32 keep their digits on a GPU, so that they can be a reference."""
+    """Let convolutions in float32 keep their digits on a GPU and repeat them, so that they can be a reference."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
 
 @pytest.fixture
@@ -90,69 +91,6 @@ def assert_near(found: np.ndarray, expected: np.ndarray, dtype: torch.dtype) -> 
     print(f"{dtype}: largest {differences.max()}, mean {differences.mean():.3f}")
     assert differences.max() <= largest
     assert 0 < differences.mean() <= mean
-
-
-# ---------------------------------------------------------------------------------------------- compiled
-
-
-def test_a_compiled_pipeline_keeps_up_with_loras_and_sizes_and_is_restored(slow_device, num_graphs):
-    """Hotswapped LoRAs compile nothing anew, other sizes once; on a GPU from the third call on it replays graphs."""
-    first, second = Lora(6, text=[], rank=2), Lora(7, text=[], rank=5)
-    pipeline, plain = (make_tiny_pipeline().to(slow_device) for _ in range(2))
-    pipeline.enable_lora_hotswap(target_rank=5)
-    for each in (pipeline, plain):
-        each.load_lora_weights(first.kohya(), adapter_name="a")
-    before = sample(pipeline, output_type="pt")
-
-    def assert_same(**size: int) -> None:
-        for seed in range(3):
-            expected = sample(plain, seed, output_type="pt", **size)
-            torch.testing.assert_close(sample(pipeline, seed, output_type="pt", **size), expected, atol=1e-4, rtol=0)
-
-    with optimize(pipeline, lossless=True, compile=True):
-        assert_same()
-        compiled = num_graphs()
-        assert compiled >= 3  # U-Net, decoder, text encoder
-        pipeline.load_lora_weights(second.kohya(), adapter_name="a", hotswap=True)
-        plain.delete_adapters("a")
-        plain.load_lora_weights(second.kohya(), adapter_name="a")
-        assert_same()
-        assert num_graphs() == compiled
-        assert_same(height=64, width=32)
-        with_sizes = num_graphs()
-        assert with_sizes <= compiled + 2  # U-Net and decoder
-        assert_same(height=32, width=64)
-        assert_same()
-        assert num_graphs() == with_sizes
-        pipeline.load_lora_weights(first.kohya(), adapter_name="a", hotswap=True)
-    assert "forward" not in vars(pipeline.unet)
-    assert torch.equal(sample(pipeline, output_type="pt"), before)
-    assert num_graphs() == with_sizes
-
-
-@pytest.mark.parametrize(
-    ("device", "compiles"),
-    [
-        ("cpu", False),
-        pytest.param("cuda", False, marks=pytest.mark.gpu),
-        pytest.param("cuda", True, marks=pytest.mark.gpu),
-    ],
-    indirect=["device"],
-)
-def test_a_controlnet_steers_an_optimized_pipeline(device, compiles, num_graphs):
-    plain = make_tiny_pipeline()
-    controlnet = make_tiny_controlnet(plain.unet)
-    pipeline = RectifiedFlowControlNetPipeline.from_pipe(plain, controlnet=controlnet).to(device)
-    controls = torch.rand(2, 1, 3, 32, 32, generator=torch.manual_seed(5))
-    expected = [draw(pipeline, image=control) for control in controls]
-    without = draw(pipeline, image=controls[0], controlnet_conditioning_scale=0.0)
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    with optimize(pipeline, dtype=dtype, compile=compiles):
-        for control, picture in zip(controls, expected, strict=True):
-            found = [draw(pipeline, image=control) for _ in range(3)][-1]
-            assert_near(found, picture, dtype)
-            assert np.abs(found - without).mean() > 3
-    np.testing.assert_array_equal(draw(pipeline, image=controls[1]), expected[1])
 
 
 # ---------------------------------------------------------------------------------------------- 16 bits
@@ -255,6 +193,18 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def assert_trained_alike(run: Path, other: Path) -> None:
+    """Compare all that two checkpoints hold.
+
+    Adam divides a gradient by its own size: where that is nearly 0, rounding decides about a part of a step of 1e-3.
+    """
+    found, expected = tensors(run), tensors(other)
+    assert found.keys() == expected.keys()
+    differences = torch.cat([(found[name].cpu() - expected[name].cpu()).abs().flatten() for name in expected])
+    assert differences.mean() < 1e-6
+    assert differences.max() < 1e-3
+
+
 def test_bfloat16_trains_as_float32_does(device, dataset, tmp_path):
     for precision in ("no", "bf16"):
         trainer = make_trainer("reflow", dataset, tmp_path / precision, mixed_precision=precision)
@@ -274,13 +224,11 @@ def test_float16_trains_with_a_scaler_that_is_resumed(cuda, dataset, tmp_path):
         [sys.executable, "-m", "tests.training.processes", str(dataset.folder), str(tmp_path), *words],
         **environment_of(cuda),
     )
-    assert losses(tmp_path / "straight") == pytest.approx(losses(tmp_path / "no"), rel=0.02)
+    assert losses(tmp_path / "straight") == pytest.approx(losses(tmp_path / "no"), rel=0.1)  # without skipped steps
     last = [read_checkpoint(tmp_path / name / "checkpoints" / "step-00000004") for name in runs]
     assert last[0].state["scaler"] == last[1].state["scaler"]
     assert last[0].state["scaler"]["scale"] > 1
-    found, expected = (tensors(tmp_path / name) for name in ("parts", "straight"))
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-2)
+    assert_trained_alike(tmp_path / "parts", tmp_path / "straight")
 
 
 def test_weights_in_fsdp_on_one_device_are_trained_as_without(slow_device, dataset, tmp_path):
@@ -297,9 +245,67 @@ def test_weights_in_fsdp_on_one_device_are_trained_as_without(slow_device, datas
     )
     record = json.loads((tmp_path / "sharded-0.json").read_text())
     assert (record["distributed_type"], record["sharded"]) == ("FSDP", True)
-    found, expected = (tensors(tmp_path / name) for name in ("sharded", "alone"))
-    assert found.keys() == expected.keys()
-    differences = torch.cat([(found[name].cpu() - expected[name].cpu()).abs().flatten() for name in expected])
-    # Adam divides a gradient by its own size: where that is nearly 0, rounding decides about a part of a step of 1e-3.
-    assert differences.mean() < 1e-6
-    assert differences.max() < 1e-3
+    assert_trained_alike(tmp_path / "sharded", tmp_path / "alone")
+
+
+# ------------------------------------------------------------------------------ compiled, last: it takes longest
+
+
+def test_a_compiled_pipeline_keeps_up_with_loras_and_sizes_and_is_restored(slow_device, num_graphs):
+    """Hotswapped LoRAs compile nothing anew, other sizes once; on a GPU from the third call on it replays graphs."""
+    first, second = Lora(6, text=[], rank=2), Lora(7, text=[], rank=5)
+    pipeline, plain = (make_tiny_pipeline().to(slow_device) for _ in range(2))
+    pipeline.enable_lora_hotswap(target_rank=5)
+    for each in (pipeline, plain):
+        each.load_lora_weights(first.kohya(), adapter_name="a")
+    before = sample(pipeline, output_type="pt")
+
+    def assert_same(**size: int) -> None:
+        for seed in range(3):
+            expected = sample(plain, seed, output_type="pt", **size)
+            torch.testing.assert_close(sample(pipeline, seed, output_type="pt", **size), expected, atol=1e-4, rtol=0)
+
+    with optimize(pipeline, lossless=True, compile=True):
+        assert_same()
+        compiled = num_graphs()
+        assert compiled >= 3  # U-Net, decoder, text encoder
+        pipeline.load_lora_weights(second.kohya(), adapter_name="a", hotswap=True)
+        plain.delete_adapters("a")
+        plain.load_lora_weights(second.kohya(), adapter_name="a")
+        assert_same()
+        assert num_graphs() == compiled
+        assert_same(height=64, width=32)
+        with_sizes = num_graphs()
+        assert with_sizes <= compiled + 2  # U-Net and decoder
+        assert_same(height=32, width=64)
+        assert_same()
+        assert num_graphs() == with_sizes
+        pipeline.load_lora_weights(first.kohya(), adapter_name="a", hotswap=True)
+    assert "forward" not in vars(pipeline.unet)
+    assert torch.equal(sample(pipeline, output_type="pt"), before)
+    assert num_graphs() == with_sizes
+
+
+@pytest.mark.parametrize(
+    ("device", "compiles"),
+    [
+        ("cpu", False),
+        pytest.param("cuda", False, marks=pytest.mark.gpu),
+        pytest.param("cuda", True, marks=pytest.mark.gpu),
+    ],
+    indirect=["device"],
+)
+def test_a_controlnet_steers_an_optimized_pipeline(device, compiles, num_graphs):
+    plain = make_tiny_pipeline()
+    controlnet = make_tiny_controlnet(plain.unet)
+    pipeline = RectifiedFlowControlNetPipeline.from_pipe(plain, controlnet=controlnet).to(device)
+    controls = torch.rand(2, 1, 3, 32, 32, generator=torch.manual_seed(5))
+    expected = [draw(pipeline, image=control) for control in controls]
+    without = draw(pipeline, image=controls[0], controlnet_conditioning_scale=0.0)
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    with optimize(pipeline, dtype=dtype, compile=compiles):
+        for control, picture in zip(controls, expected, strict=True):
+            found = [draw(pipeline, image=control) for _ in range(3)][-1]
+            assert_near(found, picture, dtype)
+            assert np.abs(found - without).mean() > 3
+    np.testing.assert_array_equal(draw(pipeline, image=controls[1]), expected[1])
