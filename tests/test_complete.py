@@ -16,8 +16,8 @@ from rectified_diffusers import (
     bundled_checkpoint,
 )
 from rectified_diffusers.cli import main
-from rectified_diffusers.complete import complete_components
-from rectified_diffusers.saving import save_pipeline
+from rectified_diffusers.loading.complete import complete_components
+from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.weights.components import swap_components
 from tests.hub.client import sample
 from tests.original_layout import original_layout
@@ -169,13 +169,15 @@ def test_other_loads_are_as_they_were(folder):
     change(folder / PARTS["unet"], "unexpected")
     UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     DiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    _, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", output_loading_info=True)
+    load: Any = UNet2DConditionModel.from_pretrained
+    _, info = load(folder, subfolder="unet", output_loading_info=True)
     assert list(info["unexpected_keys"]) == ["somewhere.else.weight"]
 
 
 def test_loading_info_that_the_caller_asks_for_is_given(folder):
+    load: Any = UNet2DConditionModel.from_pretrained
     with complete_components():
-        model, info = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", output_loading_info=True)
+        model, info = load(folder, subfolder="unet", output_loading_info=True)
     assert isinstance(model, UNet2DConditionModel)
     assert not info["missing_keys"]
 

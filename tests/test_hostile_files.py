@@ -32,9 +32,10 @@ from rectified_diffusers.cli import main
 from rectified_diffusers.cli.shared import load_pipeline
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.evaluation.alignment import SentenceFeatures
-from rectified_diffusers.loading import refuse_foreign_code, remedies
+from rectified_diffusers.loading.errors import remedies
+from rectified_diffusers.loading.lora import MAX_RANK
+from rectified_diffusers.loading.safety import refuse_foreign_code
 from rectified_diffusers.weights.components import swap_components
-from rectified_diffusers.weights.lora import MAX_RANK
 from tests.hub.client import sample
 from tests.test_lora import Lora
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline

@@ -19,7 +19,7 @@ from rectified_diffusers import (
     save_portable,
 )
 from rectified_diffusers.cli import main
-from rectified_diffusers.saving import make_readable, save_pipeline
+from rectified_diffusers.loading.saving import make_readable, save_pipeline
 from tests.hub.client import sample
 from tests.tiny import (
     make_feature_extractor,

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, PNDMSchedu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rectified_diffusers import schedulers
-from rectified_diffusers.schedulers import time_to_timestep, timestep_to_time
+from rectified_diffusers.pipelines import scheduler as schedulers
+from rectified_diffusers.pipelines.scheduler import time_to_timestep, timestep_to_time
 
 # diffusers types a config as a dictionary and the result of from_config as maybe a tuple.
 RectifiedFlowEulerScheduler: Any = schedulers.RectifiedFlowEulerScheduler

@@ -18,7 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from rectified_diffusers import RectifiedFlowPipeline, __version__
-from rectified_diffusers.saving import save_pipeline
+from rectified_diffusers.loading.saving import save_pipeline
 
 ASSETS = Path(__file__).parents[2] / "src" / "rectified_diffusers" / "assets" / "emoji-one-step"
 HERE = Path(__file__).parent

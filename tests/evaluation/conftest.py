@@ -8,7 +8,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
-from rectified_diffusers.evaluation import judges
+from rectified_diffusers.evaluation import scorers as judges
 from rectified_diffusers.evaluation.alignment import AlignmentModel
 from tests.tiny_inputs import write_pictures, write_sentence_encoder
 

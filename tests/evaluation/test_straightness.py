@@ -15,7 +15,7 @@ from rectified_diffusers.evaluation.straightness import (
     straightness,
 )
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 
 def noise_of(count, *shape, seed=0):

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.speed.attention import attention, blockwise_attention
 from rectified_diffusers.speed.compilation import Compiled, compiled
-from rectified_diffusers.speed.images import to_pictures
-from rectified_diffusers.speed.memory import can_keep_memory, kept_memory
+from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, to_pictures
 from rectified_diffusers.speed.precision import converted, fast_dtype
 from rectified_diffusers.speed.projections import fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling, folded_weight

@@ -91,7 +91,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
     if (arguments.output / "model_index.json").exists():
         raise CommandError(f"the folder {str(arguments.output)!r} holds a pipeline already; give a new one")
     check_output_dir(arguments.output)
-    from rectified_diffusers.saving import save_pipeline
+    from rectified_diffusers.loading.saving import save_pipeline
     from rectified_diffusers.weights.components import swap_components
     from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 

@@ -150,8 +150,9 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
-    from rectified_diffusers.loading import dtype_option, refuse_foreign_code, remedies
-    from rectified_diffusers.registration import register
+    from rectified_diffusers.loading.errors import dtype_option, remedies
+    from rectified_diffusers.loading.safety import refuse_foreign_code
+    from rectified_diffusers.pipelines.registration import register
 
     register()
     refuse_foreign_code(model)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.denoiser import Conditioning, Denoiser, latent_shape
 from rectified_diffusers.flow.ode import Velocity, euler
 from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
-from rectified_diffusers.schedulers import time_to_timestep
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser, latent_shape
+from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 
 @dataclass(frozen=True)

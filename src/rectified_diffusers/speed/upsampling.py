@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.patching import replaced
 
 Forget = Callable[[], None]
 
