@@ -11,9 +11,10 @@ install:  ## the package, editable, with what development needs
 
 check: lint types test  ## what CI runs on every change
 
-lint:  ## ruff: rules and format
+lint:  ## ruff, rules and format; import-linter, the floors of the house
 	python -m ruff check .
 	python -m ruff format --check .
+	lint-imports
 
 format:  ## mend what ruff can mend
 	python -m ruff check --fix .

@@ -24,7 +24,7 @@ from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.plots import write_plots
 from rectified_diffusers.evaluation.report import Evaluation
-from rectified_diffusers.models.denoiser import latent_shape
+from rectified_diffusers.models.latents import latent_shape
 
 
 def parse_arguments() -> argparse.Namespace:

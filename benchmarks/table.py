@@ -40,7 +40,7 @@ from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.metrics import interval_of
 from rectified_diffusers.evaluation.report import Evaluation
-from rectified_diffusers.models.denoiser import latent_shape
+from rectified_diffusers.models.latents import latent_shape
 from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.training.config import (
     DistillConfig,

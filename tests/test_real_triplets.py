@@ -17,8 +17,8 @@ from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
 from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset
 from rectified_diffusers.data.generate import draw_noise
 from rectified_diffusers.data.generate_real import generate_real_triplets
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import heun
+from rectified_diffusers.models.velocity import PipelineVelocity
 from tests.data.test_triplets import contents
 from tests.tiny import make_tiny_pipeline
 

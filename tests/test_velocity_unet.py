@@ -14,10 +14,10 @@ import rectified_diffusers
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.generate import generate_triplets
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline

@@ -77,7 +77,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _picture_size(pipeline: Any) -> int:
     """Give the side of a model's own pictures in pixels."""
-    from rectified_diffusers.models.denoiser import latent_shape
+    from rectified_diffusers.models.latents import latent_shape
 
     _, height, width = latent_shape(pipeline)
     if height != width:

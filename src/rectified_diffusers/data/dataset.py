@@ -1,4 +1,4 @@
-"""Triplets (prompt, noise, data): made by a teacher, stored in shards, read by index.
+"""Read triplets (prompt, noise, data) from the shards of one folder or of several.
 
 A folder of triplets holds `manifest.json`, which says what made them, and the shards. A shard follows from the
 manifest and its number alone, so a run that was stopped goes on with the shards that are missing.

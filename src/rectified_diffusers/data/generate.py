@@ -1,8 +1,4 @@
-"""Triplets (prompt, noise, data): made by a teacher, stored in shards, read by index.
-
-A folder of triplets holds `manifest.json`, which says what made them, and the shards. A shard follows from the
-manifest and its number alone, so a run that was stopped goes on with the shards that are missing.
-"""
+"""Generate triplets: the teacher samples data from noise for each prompt, shard by shard, resumable."""
 
 import hashlib
 import math

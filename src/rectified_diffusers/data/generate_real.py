@@ -32,10 +32,10 @@ from rectified_diffusers.data.generate import draw_noise, make_manifest, write_t
 from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import prompts_sha256
 from rectified_diffusers.data.teacher import Teacher, fingerprint
-from rectified_diffusers.editing.inversion import encode_pixels
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import heun
-from rectified_diffusers.models.denoiser import Denoiser, latent_shape
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import encode_pixels, latent_shape
+from rectified_diffusers.models.velocity import PipelineVelocity
 
 
 def generate_real_triplets(

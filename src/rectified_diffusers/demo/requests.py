@@ -1,4 +1,4 @@
-"""What the page asks for: a picture is a function of an order, and what cannot be drawn is said in one line."""
+"""What the page asks for and what it is answered: checked orders, images with captions."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The visitor's last pictures: what made each, and a thumbnail. The browser keeps them over a reload."""
+"""What a visitor has done: the current settings and the history of images."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""A studio that is still being set up, so that the page can be opened while the model is loaded. Free of torch."""
+"""The studio in a process of its own: started ahead, waited for, and ended with the page."""
 
 from __future__ import annotations
 

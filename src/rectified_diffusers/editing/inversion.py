@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from rectified_diffusers.checks import require_latents, require_number, require_pipeline, require_texts, require_type
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import euler, heun
+from rectified_diffusers.models.latents import decode_to_pictures, encode_pixels
+from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
@@ -73,7 +74,7 @@ def edit(
     data = _data(pipeline, pictures)
     state = _solve(pipeline, data, source_prompts, source_guidance_scale, solver, steps, 1.0, start)
     edited = _solve(pipeline, state, target_prompts, guidance_scale, solver, steps, start, 1.0)
-    return _decode(pipeline, edited)
+    return decode_to_pictures(pipeline, edited)
 
 
 @torch.no_grad()
@@ -170,19 +171,3 @@ def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
         raise ValueError(f"pass pictures of one size, got sizes {[picture.size for picture in pictures]}.")
     pixels = pipeline.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
     return encode_pixels(pipeline.vae, pixels)
-
-
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels `(B, 3, H, W)` in [-1, 1] into the mean of the VAE's latents, scaled, in its dtype."""
-    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
-    return (latents - _shift(vae)) * vae.config.scaling_factor
-
-
-def _decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
-    vae = pipeline.vae
-    pixels = vae.decode((latents / vae.config.scaling_factor + _shift(vae)).to(vae.dtype)).sample
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")
-
-
-def _shift(vae: Any) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0

@@ -1,8 +1,4 @@
-"""Frechet distance between two sets of images: features, their mean and covariance, the distance.
-
-The features are any callable on uint8 images; Inception-v3 makes the distance the FID (arXiv:1706.08500), the
-MobileNetV2 here makes it one that a CPU can afford. Figures of different features or sample sizes do not compare.
-"""
+"""Feature networks of the metrics: MobileNetV2, Inception-v3 and CLIP."""
 
 from collections.abc import Sequence
 from pathlib import Path

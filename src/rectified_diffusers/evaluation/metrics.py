@@ -1,7 +1,7 @@
-"""Frechet distance between two sets of images: features, their mean and covariance, the distance.
+"""Distances between sets of features: Frechet, kernel; diversity within a caption; intervals over seeds.
 
-The features are any callable on uint8 images; Inception-v3 makes the distance the FID (arXiv:1706.08500), the
-MobileNetV2 here makes it one that a CPU can afford. Figures of different features or sample sizes do not compare.
+The features are any callable on uint8 images; Inception-v3 makes the Frechet distance the FID (arXiv:1706.08500).
+Values of different features or sample sizes do not compare.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The model for programs that do not know this package: ONNX graphs, a stock pipeline, the U-Net in one file."""
+"""Export a pipeline as ONNX graphs for onnxruntime."""
 
 import inspect
 import tempfile

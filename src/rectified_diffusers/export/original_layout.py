@@ -1,4 +1,4 @@
-"""The original names of a U-Net's weights, those of Stable Diffusion's first files, which ComfyUI and others read."""
+"""Export a U-Net under the weight names of the original Stable Diffusion checkpoints, for ComfyUI and others."""
 
 import re
 from collections.abc import Mapping

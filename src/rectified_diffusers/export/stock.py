@@ -1,4 +1,4 @@
-"""The model for programs that do not know this package: ONNX graphs, a stock pipeline, the U-Net in one file."""
+"""Export a rectified flow as a pipeline that stock diffusers runs with its own solvers."""
 
 import copy
 import inspect

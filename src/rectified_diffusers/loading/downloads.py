@@ -1,7 +1,4 @@
-"""Loading what strangers wrote: no pickles, downloads compared with their names, and what to do where it fails.
-
-Messages are added where those of diffusers, safetensors and the Hub's client do not name the file or the remedy.
-"""
+"""Compare what is downloaded from the Hub with its hash, and delete what is damaged or unfinished."""
 
 import hashlib
 import os

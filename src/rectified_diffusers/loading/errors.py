@@ -1,7 +1,4 @@
-"""Loading what strangers wrote: no pickles, downloads compared with their names, and what to do where it fails.
-
-Messages are added where those of diffusers, safetensors and the Hub's client do not name the file or the remedy.
-"""
+"""Say what to do where loading a model fails: errors that name the file, the cause and the remedy."""
 
 import json
 import os

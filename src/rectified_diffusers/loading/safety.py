@@ -1,7 +1,4 @@
-"""Loading what strangers wrote: no pickles, downloads compared with their names, and what to do where it fails.
-
-Messages are added where those of diffusers, safetensors and the Hub's client do not name the file or the remedy.
-"""
+"""Refuse pickles, and code that a model's folder names, before a library opens or imports them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Stable Diffusion's pipelines as rectified-flow pipelines: our scheduler, other defaults, all else inherited."""
+"""Make a Stable Diffusion pipeline sample a rectified flow: our scheduler, one step by default, all else inherited."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""Stable Diffusion's pipelines as rectified-flow pipelines: our scheduler, other defaults, all else inherited."""
+"""The pipelines of Stable Diffusion 1 and 2 for rectified flows, by task."""
 
 from diffusers import (
     StableDiffusionAdapterPipeline,

@@ -1,4 +1,4 @@
-"""Give one object another attribute or method for a while; its class and all other objects keep theirs."""
+"""Replace attributes for a while; keep freed memory; turn images into PIL on the device."""
 
 import ctypes
 import platform

@@ -1,4 +1,4 @@
-"""Distribution matching: a one-step student whose pictures are like the teacher's as a whole, not pair by pair."""
+"""Distribution matching for one-step models (DMD, arXiv:2311.18828; DMD2, arXiv:2405.14867), with a discriminator."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""LPIPS between the pictures that latents decode to, as a loss."""
+"""Losses of the trainers: of a flow in latents, and perceptual ones on decoded images."""
 
 import warnings
 from dataclasses import dataclass

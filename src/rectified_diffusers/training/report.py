@@ -1,8 +1,4 @@
-"""The report of a run: one HTML file, made from what lies in the run's folder, that opens from disk with nothing else.
-
-Curves are inline SVG and pictures are part of the file. Nothing in it depends on when or where it was made, so that
-equal runs have equal reports.
-"""
+"""The report of a run, report.html: figures, curves and validation images in one file."""
 
 import base64
 import html

@@ -7,7 +7,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, 
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.models.denoiser import Denoiser, latent_channels
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import latent_channels
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline

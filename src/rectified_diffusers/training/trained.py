@@ -1,4 +1,4 @@
-"""The optimizers to choose from, and their state as named tensors for a checkpoint."""
+"""What one trained network needs beside its weights: optimizer, its tensors in a checkpoint, and its updates."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
