@@ -93,12 +93,13 @@ class Way:
         found["text again"] = seconds(lambda: pipe.encode_prompt(prompts, device=device, **self.encoding()), device)
         side = self.args.size // 8
         latents = torch.randn(batch, 4, side, side, device=device, dtype=pipe.unet.dtype)
-        added: dict[str, Any] = {}
+        added: dict[str, Any] | None = None
         if self.args.model == "sdxl":
             ids = torch.zeros(batch, 6, device=device, dtype=latents.dtype)
-            added["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": ids}
-        # As the pipeline calls it: other options would be compiled for once more.
-        asked = {"encoder_hidden_states": encoded[0], "return_dict": False, **added}
+            added = {"text_embeds": encoded[2], "time_ids": ids}
+        # With the keywords of the pipelines' own calls: any others would be compiled for once more.
+        asked = {"encoder_hidden_states": encoded[0], "timestep_cond": None, "cross_attention_kwargs": None}
+        asked |= {"added_cond_kwargs": added, "return_dict": False}
         t = torch.tensor(1000.0, device=device)
         found["U-Net"] = seconds(lambda: pipe.unet(latents, t, **asked), device)
         found["decoder"] = seconds(lambda: pipe.vae.decode(latents), device)

@@ -164,6 +164,19 @@ def test_sizes_that_change_are_compiled_for_once(fresh_compiler):
     assert counts == [1, 1, 2, 2, 2, 2]
 
 
+@torch.no_grad()
+def test_a_folded_layer_is_compiled_in_one_piece_and_follows_its_weights(fresh_compiler, monkeypatch):
+    layer: Any = Upsample2D(3, use_conv=True)
+    x, bias = torch.randn(1, 3, 4, 5), layer.conv.bias[:, None, None]
+    stock, backend = layer(x), Backend()
+    with folded_upsampling(layer):
+        monkeypatch.setattr(layer, "forward", torch.compile(layer.forward, backend=backend, fullgraph=True))
+        torch.testing.assert_close(layer(x), stock, atol=1e-5, rtol=1e-5)
+        layer.conv.weight.mul_(2)
+        torch.testing.assert_close(layer(x) - bias, 2 * (stock - bias), atol=1e-5, rtol=1e-5)
+    assert backend.count == 1
+
+
 @pytest.mark.slow
 def test_a_compiled_pipeline_draws_the_same(fresh_compiler):
     pipeline: Any = make_tiny_pipeline()

@@ -204,6 +204,7 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
     for model in (pipe.unet, pipe.vae):
         if on["blockwise_attention"]:
             stack.enter_context(use_blockwise_attention(model))
+    for model in (pipe.unet, pipe.vae.decoder):
         if on["fold_upsampling"]:
             result._forget.append(stack.enter_context(folded_upsampling(model)))
     if on["fuse_qkv"]:
