@@ -1,5 +1,7 @@
 # Every target uses the `python` on PATH: activate the environment first.
-.PHONY: help install check lint format types test test-slow coverage mutation docs faults wheel clean
+BEFORE = HEAD
+
+.PHONY: help install check lint format types test test-slow coverage mutation compare docs faults wheel clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -9,9 +11,10 @@ install:  ## the package, editable, with what development needs
 
 check: lint types test  ## what CI runs on every change
 
-lint:  ## ruff: rules and format
+lint:  ## ruff, rules and format; import-linter, the floors of the house
 	python -m ruff check .
 	python -m ruff format --check .
+	lint-imports
 
 format:  ## mend what ruff can mend
 	python -m ruff check --fix .
@@ -35,6 +38,9 @@ coverage:  ## branches of src that the fast tests reach (95 in 100 at least), an
 
 mutation:  ## small changes of flow, schedulers and data: a test has to fail at each (an hour)
 	python -m tests.mutation.run --output benchmarks/results/mutation.md
+
+compare:  ## what every command writes by the commit BEFORE and by this working tree, to the byte
+	python -m tests.compare --before $(BEFORE)
 
 docs:  ## the site, strictly
 	NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict

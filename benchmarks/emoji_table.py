@@ -19,12 +19,12 @@ from diffusers import DiffusionPipeline
 
 import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
 from machine import provenance
-from rectified_diffusers.denoiser import latent_shape
+from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
-from rectified_diffusers.evaluation.pictures import read_pictures
 from rectified_diffusers.evaluation.plots import write_plots
 from rectified_diffusers.evaluation.report import Evaluation
+from rectified_diffusers.models.latents import latent_shape
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -14,118 +14,39 @@ speed does not depend. The ways:
   and of one more, and the 25 are extrapolated from both.
 
 Each way lives in a process of its own, since a setting of the memory and compiled code belong to a process. Only one
-of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Every picture has a
-prompt of its own, so that no cached embedding is timed; what the cache saves is the stage "text".
+of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Two exceptions save
+time on a GPU: the processes start together, and there the first pictures, in which compiled ways compile, are drawn
+side by side. Every picture has a prompt of its own, so that no cached embedding is timed; what the cache saves is the
+stage "text". The results so far are written after each turn, and a way that fails leaves the others alone.
 """
 
 import argparse
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from machine import median, peak_memory, provenance, rates, seconds, write_results
-from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline, StackedUNet, bundled_checkpoint
-from rectified_diffusers.speed.optimize import optimize
+from models import MAX_TOKENS, MODELS, make, make_pipeline, unet_of, vae_config
+from rectified_diffusers import optimize
 
 SD_STEPS, SD_GUIDANCE = 25, 7.5
-XL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD_UNET: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SMALL: dict[str, Any] = {"block_out_channels": (32, 32, 64, 64), "cross_attention_dim": 768, "attention_head_dim": 4}
-TEXT_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-TEXT_G: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20}
-
-
-def make(cls: Any, dtype: torch.dtype, device: str, *args: Any, **config: Any) -> Any:
-    """Build a model with random weights of the usual size, without the time that its own initialisation takes."""
-    with torch.device("meta"):
-        model = cls(*args, **config)
-    model = model.to(dtype).to_empty(device=device).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.01)
-            else:
-                parameter.uniform_(-1, 1).mul_(parameter[0].numel() ** -0.5)
-        for name, buffer in model.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1]).expand_as(buffer))
-    return model
-
-
-def vae_config(args: argparse.Namespace) -> dict[str, Any]:
-    widths = (32, 32, 32, 32) if args.small else (128, 256, 512, 512)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return {"block_out_channels": widths, "layers_per_block": 2, "latent_channels": 4, "sample_size": 512, **blocks}
-
-
-def unet_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    if args.model == "sdxl":
-        return UNet2DConditionModel, XL_UNET
-    config = SD_UNET | (SMALL if args.small else {})
-    return (StackedUNet if args.model == "stacked" else UNet2DConditionModel), config
 
 
 def build(args: argparse.Namespace, way: str) -> Any:
-    """Build the pipeline of a way on its device. The tokenizer's words do not matter; the 77 tokens do."""
+    """Build the pipeline of a way on its device."""
     half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
     eager = torch.float16 if way == "eager-half" else torch.float32
     dtype = eager if way in ("eager", "eager-half", "sd") else half
-    on = (dtype, args.device)
-    unet, config = unet_of(args)
-    layers = 1 if args.small else 12
-    text = CLIPTextConfig(vocab_size=49408, num_hidden_layers=layers, eos_token_id=1, pad_token_id=1, **TEXT_L)
-    tokenizer = CLIPTokenizer.from_pretrained(bundled_checkpoint() / "tokenizer", model_max_length=77)
-    components: dict[str, Any] = {
-        "unet": make(unet, *on, **config),
-        "vae": make(AutoencoderKL, *on, **vae_config(args)),
-        "text_encoder": make(CLIPTextModel, *on, text),
-        "tokenizer": tokenizer,
-        "scheduler": None,
-    }
-    if way == "sd":
-        components["scheduler"] = DPMSolverMultistepScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        )
-    if args.model == "sdxl":
-        more = CLIPTextConfig(
-            vocab_size=49408, num_hidden_layers=32, eos_token_id=1, pad_token_id=1, projection_dim=1280, **TEXT_G
-        )
-        components |= {"text_encoder_2": make(CLIPTextModelWithProjection, *on, more), "tokenizer_2": tokenizer}
-        cls = StableDiffusionXLPipeline if way == "sd" else RectifiedFlowXLPipeline
-        pipeline = cls(**components, add_watermarker=False)
-    else:
-        cls = StableDiffusionPipeline if way == "sd" else RectifiedFlowPipeline
-        unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = cls(**components, **unused)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = make_pipeline(args.model, dtype, args.device, diffusion=way == "sd", small=args.small)
     if way in ("fast", "tiny"):
-        tiny = make(AutoencoderTiny, *on) if way == "tiny" else None
+        tiny = make(AutoencoderTiny, dtype, args.device) if way == "tiny" else None
         optimize(pipeline, decoder=tiny, compile="auto" if args.compile is None else args.compile)
     return pipeline
 
@@ -172,12 +93,15 @@ class Way:
         found["text again"] = seconds(lambda: pipe.encode_prompt(prompts, device=device, **self.encoding()), device)
         side = self.args.size // 8
         latents = torch.randn(batch, 4, side, side, device=device, dtype=pipe.unet.dtype)
-        added: dict[str, Any] = {}
+        added: dict[str, Any] | None = None
         if self.args.model == "sdxl":
             ids = torch.zeros(batch, 6, device=device, dtype=latents.dtype)
-            added["added_cond_kwargs"] = {"text_embeds": encoded[2], "time_ids": ids}
+            added = {"text_embeds": encoded[2], "time_ids": ids}
+        # With the keywords of the pipelines' own calls: any others would be compiled for once more.
+        asked = {"encoder_hidden_states": encoded[0], "timestep_cond": None, "cross_attention_kwargs": None}
+        asked |= {"added_cond_kwargs": added, "return_dict": False}
         t = torch.tensor(1000.0, device=device)
-        found["U-Net"] = seconds(lambda: pipe.unet(latents, t, encoder_hidden_states=encoded[0], **added), device)
+        found["U-Net"] = seconds(lambda: pipe.unet(latents, t, **asked), device)
         found["decoder"] = seconds(lambda: pipe.vae.decode(latents), device)
         images = pipe.vae.decode(latents).sample
         found["bytes"] = seconds(lambda: pipe.image_processor.postprocess(images), device)
@@ -188,13 +112,130 @@ class Way:
 
 
 def work(args: argparse.Namespace, name: str, pipe: Any) -> None:
-    """Answer the parent's questions until it hangs up."""
+    """Answer the parent's questions until it hangs up; send what goes wrong as the last answer."""
     torch.set_num_threads(args.threads)
-    way = Way(args, name)
-    pipe.send("ready")
-    for question, batch in iter(pipe.recv, None):
-        answer = {"whole": way.whole, "stages": way.stages, "memory": lambda _: peak_memory(args.device)}[question]
-        pipe.send(answer(batch))
+    try:
+        way = Way(args, name)
+        pipe.send("ready")
+        asked = {"whole": way.whole, "stages": way.stages, "memory": lambda _: peak_memory(args.device)}
+        for question, batch in iter(pipe.recv, None):
+            pipe.send(asked[question](batch))
+    except BaseException as error:
+        pipe.send({"error": f"{type(error).__name__}: {str(error)[:1000]}"})
+        raise
+
+
+class Failed(RuntimeError):
+    """A way's process ended."""
+
+
+class Ways:
+    """Several ways, each in its process; those that fail are left out from then on."""
+
+    def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.ends, self.processes, self.errors = {}, [], {}
+        for name in names:
+            self.ends[name], theirs = context.Pipe()
+            self.processes.append(context.Process(target=work, args=(args, name, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+        for name in names:
+            self.guarded(name, lambda name=name: self.receive(name))
+
+    def guarded(self, name: str, call: Callable[[], Any]) -> Any:
+        """Return what a call gives, None if the way has failed."""
+        if name in self.errors:
+            return None
+        try:
+            return call()
+        except Failed as error:
+            self.errors[name] = str(error)
+            print(f"{name}: {error}", flush=True)
+            return None
+
+    def receive(self, name: str) -> Any:
+        try:
+            answer = self.ends[name].recv()
+        except EOFError:
+            raise Failed("its process ended without a word") from None
+        if isinstance(answer, dict) and "error" in answer:
+            raise Failed(answer["error"])
+        return answer
+
+    def send(self, name: str, question: str, batch: int) -> None:
+        try:
+            self.ends[name].send((question, batch))
+        except OSError:
+            raise Failed("its process ended without a word") from None
+
+    def ask(self, name: str, question: str, batch: int) -> Any:
+        self.guarded(name, lambda: self.send(name, question, batch))
+        return self.guarded(name, lambda: self.receive(name))
+
+    def ask_all(self, question: str, batch: int, side_by_side: bool) -> dict[str, Any]:
+        """Ask every way: one after the other, or all before the first has answered."""
+        if not side_by_side:
+            return {name: self.ask(name, question, batch) for name in self.ends}
+        for name in self.ends:
+            self.guarded(name, lambda name=name: self.send(name, question, batch))
+        return {name: self.guarded(name, lambda name=name: self.receive(name)) for name in self.ends}
+
+    def close(self) -> None:
+        for name in self.ends:
+            if name not in self.errors:
+                self.ends[name].send(None)
+        for process in self.processes:
+            process.join()
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
+    """Time the ways, which take turns; on a CPU sd comes after them, since all at once are more than 24 GB hold.
+
+    With --apart, every way by itself. `save` is called after each turn.
+    """
+    results |= {"rates": {}, "sizes": {batch: {} for batch in args.batches}}
+    turns = [[name] for name in args.ways]
+    if not args.apart:
+        last = [name for name in args.ways if name == "sd" and args.device == "cpu"]
+        turns = [[name for name in args.ways if name not in last], last]
+    for together in filter(None, turns):
+        ways = Ways(args, together)
+        for dtype in (torch.float32, torch.float16 if args.device.startswith("cuda") else torch.bfloat16):
+            key = "float32" if dtype == torch.float32 else "half"
+            results["rates"][key] = results["rates"].get(key) or rates(dtype, args.device, small=args.small)
+        for batch in args.batches:
+            rows = {name: {"first": None, "whole": [], "stages": []} for name in together}
+            results["sizes"][batch] |= rows
+            take_turns(args, ways, batch, rows, save)
+        ways.close()
+    for batch, rows in results["sizes"].items():
+        for name, row in rows.items():
+            if name != "sd" and row["whole"]:
+                row["floor"] = floor(args, name, batch, results["rates"])
+    save()
+
+
+def take_turns(
+    args: argparse.Namespace, ways: Ways, batch: int, rows: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Time some ways by turns; warm-up turns come first, in which compiled ones compile."""
+    for turn in range(-args.warm_up, args.rounds):
+        first = turn == -args.warm_up
+        side_by_side = turn < 0 and args.device.startswith("cuda")
+        answers = {"whole": ways.ask_all("whole", batch, side_by_side)}
+        staged = {name: ways.ask(name, "stages", batch) for name in rows if name != "sd"}
+        answers["stages"] = {"sd": {}} | staged
+        for name, row in rows.items():
+            if name in ways.errors:
+                row["error"] = ways.errors[name]
+            elif first and turn < 0:
+                row["first"] = answers["whole"][name]
+            elif turn >= 0:
+                for key, found in answers.items():
+                    row[key].append(found[name])
+                row["memory"] = ways.ask(name, "memory", batch)
+        save()
 
 
 def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tuple[float, float]]) -> dict[str, Any]:
@@ -204,13 +245,17 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
     the weights once, and what each layer reads and writes.
     """
     dtype = torch.float32 if way == "eager" else torch.bfloat16
-    unet, config = unet_of(args)
+    unet, config = unet_of(args.model, args.small)
     side = args.size // 8
     with torch.device("meta"):
         models = {"U-Net": unet(**config), "decoder": AutoencoderTiny() if way == "tiny" else None}
-        models["decoder"] = models["decoder"] or AutoencoderKL(**vae_config(args))
-        latents, embeds = torch.empty(batch, 4, side, side), torch.empty(batch, 77, config["cross_attention_dim"])
-        added = {"text_embeds": torch.empty(batch, 1280), "time_ids": torch.empty(batch, 6)}
+        models["decoder"] = models["decoder"] or AutoencoderKL(**vae_config(args.small))
+        latents = torch.empty(batch, 4, side, side)
+        embeds = torch.empty(batch, MAX_TOKENS, config["cross_attention_dim"])
+        added: dict[str, Any] = {}
+        if args.model == "sdxl":
+            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+            added = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
     flops_rate, bytes_rate = measured["float32" if way == "eager" else "half"]
     found: dict[str, Any] = {}
     for stage, model in models.items():
@@ -233,91 +278,44 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
     return found
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the fast ways and eager, which take turns, then sd by itself: all at once are more than 24 GB hold.
-
-    With --apart, every way by itself.
-    """
-    half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
-    measured = {"float32": rates(torch.float32, args.device), "half": rates(half, args.device)}
-    sizes: dict[int, dict[str, Any]] = {batch: {} for batch in args.batches}
-    turns = [[name] for name in args.ways]
-    if not args.apart:
-        turns = [[name for name in args.ways if name != "sd"], [name for name in args.ways if name == "sd"]]
-    for together in turns:
-        for batch, rows in take_turns(args, together).items():
-            for name, row in rows.items():
-                if name != "sd":
-                    row["floor"] = floor(args, name, batch, measured)
-            sizes[batch] |= rows
-    return {"rates": measured, "sizes": sizes}
-
-
-def take_turns(args: argparse.Namespace, names: list[str]) -> dict[int, dict[str, Any]]:
-    """Time some ways by turns; one warm-up turn for each size comes first, in which compiled ones compile."""
-    context = multiprocessing.get_context("spawn")
-    ends, processes = {}, []
-    for name in names:
-        ends[name], theirs = context.Pipe()
-        processes.append(context.Process(target=work, args=(args, name, theirs), daemon=True))
-        processes[-1].start()
-        ends[name].recv()
-
-    def ask(name: str, question: str, batch: int) -> Any:
-        ends[name].send((question, batch))
-        return ends[name].recv()
-
-    sizes = {}
-    for batch in args.batches:
-        rows: dict[str, Any] = {name: {"whole": [], "stages": []} for name in names}
-        for turn in range(-args.warm_up, args.rounds):
-            for name in names:
-                answer = ask(name, "whole", batch), {} if name == "sd" else ask(name, "stages", batch)
-                if turn >= 0:
-                    for key, value in zip(("whole", "stages"), answer, strict=True):
-                        rows[name][key].append(value)
-        for name, row in rows.items():
-            row["memory"] = ask(name, "memory", batch)
-        sizes[batch] = rows
-    for name in names:
-        ends[name].send(None)
-    for process in processes:
-        process.join()
-    return sizes
-
-
 def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Give the lines of the report, without where it was made."""
+    """Return the lines of the report, without where it was made."""
     lines = [f"# Latency: {args.model}, {args.size}x{args.size}, {args.device}", ""]
     stages = ("text", "text again", "U-Net", "decoder", "bytes")
     for batch, rows in results["sizes"].items():
-        base = median(rows["eager"]["whole"]) if "eager" in rows else None
+        done = {name: row for name, row in rows.items() if row["whole"]}
+        base = median(done["eager"]["whole"]) if "eager" in done else None
         lines += [f"Batch of {batch}, seconds, medians of {args.rounds} turns:", ""]
-        lines += [f"| | whole | faster than eager | {' | '.join(stages)} | floor: U-Net | decoder | peak GB |"]
-        lines += ["|---|---|---|" + "---|" * (len(stages) + 3)]
-        for name, row in rows.items():
+        lines += [f"| | whole | faster than eager | {' | '.join(stages)} | floor: U-Net | decoder | peak GB | first |"]
+        lines += ["|---|---|---|" + "---|" * (len(stages) + 4)]
+        for name, row in done.items():
             whole = median(row["whole"])
             cells = [f"{whole:.4g}", f"{base / whole:.2f}x" if base else ""]
             cells += [f"{median([each[s] for each in row['stages']]):.4g}" if name != "sd" else "" for s in stages]
             cells += [f"{row['floor'][s]['seconds']:.3g}" if "floor" in row else "" for s in ("U-Net", "decoder")]
-            lines += [f"| {name} | {' | '.join(cells)} | {row['memory']:.1f} |"]
-        if "sd" in rows:
-            rest = {name: median(rows["sd"]["whole"]) / median(row["whole"]) for name, row in rows.items()}
+            first = "" if row["first"] is None else f"{row['first']:.1f}"
+            lines += [f"| {name} | {' | '.join(cells)} | {row['memory'] or 0:.1f} | {first} |"]
+        if "sd" in done:
+            rest = {name: median(done["sd"]["whole"]) / median(row["whole"]) for name, row in done.items()}
             lines += ["", "Times faster than sd: " + ", ".join(f"{n} {r:.1f}" for n, r in rest.items() if n != "sd")]
-        lines.append("")
+        lines += ["", *(f"{name} failed: {row['error']}\n" for name, row in rows.items() if "error" in row)]
     for name, (flops, size) in results["rates"].items():
         lines.append(f"- {name}: {flops / 1e9:.0f} GFLOP/s of a matrix product, {size / 1e9:.1f} GB/s of a copy")
     if "sd" in args.ways and args.sd_steps < SD_STEPS:
         lines.append(f"- sd: {SD_STEPS} steps, extrapolated from {args.sd_steps} and {args.sd_steps + 1}")
-    return [*lines, "- the weights are random; memory is the most that the way's process has held, all sizes so far"]
+    return [
+        *lines,
+        "- first: the first picture of that size, in which compiled ways compile",
+        "- the weights are random; memory is the most that the way's process has held, all sizes so far",
+    ]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", default="sd15", choices=["sd15", "stacked", "sdxl"])
+    parser.add_argument("--model", default="sd15", choices=MODELS)
     parser.add_argument("--ways", nargs="+", choices=["eager", "eager-half", "fast", "tiny", "sd"])
-    parser.add_argument("--size", type=int, help="pixels (default: 512, sdxl 1024)")
+    parser.add_argument("--size", type=int, help="pixels (default: 512, sdxl 1024, small models 128)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way that count")
     parser.add_argument("--warm-up", type=int, default=1, help="turns before them")
@@ -327,9 +325,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of the fast ways (default: auto)")
     parser.add_argument("--small", action="store_true", help="narrow models, to try the script")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency"), help="without suffix")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     on_cuda = args.device.startswith("cuda")
-    args.size = args.size or (1024 if args.model == "sdxl" else 512)
+    args.size = args.size or (128 if args.small else 1024 if args.model == "sdxl" else 512)
     args.sd_steps = args.sd_steps or (SD_STEPS if on_cuda else 2)
     args.ways = args.ways or (["eager", *(["eager-half"] if on_cuda else []), "fast", "tiny", "sd"])
     return args
@@ -340,9 +338,10 @@ def main() -> None:
     # Before the processes start: threads that wait must not spin while another process is timed.
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(args.threads)}
     torch.set_num_threads(args.threads)
-    results = {"provenance": provenance(args.device), **measure(args)}
-    results["settings"] = {name: str(value) for name, value in vars(args).items()}
-    write_results(args.output, results, as_markdown(results, args))
+    settings = {name: str(value) for name, value in vars(args).items()}
+    results: dict[str, Any] = {"provenance": provenance(args.device), "settings": settings}
+    measure(args, results, lambda: write_results(args.output, results, as_markdown(results, args), quiet=True))
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

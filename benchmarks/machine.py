@@ -14,22 +14,23 @@ from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # and in the functions: who only names commit and date does not wait for torch
+    import torch
 
 
 def provenance(device: str = "cpu") -> dict[str, str]:
     """Command, commit, hardware, date, versions."""
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()  # noqa: E731
+    import torch
+
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
     cpu = re.search(r"model name\s*: (.*)", info)
     flags = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
     processor = f"{cpu[1] if cpu else platform.processor()} {' '.join(flags)}, {os.cpu_count()} CPUs"
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "commit": (git("rev-parse", "--verify", "--quiet", "HEAD") or "none")
-        + (" with changes" if git("status", "--porcelain") else ""),
+        "commit": commit(),
         "hardware": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
         "threads": str(torch.get_num_threads()),
         "load at the start": f"{os.getloadavg()[0]:.1f}",
@@ -38,22 +39,43 @@ def provenance(device: str = "cpu") -> dict[str, str]:
     }
 
 
+def commit() -> str:
+    """Name the commit of the code; BENCHMARK_COMMIT names it for a copy of the code without its repository."""
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    named = git("rev-parse", "--verify", "--quiet", "HEAD") or os.environ.get("BENCHMARK_COMMIT", "none")
+    return named + (" with changes" if git("status", "--porcelain") else "")
+
+
 def now() -> str:
     """Date and time to the minute, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="minutes")
 
 
-def write_results(output: Path, results: dict[str, Any], lines: Sequence[str]) -> None:
-    """Print a report and write it as OUTPUT.md, its provenance at the end, beside OUTPUT.json with the figures."""
+def write_results(output: Path, results: dict[str, Any], lines: Sequence[str], quiet: bool = False) -> None:
+    """Print a report and write it as OUTPUT.md, its provenance at the end, beside OUTPUT.json with the figures.
+
+    A reader at any time finds whole files, those of before or the new ones.
+    """
     text = "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""])
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    for suffix, content in ((".json", json.dumps(results, indent=2) + "\n"), (".md", text)):
+        partial = output.with_suffix(f"{suffix}.partial")
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(output.with_suffix(suffix))
+    if not quiet:
+        print(text, flush=True)
 
 
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.synchronize()
 
 
@@ -70,9 +92,16 @@ def median(times: Sequence[float]) -> float:
     return statistics.median(times)
 
 
-def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """Measure the best of this machine: FLOP/s of a matrix product, bytes/s of a copy, read and written."""
+def rates(dtype: "torch.dtype", device: str, small: bool = False) -> tuple[float, float]:
+    """Measure the best of this machine: FLOP/s of a matrix product, bytes/s of a copy, read and written.
+
+    Args:
+        small: too little for an exact rate, to try a script.
+    """
+    import torch
+
     size, length = (8192, 2**30) if device.startswith("cuda") else (2048, 2**27)
+    size, length = (256, 2**20) if small else (size, length)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     source = torch.ones(length, dtype=torch.uint8, device=device)
@@ -88,5 +117,7 @@ def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
 def peak_memory(device: str) -> float:
     """Most GB that this process has held so far."""
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

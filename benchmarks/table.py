@@ -31,17 +31,17 @@ from diffusers import DiffusionPipeline
 import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
 from machine import provenance
 from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
-from rectified_diffusers.data.joined import open_triplets
+from rectified_diffusers.data.dataset import open_triplets
+from rectified_diffusers.data.generate import generate_triplets
+from rectified_diffusers.data.generate_real import generate_real_triplets
+from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import read_prompts
-from rectified_diffusers.data.triplets import generate_triplets
-from rectified_diffusers.denoiser import latent_shape
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
-from rectified_diffusers.evaluation.intervals import interval_of
-from rectified_diffusers.evaluation.pictures import read_pictures
+from rectified_diffusers.evaluation.metrics import interval_of
 from rectified_diffusers.evaluation.report import Evaluation
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.real_triplets import generate_real_triplets
+from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -49,7 +49,7 @@ from rectified_diffusers.training.config import (
     ReflowConfig,
 )
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.matching import DistributionMatchingTrainer
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 

@@ -1,18 +1,26 @@
 """Our trainer beside a bare torch loop of the same model, data and loss, in one run: seconds per step and memory.
 
     python benchmarks/training.py
-    python benchmarks/training.py --model sd15 --device cuda --mixed-precision bf16 --batch-size 16 --steps 100
+    python benchmarks/training.py --model sd15 --device cuda --mixed-precision bf16 --batch-size 16 --steps 20 \
+        --gradient-checkpointing off on
 
 The bare loop is what one writes by hand when nothing may fail: all triplets and prompt embeddings in memory, AdamW,
 gradient clipping, an average of the weights, and no more. The trainer reads its triplets from shards, draws what a
-step sees from (seed, step), knows processes and micro-batches, looks for NaN and keeps a log. Steps alternate, so that
-whatever else the machine does meets both; medians are compared. Peak memory is measured in a process for each.
+step sees from (seed, step), knows processes and micro-batches, looks for NaN and keeps a log. Medians are compared. On
+a CPU steps alternate, so that whatever else the machine does meets both, and peak memory is measured in a process for
+each. On a GPU, which has nothing else to do, one runs after the other, so that its memory is its own.
+
+The share of the peak is 3 times the operations of a forward pass per example, over the time and the measured rate of a
+matrix product in the same precision; what gradient checkpointing computes again does not count.
 """
 
 import argparse
+import copy
+import gc
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,11 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.utils.logging import disable_progress_bar
-from transformers import CLIPTextConfig, CLIPTextModel
+from torch.utils.flop_counter import FlopCounterMode
 
-from machine import provenance
+from machine import provenance, rates, synchronize, write_results
+from models import MAX_TOKENS, MODELS, make_pipeline, unet_of
 from rectified_diffusers import (
     RectifiedFlowPipeline,
     ReflowConfig,
@@ -42,32 +50,33 @@ PROMPTS = [
     f"{adjective} {noun}" for adjective in ("red", "big", "happy", "old") for noun in ("cat", "sun", "car", "hat")
 ]
 WARM_UP = 2
+LOOPS = ("ours", "bare")
 Step = Callable[[int], float]
 
 
-def make_pipeline(model: str) -> RectifiedFlowPipeline:
-    """Load the bundled model, or put a U-Net of Stable Diffusion 1.5's shape with random weights in its place."""
-    pipeline = RectifiedFlowPipeline.from_pretrained(str(bundled_checkpoint()), dtype=torch.float32)
-    if model == "sd15":
-        torch.manual_seed(0)
-        pipeline.register_modules(unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
-        vocabulary = pipeline.text_encoder.config.vocab_size
-        pipeline.register_modules(text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, hidden_size=768)))
+def load(args: argparse.Namespace) -> Any:
+    """Load the bundled model, or build one of another shape with random weights; its U-Net stays on the CPU."""
+    if args.model == "emoji":
+        return RectifiedFlowPipeline.from_pretrained(str(bundled_checkpoint()), dtype=torch.float32)
+    pipeline = make_pipeline(args.model, torch.float32, args.device, small=args.small)
+    pipeline.unet.to("cpu")
     return pipeline
 
 
-def config_of(args: argparse.Namespace, output_dir: Path) -> ReflowConfig:
+def config_of(args: argparse.Namespace, output_dir: Path, checkpointing: str) -> ReflowConfig:
     return ReflowConfig(
         output_dir=output_dir,
         batch_size=args.batch_size,
         mixed_precision=args.mixed_precision,
+        gradient_checkpointing=checkpointing == "on",
+        keep_checkpoints=1,
         max_steps=10**6,
         prompt_dropout=0.0,
         log_every_steps=10,
     )
 
 
-def ours(pipeline: RectifiedFlowPipeline, dataset: TripletDataset, config: ReflowConfig) -> tuple[Step, ReflowTrainer]:
+def ours(pipeline: Any, dataset: TripletDataset, config: ReflowConfig) -> tuple[Step, ReflowTrainer]:
     """Give a step of the trainer, with all that `train` does in it but checkpoints."""
     trainer = ReflowTrainer(pipeline, dataset, config)
     trainer.resume()
@@ -83,15 +92,16 @@ def ours(pipeline: RectifiedFlowPipeline, dataset: TripletDataset, config: Reflo
     return step, trainer
 
 
-def bare(pipeline: RectifiedFlowPipeline, dataset: TripletDataset, config: ReflowConfig, device: torch.device) -> Step:
+def bare(pipeline: Any, dataset: TripletDataset, config: ReflowConfig, device: torch.device) -> Step:
     """Give a step of a loop written by hand."""
-    unet = UNet2DConditionModel.from_config(pipeline.unet.config)
-    unet.load_state_dict(pipeline.unet.state_dict())
-    unet.to(device).train()
+    unet = copy.deepcopy(pipeline.unet).to(device).train().requires_grad_(True)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     triplets = dataset.rows(range(len(dataset)))
     noise, data = triplets.noise.to(device), triplets.data.to(device)
     with torch.no_grad():
-        embeds = pipeline.to(device).encode_prompt(triplets.prompts, device, 1, False)[0].float()
+        pipeline.text_encoder.to(device)
+        embeds = pipeline.encode_prompt(triplets.prompts, device, 1, False)[0].float()
     parameters = list(unet.parameters())
     average = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -115,104 +125,194 @@ def bare(pipeline: RectifiedFlowPipeline, dataset: TripletDataset, config: Reflo
     return step
 
 
-def timed(step: Step, number: int) -> tuple[float, float]:
-    """Give the seconds of a step by the clock and by the processor; the loss it ends with waits for the device."""
+def timed(step: Step, number: int, device: str) -> tuple[float, float]:
+    """Return the seconds of a step by the clock and by the processor, with all that it queued on a GPU."""
     clock, processor = time.perf_counter(), time.process_time()
     step(number)
+    synchronize(device)
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def compare(args: argparse.Namespace, triplets: Path) -> dict[str, Any]:
+def medians(times: list[tuple[float, float]]) -> list[float]:
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def start(which: str, args: argparse.Namespace, triplets: Path, folder: Path, checkpointing: str) -> tuple[Step, Any]:
+    """Make one of the two loops ready: its step, and our trainer where it is ours."""
+    dataset, config = TripletDataset(triplets), config_of(args, folder, checkpointing)
+    if which == "ours":
+        return ours(load(args), dataset, config)
+    return bare(load(args), dataset, config, torch.device(args.device)), None
+
+
+def in_turns(args: argparse.Namespace, triplets: Path, checkpointing: str) -> dict[str, Any]:
     """Time both in turns, each step of one beside a step of the other, and a checkpoint at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        dataset, config = TripletDataset(triplets), config_of(args, Path(folder))
-        our_step, trainer = ours(make_pipeline(args.model), dataset, config)
-        steps = {"ours": our_step, "bare": bare(make_pipeline(args.model), dataset, config, trainer.device)}
-        times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+        steps, trainer = {}, None
+        for which in LOOPS:
+            steps[which], found = start(which, args, triplets, Path(folder), checkpointing)
+            trainer = trainer or found
+        times: dict[str, list[tuple[float, float]]] = {which: [] for which in LOOPS}
         for number in range(1, WARM_UP + args.steps + 1):
-            for name in ("ours", "bare") if number % 2 else ("bare", "ours"):
-                times[name].append(timed(steps[name], number))
-        start = time.perf_counter()
-        trainer.save(WARM_UP + args.steps)
-        saving = time.perf_counter() - start
-    medians = {
-        name: [statistics.median(column) for column in zip(*rows[WARM_UP:], strict=True)]
-        for name, rows in times.items()
-    }
+            for name in LOOPS if number % 2 else reversed(LOOPS):
+                times[name].append(timed(steps[name], number, args.device))
+        saving = seconds_of_saving(trainer, WARM_UP + args.steps) if args.save else None
+    rows = {name: {"seconds": medians(found[WARM_UP:])} for name, found in times.items()}
     ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(times["ours"], times["bare"], strict=True)]
     paired = [statistics.median(column) for column in zip(*ratios[WARM_UP:], strict=True)]
-    parameters = sum(parameter.numel() for parameter in trainer.parameters)
-    return {"seconds": medians, "paired": paired, "checkpoint": saving, "parameters": parameters}
+    for which, row in rows.items():
+        row["memory"] = peak_memory(args, triplets, which, checkpointing)
+    return {**rows, "paired": paired, "checkpoint": saving}
 
 
-def measure_memory(args: argparse.Namespace, triplets: Path) -> None:
+def seconds_of_saving(trainer: Any, step: int) -> float:
+    begin = time.perf_counter()
+    trainer.save(step)
+    return time.perf_counter() - begin
+
+
+def folder_with_room() -> str | None:
+    """Name the memory's file system where a small disk could not take the checkpoints of a large model, else none."""
+    memory, disk = Path("/dev/shm"), shutil.disk_usage(tempfile.gettempdir()).free
+    return str(memory) if disk < 32e9 and memory.exists() and shutil.disk_usage(memory).free > disk else None
+
+
+def alone(args: argparse.Namespace, triplets: Path, which: str, checkpointing: str) -> dict[str, Any]:
+    """Time one of the two by itself on a GPU, with its peak memory."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory(dir=folder_with_room()) as folder:
+        try:
+            step, trainer = start(which, args, triplets, Path(folder), checkpointing)
+            times = [timed(step, number, args.device) for number in range(1, WARM_UP + args.steps + 1)]
+        except torch.OutOfMemoryError as error:
+            return {"error": str(error)[:300]}
+        row: dict[str, Any] = {"seconds": medians(times[WARM_UP:]), "memory": torch.cuda.max_memory_allocated()}
+        if which == "ours" and args.save:
+            row["checkpoint"] = seconds_of_saving(trainer, WARM_UP + args.steps)
+    return row
+
+
+def measure_memory(args: argparse.Namespace) -> None:
     """Run a few steps of one of the two and print the peak memory of this process, in bytes."""
-    pipeline, dataset = make_pipeline(args.model), TripletDataset(triplets)
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(args, Path(folder))
-        device = torch.device(args.device)
-        step = (
-            ours(pipeline, dataset, config)[0] if args.measure == "ours" else bare(pipeline, dataset, config, device)
-        )
+        step, _ = start(args.measure, args, args.triplets, Path(folder), args.gradient_checkpointing[0])
         for number in range(1, WARM_UP + 2):
             step(number)
-    on_gpu = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
-    print(json.dumps(on_gpu or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
-def peak_memory(args: argparse.Namespace, triplets: Path, which: str) -> int:
+def peak_memory(args: argparse.Namespace, triplets: Path, which: str, checkpointing: str) -> int:
     command = [sys.executable, __file__, "--measure", which, "--triplets", str(triplets)]
     for name in ("model", "device", "mixed_precision", "batch_size"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    command += ["--gradient-checkpointing", checkpointing, *(["--small"] if args.small else [])]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return int(json.loads(lines[-1]))
 
 
-def where_and_when(device: str) -> list[str]:
-    """Lines with the command, and under it commit, hardware, load, date, versions."""
-    facts = provenance(device)
-    command = facts.pop("command")
-    return [f"    {command}", "", "; ".join(f"{name} {value}" for name, value in facts.items()) + "."]
+def operations_per_example(args: argparse.Namespace) -> int:
+    """Count the operations of a forward and a backward pass, which is twice as many as forward."""
+    cls, config = unet_of(args.model, args.small)
+    with torch.device("meta"):
+        unet, size = cls(**config), config["sample_size"]
+        latents, embeds = torch.empty(1, 4, size, size), torch.empty(1, MAX_TOKENS, config["cross_attention_dim"])
+        t = torch.zeros(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(latents, t, embeds)
+    return 3 * counter.get_total_flops()
 
 
-def as_markdown(args: argparse.Namespace, result: dict[str, Any], memory: dict[str, int]) -> str:
-    rows = []
-    for name, title in (("ours", "`ReflowTrainer`"), ("bare", "bare torch loop")):
-        clock, processor = result["seconds"][name]
-        rows.append(f"| {title} | {clock:.4f} | {processor:.4f} | {memory[name] / 2**20:.0f} |")
-    clock, processor = result["paired"]
-    rows.append(f"| ratio | {clock:.3f} | {processor:.3f} | {memory['ours'] / memory['bare']:.3f} |")
-    return "\n".join(
-        [
-            "# Our trainer beside a bare loop",
-            "",
-            f"Model {args.model}, {result['parameters'] / 1e6:.1f}M parameters; batch {args.batch_size}, precision "
-            f"{args.mixed_precision}; {args.steps} steps of each, in turns after {WARM_UP} of warm-up. Medians; the "
-            "ratio of times is the median over pairs of neighbouring steps.",
-            "",
-            "| | s / step | s of processor / step | peak memory, MiB |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            f"A checkpoint takes {result['checkpoint']:.2f} s beside that, every 1000 steps by default.",
-            "",
-            *where_and_when(args.device),
-            "",
-        ]
-    )
+def as_markdown(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
+    peak, operations = results.get("peak"), results.get("operations")
+    columns = ["s / step", "s of processor / step", "images / s", "share of the peak", "peak memory, MiB"]
+    lines = ["# Our trainer beside a bare loop", ""]
+    in_millions = f", {results['parameters'] / 1e6:.1f}M parameters" if "parameters" in results else ""
+    lines += [
+        f"Model {args.model}{in_millions}; batch {args.batch_size}, precision {args.mixed_precision}; {args.steps} "
+        f"steps of each after {WARM_UP} of warm-up, "
+        + ("in turns. Medians; the ratio of times is the median over pairs of neighbouring steps." * args.turns)
+        + ("one loop after the other. Medians." * (not args.turns)),
+        "",
+    ]
+    for checkpointing, found in results["checkpointing"].items():
+        lines += [f"Gradient checkpointing {checkpointing}:", "", f"| | {' | '.join(columns)} |"]
+        lines += ["|---|" + "---|" * len(columns)]
+        for name, title in (("ours", "`ReflowTrainer`"), ("bare", "bare torch loop")):
+            row = found.get(name, {})
+            if "seconds" in row:
+                clock, processor = row["seconds"]
+                share = f"{args.batch_size * operations / clock / peak:.3f}" if peak and operations else ""
+                cells = [f"{clock:.4f}", f"{processor:.4f}", f"{args.batch_size / clock:.1f}", share]
+                lines.append(f"| {title} | {' | '.join(cells)} | {row['memory'] / 2**20:.0f} |")
+            elif "error" in row:
+                lines.append(f"| {title} | {row['error'].splitlines()[0]} |" + " |" * (len(columns) - 1))
+        if all("seconds" in found.get(name, {}) for name in LOOPS):
+            pairs = zip(found["ours"]["seconds"], found["bare"]["seconds"], strict=True)
+            clock, processor = found.get("paired") or [a / b for a, b in pairs]
+            memory = found["ours"]["memory"] / found["bare"]["memory"]
+            lines.append(f"| ratio | {clock:.3f} | {processor:.3f} | {1 / clock:.3f} | | {memory:.3f} |")
+        saving = found.get("checkpoint") or found.get("ours", {}).get("checkpoint")
+        lines += (
+            ["", f"A checkpoint takes {saving:.2f} s beside that, every 1000 steps by default.", ""]
+            if saving
+            else [""]
+        )
+    if peak:
+        lines.append(f"- the peak: {peak / 1e12:.3g} TFLOP/s of a matrix product in {args.mixed_precision}")
+    return lines
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("emoji", "sd15"), default="emoji", help="bundled model, or SD 1.5's shape")
+    help_of_model = "bundled model, or a shape with random weights"
+    parser.add_argument("--model", choices=("emoji", *MODELS[:2]), default="emoji", help=help_of_model)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), default="no")
+    parser.add_argument("--gradient-checkpointing", choices=("off", "on"), nargs="+", default=["off"])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the result")
-    parser.add_argument("--measure", choices=("ours", "bare"), help=argparse.SUPPRESS)
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="time a checkpoint, too")
+    parser.add_argument("--small", action="store_true", help="narrow models, to try the script")
+    parser.add_argument(
+        "--output", type=Path, help="without suffix (default: benchmarks/results/training-MODEL-DEVICE)"
+    )
+    parser.add_argument("--measure", choices=LOOPS, help=argparse.SUPPRESS)
     parser.add_argument("--triplets", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    args.output = args.output or Path(f"benchmarks/results/training-{args.model}-{args.device}")
+    args.turns = args.device == "cpu"
+    return args
+
+
+def make_triplets(args: argparse.Namespace, folder: Path) -> int:
+    """Make the triplets of both loops with one step of the model; return the number of its parameters."""
+    pipeline = load(args).to(args.device)
+    config = TripletConfig(num_triplets=64, num_inference_steps=1, guidance_scale=1.0, storage_dtype="float32")
+    generate_triplets(pipeline, PROMPTS, folder, config, progress=False)
+    return sum(parameter.numel() for parameter in pipeline.unet.parameters())
+
+
+def measure(args: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
+    """Compare the loops; `save` is called after each figure that took time."""
+    results["checkpointing"] = {each: {} for each in args.gradient_checkpointing}
+    with tempfile.TemporaryDirectory() as folder:
+        triplets = Path(folder)
+        results["parameters"] = make_triplets(args, triplets)
+        if args.model != "emoji":
+            results["operations"] = operations_per_example(args)
+            dtype = {"no": torch.float32, "bf16": torch.bfloat16}[args.mixed_precision]
+            results["peak"] = rates(dtype, args.device, small=args.small)[0]
+        save()
+        for checkpointing, found in results["checkpointing"].items():
+            if args.turns:
+                found |= in_turns(args, triplets, checkpointing)
+                save()
+                continue
+            for which in LOOPS:
+                found[which] = alone(args, triplets, which, checkpointing)
+                save()
 
 
 def main() -> None:
@@ -221,17 +321,10 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     if args.measure:
-        return measure_memory(args, args.triplets)
-    with tempfile.TemporaryDirectory() as folder:
-        triplets, pipeline = Path(folder), make_pipeline(args.model).to(args.device)
-        config = TripletConfig(num_triplets=64, num_inference_steps=1, guidance_scale=1.0, storage_dtype="float32")
-        generate_triplets(pipeline, PROMPTS, triplets, config, progress=False)
-        del pipeline
-        memory = {which: peak_memory(args, triplets, which) for which in ("ours", "bare")}
-        text = as_markdown(args, compare(args, triplets), memory)
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"training-{args.model}-{args.device}.md").write_text(text, encoding="utf-8")
-    print(text)
+        return measure_memory(args)
+    results: dict[str, Any] = {"provenance": provenance(args.device)}
+    measure(args, results, lambda: write_results(args.output, results, as_markdown(args, results), quiet=True))
+    print(args.output.with_suffix(".md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ def write_synthetic(
     """Write a set of triplets that no teacher made: white noise, and the noise backwards as its data."""
     import torch
 
+    from rectified_diffusers.data.generate import draw_noise
     from rectified_diffusers.data.manifest import MANIFEST_NAME, identity, new_manifest, num_shards, rows_of
     from rectified_diffusers.data.shards import shard_path, write_shard
-    from rectified_diffusers.data.triplets import draw_noise
 
     folder.mkdir(parents=True, exist_ok=True)
     manifest = new_manifest(
@@ -76,8 +76,8 @@ def peak_mib() -> float:
 
 
 def measure_triplets(folder: Path) -> dict[str, Any]:
+    from rectified_diffusers.data.dataset import TripletDataset
     from rectified_diffusers.data.manifest import num_shards
-    from rectified_diffusers.data.triplets import TripletDataset
 
     before, begin = peak_mib(), time.process_time()
     dataset = TripletDataset(folder)

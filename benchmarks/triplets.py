@@ -1,45 +1,49 @@
 """Triplets per second of `generate_triplets` beside a bare loop over the same teacher, in one run, and peak memory.
 
     python benchmarks/triplets.py
-    python benchmarks/triplets.py --teacher SD15_FOLDER --device cuda --dtype float16 --triplets 512 --shard 256
+    python benchmarks/triplets.py --teacher sd15 --device cuda --dtype float16 --batch 16 --triplets 64 --shard 32
+
+The teacher is the bundled model, a folder, or a Stable Diffusion of random weights in the shape of 1.5 or XL.
 
 The bare loop asks the pipeline for latents, batch after batch, and keeps them in a list: what one writes by hand when
 nothing may fail. Ours draws noise by (seed, shard), checks what comes back, and writes shards with checksums to the
 disk. The two alternate, so that whatever else the machine does meets both, and medians are compared, of the clock and
-of the processor's time, which other work on the machine does not lengthen. Peak memory is of a process for each.
+of the processor's time, which other work on the machine does not lengthen. Peak memory is of a process for each on a
+CPU, of the timed runs on a GPU. The results so far are written after each run.
 """
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 
+from machine import provenance, synchronize, write_results
+from models import make_pipeline
 from rectified_diffusers import TripletConfig, bundled_checkpoint, generate_triplets, register
-from rectified_diffusers.loading import dtype_option
 from triplet_memory import peak_mib
 
 PROMPTS = [
     f"{adjective} {noun}" for adjective in ("red", "big", "old") for noun in ("cat", "sun", "car", "hat", "cup")
 ]
+SHAPES = ("sd15", "sdxl")
 
 
 def load(arguments: argparse.Namespace) -> Any:
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.teacher in SHAPES:
+        return make_pipeline(arguments.teacher, dtype, arguments.device, diffusion=True, small=arguments.small)
     register()
-    dtype = dtype_option(getattr(torch, arguments.dtype))
-    pipeline = DiffusionPipeline.from_pretrained(arguments.teacher, **dtype).to(arguments.device)
+    teacher = arguments.teacher or str(bundled_checkpoint())
+    pipeline = DiffusionPipeline.from_pretrained(teacher).to(arguments.device, dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -77,22 +81,69 @@ def ours(pipeline: Any, arguments: argparse.Namespace) -> None:
 WAYS: dict[str, Callable[[Any, argparse.Namespace], None]] = {"bare": bare, "ours": ours}
 
 
-def timed(way: str, pipeline: Any, arguments: argparse.Namespace) -> tuple[float, float]:
-    """Give seconds by the clock and of the processor."""
+def timed(way: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds by the clock and of the processor, and the peak of a GPU's memory in MiB."""
+    on_cuda = arguments.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
     clock, processor = time.perf_counter(), time.process_time()
     WAYS[way](pipeline, arguments)
-    return time.perf_counter() - clock, time.process_time() - processor
+    synchronize(arguments.device)
+    spent = {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}
+    return spent | ({"peak_gpu_mib": round(torch.cuda.max_memory_allocated() / 2**20, 1)} if on_cuda else {})
 
 
-def peak_of(way: str) -> dict[str, float]:
-    """Run one way in a process of its own and give its peaks of memory in MiB."""
+def peak_of(way: str) -> float:
+    """Run one way in a process of its own and return the peak of its memory in MiB."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def parse_arguments() -> argparse.Namespace:
+def warm_up(pipeline: Any, arguments: argparse.Namespace) -> None:
+    """Run each way once, on a GPU for one batch of two steps."""
+    brief = {"triplets": arguments.batch, "steps": 2} if arguments.device.startswith("cuda") else {}
+    for way in WAYS:
+        timed(way, pipeline, argparse.Namespace(**{**vars(arguments), **brief}))
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return triplets per second of each way that has run, and how much slower ours is."""
+    rows: dict[str, Any] = {}
+    for way, found in runs.items():
+        if found:
+            clock, processor = (statistics.median(run[each] for run in found) for each in ("clock", "processor"))
+            rows[way] = {
+                "triplets_per_s": round(arguments.triplets / clock, 3),
+                "triplets_per_processor_s": round(arguments.triplets / processor, 3),
+                **{name: value for name, value in found[-1].items() if name == "peak_gpu_mib"},
+            }
+            rows[way]["seconds"] = clock, processor
+    if len(rows) == len(WAYS):
+        for i, each in enumerate(("clock", "processor")):
+            rows[f"slower_by_{each}"] = round(rows["ours"]["seconds"][i] / rows["bare"]["seconds"][i] - 1, 4)
+    return rows
+
+
+def as_markdown(results: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    columns = ["triplets_per_s", "triplets_per_processor_s", "peak_mib", "peak_gpu_mib"]
+    lines = ["# Triplets per second", ""]
+    lines += [f"| | {' | '.join(name.replace('_', ' ') for name in columns)} |", "|---|" + "---|" * len(columns)]
+    for way in WAYS:
+        if way in results:
+            lines.append(f"| {way} | {' | '.join(str(results[way].get(name, '')) for name in columns)} |")
+    slower = [f"- ours is slower by {results[n]:.2%} {n.split('_')[-1]}" for n in results if n.startswith("slower")]
+    return [
+        *lines,
+        "",
+        *slower,
+        f"- teacher {arguments.teacher or 'bundled'}, {arguments.dtype}, {arguments.steps} steps, guidance "
+        f"{arguments.guidance}, batch {arguments.batch}, {arguments.triplets} triplets a run",
+    ]
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default=str(bundled_checkpoint()), help="pipeline with a U-Net")
+    parser.add_argument("--teacher", help=f"folder of a pipeline, or {' or '.join(SHAPES)} (default: bundled model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=25)
@@ -101,9 +152,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--triplets", type=int, default=32)
     parser.add_argument("--shard", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="file of the result, as JSON")
+    parser.add_argument("--small", action="store_true", help="a narrow teacher, to try the script")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/triplets"), help="without suffix")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.triplets % arguments.batch:
         parser.error("--triplets must be a multiple of --batch, for the bare loop")
     return arguments
@@ -114,39 +166,21 @@ def main() -> None:
     pipeline = load(arguments)
     if arguments.only:
         timed(arguments.only, pipeline, arguments)
-        gpu = torch.cuda.max_memory_allocated() / 2**20 if arguments.device.startswith("cuda") else 0.0
-        print(json.dumps({"peak_mib": round(peak_mib(), 1), "peak_gpu_mib": round(gpu, 1)}))
+        print(json.dumps(round(peak_mib(), 1)))
         return
-    for way in WAYS:  # to warm up
-        timed(way, pipeline, arguments)
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    results: dict[str, Any] = {"provenance": provenance(arguments.device)}
+    warm_up(pipeline, arguments)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for repeat in range(arguments.repeats):
         for way in sorted(WAYS, reverse=bool(repeat % 2)):
-            seconds[way].append(timed(way, pipeline, arguments))
-            print(way, *(f"{value:.2f} s" for value in seconds[way][-1]), flush=True)
-    medians = {way: [statistics.median(column) for column in zip(*rows, strict=True)] for way, rows in seconds.items()}
-    result = {
-        "command": " ".join(["python", "benchmarks/triplets.py", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "hardware": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "rectified_diffusers")},
-        **{
-            way: {
-                "triplets_per_s": round(arguments.triplets / medians[way][0], 3),
-                "triplets_per_processor_s": round(arguments.triplets / medians[way][1], 3),
-                **peak_of(way),
-            }
-            for way in WAYS
-        },
-        "slower_by_clock": round(medians["ours"][0] / medians["bare"][0] - 1, 4),
-        "slower_by_processor": round(medians["ours"][1] / medians["bare"][1] - 1, 4),
-    }
-    print(json.dumps(result, indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+            runs[way].append(timed(way, pipeline, arguments))
+            print(way, runs[way][-1], flush=True)
+            results |= summary(runs, arguments)
+            write_results(arguments.output, results, as_markdown(results, arguments), quiet=True)
+    if not arguments.device.startswith("cuda"):
+        for way in WAYS:
+            results[way]["peak_mib"] = peak_of(way)
+    write_results(arguments.output, results, as_markdown(results, arguments))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from urllib.error import URLError
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.torch import save_file
 
 settings.register_profile("rectified_diffusers", deadline=None, derandomize=True)
 settings.load_profile("rectified_diffusers")
@@ -46,13 +45,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of random weights under torchvision's names."""
     pytest.importorskip("lpips", reason="the lpips loss needs lpips and torchvision", exc_type=ImportError)
-    from torchvision.models import alexnet
+    from tests.tiny_inputs import write_backbone
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        weights = alexnet(weights=None).features.state_dict(prefix="features.")
     path = tmp_path_factory.mktemp("lpips") / "alexnet.safetensors"
-    save_file(weights, path)
+    write_backbone(path)
     return path
 
 

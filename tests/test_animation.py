@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rectified_diffusers import cli
-from rectified_diffusers.animation import check_keys, interpolate, slerp
-from rectified_diffusers.animation_files import save_animation
 from rectified_diffusers.cli import interpolate as command
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.editing.animation import save_animation
+from rectified_diffusers.editing.interpolation import check_keys, interpolate, slerp
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.tiny import make_tiny_pipeline, make_xl_components
 
 SIZE = 32  # pixels of the tiny pipeline's pictures

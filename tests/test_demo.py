@@ -15,17 +15,24 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rectified_diffusers.demo.answers import OWN_STEPS, comparison_with
-from rectified_diffusers.demo.background import Stopped, Wishes, watch
-from rectified_diffusers.demo.drawing import draw
-from rectified_diffusers.demo.history import LENGTH, THUMBNAIL, pack, remember, unpack
-from rectified_diffusers.demo.look import comparison_caption, own_caption, seconds
-from rectified_diffusers.demo.orders import MAX_CHARACTERS, Order, cut_prompt
+from rectified_diffusers.demo.markup import comparison_caption, own_caption, seconds
+from rectified_diffusers.demo.requests import MAX_CHARACTERS, OWN_STEPS, Order, comparison_with, cut_prompt
+from rectified_diffusers.demo.session import (
+    LENGTH,
+    SLOTS,
+    THUMBNAIL,
+    Visit,
+    other_prompt,
+    pack,
+    remember,
+    unpack,
+    unread_remark,
+)
 from rectified_diffusers.demo.sketches import lines_of
-from rectified_diffusers.demo.studio import Studio, _Watched, with_controlnet
+from rectified_diffusers.demo.studio import Studio, _Watched, draw, with_controlnet
 from rectified_diffusers.demo.styles import Styles, style_kind
-from rectified_diffusers.demo.visit import SLOTS, Visit, other_prompt, unread_remark
-from rectified_diffusers.demo.waiting import ComingStudio
+from rectified_diffusers.demo.tasks import Stopped, Wishes, watch
+from rectified_diffusers.demo.worker import ComingStudio
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 WAIT = 60  # seconds, for what happens in another thread

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from rectified_diffusers.demo.answers import Drawing
-from rectified_diffusers.demo.apart import StudioProcess
-from rectified_diffusers.demo.orders import Order
+from rectified_diffusers.demo.requests import Drawing, Order
 from rectified_diffusers.demo.studio import Studio
+from rectified_diffusers.demo.worker import StudioProcess
 from tests.tiny import make_tiny_pipeline
 
 WAIT = 120  # seconds, for what happens in another process

@@ -12,7 +12,7 @@ import pytest
 
 from rectified_diffusers import cli
 from rectified_diffusers.cli import demo as demo_command
-from rectified_diffusers.demo.apart import StudioProcess
+from rectified_diffusers.demo.worker import StudioProcess
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 

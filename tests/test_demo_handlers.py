@@ -11,10 +11,9 @@ import gradio as gr
 import torch
 from safetensors.torch import save_file
 
-from rectified_diffusers.demo.history import pack
 from rectified_diffusers.demo.page import _free_port, _Page, build_page
+from rectified_diffusers.demo.session import SLOTS, Visit, pack
 from rectified_diffusers.demo.studio import Studio
-from rectified_diffusers.demo.visit import SLOTS, Visit
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 REQUEST: Any = SimpleNamespace(session_hash="a visitor")

@@ -8,11 +8,12 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_diffusers.denoiser import Denoiser, latent_channels, latent_shape, pack, unpack
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import latent_channels, latent_shape, pack, unpack
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "two dogs"]

@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_v(run, tmp_path):
     assert loss(Exact(), generator, slice(None)).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("folder", ["diffusion-teacher", "longer-teacher"])
+@pytest.mark.parametrize("folder", ["teacher"])
 def test_a_kept_teacher_shares_its_other_parts_with_the_bundled_model(folder):
     """So that the one may be trained on what the other draws."""
     kept = emoji.FOLDER / folder

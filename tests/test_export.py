@@ -19,9 +19,10 @@ from rectified_diffusers import (
     RectifiedFlowXLPipeline,
     cli,
 )
-from rectified_diffusers.export import export_diffusers, export_onnx, fold_sign, gather
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler, timestep_to_time
+from rectified_diffusers.export.onnx import export_onnx, gather
+from rectified_diffusers.export.stock import export_diffusers, fold_sign
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, timestep_to_time
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline, make_xl_components
 
 # onnxruntime sums in another order than torch: about 1e-6 of values of about 1 here, over the whole pipeline.

@@ -12,10 +12,9 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from rectified_diffusers import cli
-from rectified_diffusers.export import export_unet
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
-from rectified_diffusers.weights.original_layout import original_unet_layout
+from rectified_diffusers.export.original_layout import export_unet, original_unet_layout
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.original_layout import original_layout
 from tests.tiny import make_adapter_unet, make_tiny_pipeline, make_unet, make_xl_unet
 

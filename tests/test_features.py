@@ -368,17 +368,6 @@ def test_sequential_offloading_is_set_up_and_taken_back(own):
     assert torch.equal(sample(own), plain)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offloading_to_an_accelerator(own, method):
-    plain = sample(own.to("cuda"), output_type="pt").cpu()
-    own.to("cpu")
-    getattr(own, method)()
-    torch.testing.assert_close(sample(own, output_type="pt").cpu(), plain)
-    own.maybe_free_model_hooks()
-    assert "cuda" not in {parameter.device.type for parameter in own.unet.parameters()}
-
-
 def test_the_stock_pipeline_has_every_feature_with_our_scheduler(pipeline):
     """The effects above are the scheduler's, not the subclass': the stock pipeline gives the same pictures."""
     stock = StableDiffusionPipeline.from_pipe(pipeline)

@@ -17,8 +17,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from PIL import Image
 from safetensors.torch import load_file
 
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training import objective
 from tests.tiny import make_tiny_pipeline, sample
 

@@ -7,7 +7,10 @@ import ast
 import contextlib
 import json
 import pickle
+import shutil
 import struct
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from rectified_diffusers import (
     RectifiedFlowEulerScheduler,
+    RectifiedFlowImg2ImgPipeline,
     RectifiedFlowPipeline,
     RectifiedFlowXLPipeline,
     apply_weight_delta,
@@ -25,10 +29,13 @@ from rectified_diffusers import (
     optimize,
 )
 from rectified_diffusers.cli import main
+from rectified_diffusers.cli.shared import load_pipeline
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.evaluation.alignment import SentenceFeatures
-from rectified_diffusers.loading import remedies
-from rectified_diffusers.weights.lora import MAX_RANK
+from rectified_diffusers.loading.errors import remedies
+from rectified_diffusers.loading.lora import MAX_RANK
+from rectified_diffusers.loading.safety import refuse_foreign_code
+from rectified_diffusers.weights.components import swap_components
 from tests.hub.client import sample
 from tests.test_lora import Lora
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline
@@ -234,6 +241,192 @@ def test_trust_remote_code_is_never_set_by_us():
             if isinstance(node, ast.Dict):
                 keys = [key.value for key in node.keys if isinstance(key, ast.Constant)]
                 assert "trust_remote_code" not in keys, f"{file}:{node.lineno}"
+
+
+# Code in a model's folder
+
+CODE = """
+from pathlib import Path
+from diffusers import {base}
+Path({canary!r}).touch()
+class Evil({base}):
+    pass
+"""
+
+
+def write_code(file: Path, canary: Path, base: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(CODE.format(base=base, canary=str(canary)))
+
+
+def change_index(folder: Path, **entries: Any) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | entries))
+
+
+def change_config(folder: Path, file: str, **entries: Any) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | entries))
+
+
+def code_of_a_part(folder: Path, canary: Path) -> None:
+    write_code(folder / "unet" / "evil.py", canary, "UNet2DConditionModel")
+    change_index(folder, unet=["evil", "Evil"])
+
+
+def code_of_the_scheduler(folder: Path, canary: Path) -> None:
+    write_code(folder / "scheduler" / "evil.py", canary, "PNDMScheduler")
+    change_index(folder, scheduler=["evil", "Evil"])
+
+
+def code_of_the_text_encoder(folder: Path, canary: Path) -> None:
+    write_code(folder / "text_encoder" / "evil.py", canary, "ModelMixin")
+    change_index(folder, text_encoder=["evil", "Evil"])
+
+
+def code_of_the_pipeline(folder: Path, canary: Path) -> None:
+    write_code(folder / "pipeline.py", canary, "StableDiffusionPipeline")
+    change_index(folder, _class_name=["pipeline", "Evil"])
+
+
+def code_of_a_pipeline_by_another_name(folder: Path, canary: Path) -> None:
+    write_code(folder / "evil.py", canary, "StableDiffusionPipeline")
+    change_index(folder, _class_name=["evil", "Evil"])
+
+
+def code_of_an_additional_part(folder: Path, canary: Path) -> None:
+    write_code(folder / "extra" / "evil.py", canary, "UNet2DConditionModel")
+    change_index(folder, extra=["evil", "Evil"])
+
+
+def code_by_a_dotted_name(folder: Path, canary: Path) -> None:
+    write_code(folder / "unet" / "evil.py", canary, "UNet2DConditionModel")
+    change_index(folder, unet=["unet.evil", "Evil"])
+
+
+def code_beside_the_index_of_the_working_directory(folder: Path, canary: Path) -> None:
+    """Where Python looks for modules in the working directory, as in a notebook, and that is the model's folder."""
+    write_code(folder / "evil_module.py", canary, "UNet2DConditionModel")
+    change_index(folder, unet=["evil_module", "Evil"])
+
+
+def code_under_the_name_of_our_scheduler(folder: Path, canary: Path) -> None:
+    write_code(folder / "evil_scheduler.py", canary, "PNDMScheduler")
+    change_index(
+        folder, scheduler=["evil_scheduler", "RectifiedFlowEulerScheduler"], _class_name="StableDiffusionPipeline"
+    )
+
+
+def code_of_an_installed_package(folder: Path, canary: Path) -> None:
+    """Importing a package that is there runs it; which one is not for the model to say."""
+    change_index(folder, unet=["wsgiref.simple_server", "WSGIServer"])
+
+
+def code_that_a_config_maps(folder: Path, canary: Path) -> None:
+    write_code(folder / "text_encoder" / "evil.py", canary, "ModelMixin")
+    change_config(folder, "text_encoder/config.json", auto_map={"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"})
+    write_code(folder / "unet" / "evil.py", canary, "UNet2DConditionModel")
+    change_config(folder, "unet/config.json", auto_map={"AutoModel": "evil.Evil"})
+
+
+def code_that_a_tokenizer_maps(folder: Path, canary: Path) -> None:
+    write_code(folder / "tokenizer" / "evil.py", canary, "ModelMixin")
+    change_config(folder, "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    change_index(folder, tokenizer=["transformers", "AutoTokenizer"])
+
+
+def code_of_a_model_that_is_asked_for_by_its_config(folder: Path, canary: Path) -> None:
+    code_that_a_config_maps(folder, canary)
+    change_index(folder, text_encoder=["transformers", "AutoModel"], unet=["diffusers", "AutoModel"])
+
+
+def an_adapter_that_is_a_pickle(folder: Path, canary: Path) -> None:
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(folder / "text_encoder"),
+        "target_modules": ["q_proj"],
+    }
+    (folder / "text_encoder" / "adapter_config.json").write_text(json.dumps(adapter))
+    (folder / "text_encoder" / "adapter_model.bin").write_bytes(pickle.dumps(Trap(canary)))
+
+
+def an_adapter_that_names_another_folder(folder: Path, canary: Path) -> None:
+    """transformers would load the model there; its config, too, is read from there."""
+    outside = folder.parent / "outside"
+    shutil.copytree(folder / "text_encoder", outside)
+    (outside / "model.safetensors").unlink()
+    (outside / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(canary)))
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(outside), "target_modules": ["q_proj"]}
+    (folder / "text_encoder" / "adapter_config.json").write_text(json.dumps(adapter))
+
+
+RUNS_NOTHING = [
+    code_of_a_part,
+    code_of_the_scheduler,
+    code_of_the_text_encoder,
+    code_of_the_pipeline,
+    code_of_a_pipeline_by_another_name,
+    code_of_an_additional_part,
+    code_by_a_dotted_name,
+    code_beside_the_index_of_the_working_directory,
+    code_under_the_name_of_our_scheduler,
+    code_of_an_installed_package,
+    code_that_a_config_maps,
+    code_that_a_tokenizer_maps,
+    code_of_a_model_that_is_asked_for_by_its_config,
+    an_adapter_that_is_a_pickle,
+    an_adapter_that_names_another_folder,
+]
+
+
+@pytest.mark.parametrize("plant", RUNS_NOTHING)
+def test_code_in_a_folder_leaves_no_trace(folder, tmp_path, plant, capsys, monkeypatch):
+    """Through our class, through diffusers' loader, and through the commands; what loads is what there was without."""
+    canary = tmp_path / "canary"
+    plant(folder, canary)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend("")
+    imported = set(sys.modules)
+    loads = [
+        lambda: RectifiedFlowPipeline.from_pretrained(folder),
+        lambda: RectifiedFlowImg2ImgPipeline.from_pretrained(folder),
+        lambda: load_pipeline(str(folder), "cpu", "float32"),
+        lambda: swap_components(make_tiny_pipeline("flow"), folder),
+    ]
+    for load in loads:
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            load()
+        assert not canary.exists()
+    assert "wsgiref.simple_server" not in sys.modules.keys() - imported
+    capsys.readouterr()
+    code = main(["generate", "--model", str(folder), "a red apple", "-o", str(tmp_path / "a.png")])
+    assert not canary.exists()
+    message = capsys.readouterr().err
+    if "adapter" in plant.__name__:
+        assert code == 2
+        assert "text_encoder holds an adapter_config.json" in message
+        assert message.count("\n") == 1
+    elif "maps" not in plant.__name__:
+        assert code == 2, message
+        assert not (tmp_path / "a.png").exists()
+
+
+def test_the_library_of_a_part_that_the_caller_has_imported(folder, monkeypatch):
+    """A user's own package: it runs because its user imported it, not because a model names it."""
+    change_index(folder, unet=["somebodys_models", "TheirUNet"])
+    with pytest.raises(ValueError, match=r"unet .*somebodys_models.*import it first"):
+        RectifiedFlowPipeline.from_pretrained(folder)
+    monkeypatch.setitem(sys.modules, "somebodys_models", types.ModuleType("somebodys_models"))
+    refuse_foreign_code(folder)
+
+
+def test_the_canary_sings(folder, tmp_path):
+    """The folders above do run their code where their reader says so: what they try to do is no empty threat."""
+    canary = tmp_path / "canary"
+    code_of_a_part(folder, canary)
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert canary.exists()
 
 
 # Headers that lie

@@ -8,8 +8,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from rectified_diffusers.inversion import edit, invert, round_trip_error
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.editing.inversion import edit, invert, round_trip_error
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.tiny import make_tiny_pipeline, make_xl_components
 
 

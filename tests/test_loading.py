@@ -18,7 +18,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
 )
-from rectified_diffusers.loading import _NETWORK, dtype_option, remedies
+from rectified_diffusers.loading.errors import _NETWORK, dtype_option, remedies
 from tests.hub.client import sample
 from tests.original_layout import original_layout
 from tests.tiny import make_components, make_tiny_pipeline

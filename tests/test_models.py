@@ -23,13 +23,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.pipelines import RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
-from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 from tests.tiny import make_components, make_unet
 from tests.training.helpers import SHORT, make_dataset
 

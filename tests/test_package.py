@@ -1,15 +1,21 @@
 """The package itself: public names, loaded on first use, and the bundled checkpoint's folder."""
 
 import ast
+import configparser
 import importlib
+import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import diffusers
 import pytest
+from packaging.version import Version
 
 import rectified_diffusers
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_importing_the_package_imports_neither_torch_nor_diffusers():
@@ -52,3 +58,28 @@ def test_bundled_checkpoint(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "model_index.json").write_text("{}")
     assert rectified_diffusers.bundled_checkpoint() == folder
+
+
+def stated_versions() -> dict[str, dict[str, str]]:
+    """Read the table of supported versions off the docs: the packages of each row."""
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8").partition("## Supported versions")[2]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\|.*", page, re.M)
+    ]
+    return {row[0]: dict(zip(head[2:], row[2:], strict=True)) for row in rows}
+
+
+def test_the_lowest_versions_are_those_that_are_installed_by_ci():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    bounds = dict(re.findall(r"^([\w-]+)>=([\w.]+)", config["options"]["install_requires"], flags=re.MULTILINE))
+    lowest = stated_versions()["lowest"]
+    assert {name: Version(bounds[name]) for name in lowest} == {name: Version(lowest[name]) for name in lowest}
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="newer Pythons get newer releases")
+def test_what_is_stated_for_python_3_10_is_what_it_gets():
+    """A newer release for 3.10, or a lower one, wants its line in the table; the lowest set is no question here."""
+    installed = {name: Version(importlib.metadata.version(name)) for name in ("diffusers", "transformers")}
+    rows = [stated_versions()[name] for name in ("newest on Python 3.10", "lowest")]
+    assert installed in [{name: Version(row[name]) for name in installed} for row in rows]

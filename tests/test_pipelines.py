@@ -58,20 +58,21 @@ def make(pipeline_class: Any, scheduler: Any) -> Any:
 
 @torch.no_grad()
 def hand_written_loop(pipeline, prompts, steps, guidance, seed):
-    """InstaFlow's sampler as plainly as it can be put: x += v / N, with time 1000 (1 - i/N) for the U-Net."""
+    """InstaFlow's sampler, written as its authors' loop is: dt = 1 / N, time (1 - i / N) * 1000, x = x + dt * v."""
     guided = guidance > 1
     text, null = pipeline.encode_prompt(prompts, "cpu", 1, guided)
     dtype = pipeline.unet.dtype
     x = torch.randn(len(prompts), 4, 8, 8, generator=torch.manual_seed(seed), dtype=dtype)
-    for i in range(steps):
-        timestep = torch.tensor(1000 * (1 - i / steps))
+    dt = 1.0 / steps
+    for timestep in [(1.0 - i / steps) * 1000.0 for i in range(steps)]:
+        timestep = torch.tensor(timestep)
         if guided:
             v = pipeline.unet(torch.cat([x, x]), timestep, torch.cat([null, text])).sample
             v_null, v_text = v.chunk(2)
             v = v_null + guidance * (v_text - v_null)
         else:
             v = pipeline.unet(x, timestep, text).sample
-        x = x + v / steps
+        x = x + dt * v
     return x
 
 

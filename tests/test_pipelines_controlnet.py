@@ -87,10 +87,10 @@ def predict(pipeline, x, timestep, controls, scales, guidance=1.0):
 
 
 def hand_written_loop(pipeline, controls, steps, scales, guidance=1.0):
-    """The authors' loop: x += v / N, the same timestep for the ControlNets and the U-Net."""
+    """The authors' loop: x += dt * v, the same timestep for the ControlNets and the U-Net."""
     x = noise()
     for i in range(steps):
-        x = x + predict(pipeline, x, torch.tensor(1000 * (1 - i / steps)), controls, scales, guidance) / steps
+        x = x + 1.0 / steps * predict(pipeline, x, torch.tensor(1000 * (1 - i / steps)), controls, scales, guidance)
     return x
 
 

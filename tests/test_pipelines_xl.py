@@ -77,12 +77,12 @@ def predict(pipeline, x, timestep, guidance=1.0, control=None):
 
 
 def hand_written_loop(pipeline, steps, guidance=1.0, control=None, data=0.0, strength=1.0):
-    """x += v * strength / N from t = 1 - strength, the noise end of the path being `data` of that strength."""
+    """x += strength / N * v from t = 1 - strength, the noise end of the path being `data` of that strength."""
     noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
     x = (1 - strength) * data + strength * noise
     for i in range(steps):
         timestep = torch.tensor(1000 * strength * (1 - i / steps))
-        x = x + predict(pipeline, x, timestep, guidance, control) / (steps / strength)
+        x = x + strength / steps * predict(pipeline, x, timestep, guidance, control)
     return x
 
 

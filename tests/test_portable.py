@@ -19,13 +19,9 @@ from diffusers.utils import dynamic_modules_utils
 from peft import LoraConfig
 
 import rectified_diffusers
-from rectified_diffusers import (
-    RectifiedFlowEulerScheduler,
-    RectifiedFlowImg2ImgPipeline,
-    RectifiedFlowPipeline,
-    portable,
-)
-from rectified_diffusers.portable import SCHEDULER_MODULE, save_portable
+from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
+from rectified_diffusers.export import portable
+from rectified_diffusers.export.portable import SCHEDULER_MODULE, save_portable
 from tests.hub.client import HubError, can_import, load, sample, save_again, start_client, the_hub
 from tests.hub.server import Repository, read_files
 from tests.tiny import make_components, make_tiny_pipeline, make_tiny_xl_pipeline
@@ -236,7 +232,7 @@ def test_a_model_of_this_package(tmp_path, monkeypatch):
     class OurUNet(type(pipeline.unet)):
         pass
 
-    monkeypatch.setattr(OurUNet, "__module__", "rectified_diffusers.models")
+    monkeypatch.setattr(OurUNet, "__module__", "rectified_diffusers.models.stacked_unet")
     pipeline.unet.__class__ = OurUNet
     with pytest.raises(ValueError, match="unet is a OurUNet, a model of rectified_diffusers"):
         save_portable(pipeline, tmp_path)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from rectified_diffusers import cli, real_triplets
-from rectified_diffusers.data import triplets as module
+from rectified_diffusers import cli
+from rectified_diffusers.data import dataset as module
+from rectified_diffusers.data import generate_real as real_triplets
 from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
-from rectified_diffusers.data.joined import JoinedTriplets
-from rectified_diffusers.data.triplets import TripletDataset, draw_noise
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
+from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset
+from rectified_diffusers.data.generate import draw_noise
+from rectified_diffusers.data.generate_real import generate_real_triplets
 from rectified_diffusers.flow.ode import heun
-from rectified_diffusers.real_triplets import generate_real_triplets
+from rectified_diffusers.models.velocity import PipelineVelocity
 from tests.data.test_triplets import contents
 from tests.tiny import make_tiny_pipeline
 

@@ -9,35 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 from PIL import Image
-from transformers import CLIPTextModelWithProjection
 
 from rectified_diffusers import cli
 from rectified_diffusers.cli.generate import REFINER
-from tests.tiny import make_text_config, make_tiny_pipeline, make_tokenizer, make_unet, make_vae
+from tests.tiny import make_tiny_pipeline
+from tests.tiny_inputs import make_refiner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "refine.py"
 SIZE = 32  # pixels of the tiny pipeline's pictures
 SHORT = ["--refine-steps", "4", "--refine-strength", "0.5"]
-
-
-def make_refiner() -> StableDiffusionXLImg2ImgPipeline:
-    """Build the second text encoder alone and a U-Net told size, crop and aesthetic score: five numbers, not six."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        added: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-        return StableDiffusionXLImg2ImgPipeline(
-            vae=make_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=CLIPTextModelWithProjection(make_text_config()).eval(),
-            tokenizer_2=make_tokenizer(),
-            unet=make_unet(projection_class_embeddings_input_dim=16 + 5 * 8, **added),
-            scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-            requires_aesthetics_score=True,
-            add_watermarker=False,
-        )
 
 
 @pytest.fixture(scope="module")

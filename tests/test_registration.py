@@ -10,7 +10,7 @@ import pytest
 from diffusers.pipelines import auto_pipeline, pipeline_loading_utils
 
 import rectified_diffusers
-from rectified_diffusers import registration
+from rectified_diffusers.pipelines import registration
 
 CHECK_REGISTERED = """
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
@@ -51,7 +51,7 @@ assert not hasattr(diffusers, "RectifiedFlowPipeline")
 assert not any(type(finder).__module__.startswith("rectified_diffusers") for finder in finders)
 rectified_diffusers.register()
 assert "RectifiedFlowPipeline" not in vars(diffusers)  # not imported before somebody asks
-assert diffusers.RectifiedFlowEulerScheduler.__module__ == "rectified_diffusers.schedulers"
+assert diffusers.RectifiedFlowEulerScheduler.__module__ == "rectified_diffusers.pipelines.scheduler"
 """
     run(code, RECTIFIED_DIFFUSERS_REGISTER="0")
 

@@ -12,17 +12,18 @@ from torch import Tensor
 
 import rectified_diffusers
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
-from rectified_diffusers.denoiser import Denoiser
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
+from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
-from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 from tests.tiny import make_diffusion_scheduler, make_tiny_pipeline, make_unet
 from tests.training.helpers import PROMPTS, SHORT, digests
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rectified_diffusers import RectifiedFlowPipeline, cli
-from rectified_diffusers.weights import stored
+from rectified_diffusers.weights import weight_files as stored
 from rectified_diffusers.weights.components import swap_components
 from rectified_diffusers.weights.delta import apply_weight_delta, compute_weight_delta, load_weight_delta
 from tests.tiny import make_tiny_pipeline, make_unet

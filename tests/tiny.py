@@ -318,7 +318,7 @@ def sample(pipeline: Any, seed: int = 0, prompt: Any = "a red apple", **kwargs: 
 
 def make_tiny_xl_pipeline(seed: int = 0) -> Any:
     """Build RectifiedFlowXLPipeline: 32x32 pictures, 4x8x8 latents."""
-    from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
+    from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 
     pipeline = RectifiedFlowXLPipeline(**make_xl_components(seed), scheduler=None, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
@@ -342,8 +342,8 @@ Kind = Literal["flow", "diffusion", "v_prediction", "zero_snr", "xl", "xl_flow",
 
 
 def _make_flow(seed: int) -> Any:
-    from rectified_diffusers.pipelines import RectifiedFlowPipeline
-    from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+    from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+    from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 
     return RectifiedFlowPipeline(**make_components(seed), scheduler=RectifiedFlowEulerScheduler())
 

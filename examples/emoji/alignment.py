@@ -17,7 +17,7 @@ from text import read_rows
 from tqdm import tqdm
 
 from rectified_diffusers.evaluation.alignment import AlignmentConfig, SentenceFeatures, retrieval, train_alignment
-from rectified_diffusers.evaluation.frechet import MobileNetV2Features
+from rectified_diffusers.evaluation.features import MobileNetV2Features
 
 UNSEEN_STYLE = "noto"
 

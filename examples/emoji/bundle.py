@@ -1,7 +1,7 @@
 """Put trained pipelines where they are kept: float16, model card, notice of the pictures' licences.
 
     python examples/emoji/bundle.py --model work/one_step/finished --figures benchmarks/results/emoji_one_step.md
-    python examples/emoji/bundle.py --teacher work/one_step/teacher --keep-as longer-teacher
+    python examples/emoji/bundle.py --teacher work/one_step/teacher
 
 The first puts a one-step model into the package; the second puts its teacher into this folder, so that who wants to
 begin with the teacher need not train it.
@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from rectified_diffusers import RectifiedFlowPipeline, __version__
+from rectified_diffusers.loading.saving import save_pipeline
 
 ASSETS = Path(__file__).parents[2] / "src" / "rectified_diffusers" / "assets" / "emoji-one-step"
 HERE = Path(__file__).parent
@@ -127,20 +128,11 @@ def mend_configs(folder: Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer_files(folder: Path) -> None:
-    """Write vocab.json and merges.txt, which transformers 4 reads, from the tokenizer.json of transformers 5."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
-    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
 def keep(pipeline: Any, output: Path, card: str) -> None:
     """Write a pipeline in float16 for any diffusers and transformers, in place of what is there."""
     shutil.rmtree(output, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(output)
+    save_pipeline(pipeline.to(torch.float16), output)
     mend_configs(output)
-    write_tokenizer_files(output / "tokenizer")
     (output / "README.md").write_text(card, encoding="utf-8")
     (output / "NOTICE").write_text(NOTICE, encoding="utf-8")
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
@@ -152,7 +144,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the one-step pipeline")
     parser.add_argument("--figures", type=Path, help="Markdown table that benchmarks/emoji_table.py wrote")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher")
-    parser.add_argument("--keep-as", default="diffusion-teacher", help="the teacher's folder beside this script")
+    parser.add_argument("--keep-as", default="teacher", help="the teacher's folder beside this script")
     args = parser.parse_args()
     if bool(args.model) != bool(args.figures) or not (args.model or args.teacher):
         parser.error("give --model and --figures, or --teacher, or all three.")

@@ -21,12 +21,13 @@ from teacher import train_teacher
 
 import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
 from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.data.generate import generate_triplets
+from rectified_diffusers.data.generate_real import generate_real_triplets
 from rectified_diffusers.data.prompts import read_prompts
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
-from rectified_diffusers.real_triplets import generate_real_triplets
 from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.matching import DistributionMatchingTrainer
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, help="file that prompts.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that weights.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder of the stages' folders")
-    parser.add_argument("--teacher", type=Path, default=Path(__file__).parent / "diffusion-teacher")
+    parser.add_argument("--teacher", type=Path, default=Path(__file__).parent / "teacher")
     parser.add_argument("--teacher-steps", type=int, default=911, help="further steps of the teacher; 0: as it is")
     parser.add_argument("--first-triplets", type=int, default=40_960, help="triplets of the teacher")
     parser.add_argument("--reflow-steps", type=int, default=390)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 from vae import as_input
 
-from rectified_diffusers.export import fold_sign
+from rectified_diffusers.export.stock import fold_sign
 
 PROMPTS = (
     *("a red apple", "grinning face", "dog face", "rocket", "a pizza", "heart", "cat", "house"),

@@ -11,9 +11,9 @@ import torch
 from benchmarks.triplet_memory import write_synthetic
 from torch import Tensor
 
-from rectified_diffusers.data import triplets as module
+from rectified_diffusers.data import dataset as module
+from rectified_diffusers.data.dataset import TripletDataset, verify_triplets
 from rectified_diffusers.data.shards import Shard, shard_path, write_shard
-from rectified_diffusers.data.triplets import TripletDataset, verify_triplets
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ import pytest
 import torch
 from benchmarks.triplet_memory import write_synthetic
 
-from rectified_diffusers.data.joined import JoinedTriplets, open_triplets
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset, open_triplets
 from rectified_diffusers.training.prompts import PromptEncoder
 from tests.data.test_triplets import generate
 from tests.tiny import make_tiny_pipeline
@@ -57,7 +56,7 @@ def test_the_guidance_is_that_of_the_first_folder_and_none_where_no_manifest_has
 
 
 def test_every_prompt_of_every_folder_is_remembered(folders):
-    from rectified_diffusers.denoiser import Denoiser
+    from rectified_diffusers.models.denoiser import Denoiser
 
     encoder = PromptEncoder(Denoiser.of(make_tiny_pipeline("flow")), torch.device("cpu"))
     encoder.remember(JoinedTriplets(folders))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rectified_diffusers.data import processes
+from rectified_diffusers import distributed as processes
 from tests.data.test_triplets import contents
 from tests.tiny import make_tiny_pipeline
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.solvers import _STOCHASTIC, make_solver
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 NAMES = get_args(get_type_hints(TripletConfig)["solver"])[3:]
 FLOW_NAMES = [

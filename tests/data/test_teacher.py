@@ -17,7 +17,7 @@ from diffusers import (
 
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.teacher import Teacher, fingerprint
-from rectified_diffusers.denoiser import pack, unpack
+from rectified_diffusers.models.latents import pack, unpack
 from tests.tiny import make_components, make_tiny_pipeline
 
 

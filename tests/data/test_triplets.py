@@ -18,12 +18,13 @@ import torch
 from benchmarks.triplet_memory import write_synthetic
 from safetensors.torch import load_file
 
-from rectified_diffusers.data import triplets as module
+from rectified_diffusers.data import dataset as module
 from rectified_diffusers.data.config import TripletConfig
+from rectified_diffusers.data.dataset import TripletDataset, Triplets, verify_triplets
+from rectified_diffusers.data.generate import draw_noise, generate_triplets
 from rectified_diffusers.data.manifest import first_difference, identity
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.data.teacher import Teacher
-from rectified_diffusers.data.triplets import TripletDataset, Triplets, draw_noise, generate_triplets, verify_triplets
 from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "", "the café"]

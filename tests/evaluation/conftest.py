@@ -3,19 +3,15 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from torch import Tensor
 
-from rectified_diffusers.evaluation import judges
+from rectified_diffusers.evaluation import scorers as judges
 from rectified_diffusers.evaluation.alignment import AlignmentModel
+from tests.tiny_inputs import write_pictures, write_sentence_encoder
 
-CAPTIONS = {"a red apple": "train", "the sea": "train", "a cat": "train", "two dogs": "caption"}
-SIZE = 32  # pixels of the tiny pipeline's pictures
-PER_CAPTION = 6
 DIMENSIONS = 8
 
 
@@ -28,18 +24,9 @@ def _no_progress_bar():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """An imagefolder: six noisy pictures of each caption, half of them in a style of their own, one split held out."""
+    """An imagefolder of `tests.tiny_inputs`."""
     folder = tmp_path_factory.mktemp("data")
-    draw = np.random.default_rng(0)
-    lines = []
-    for number, (caption, split) in enumerate(CAPTIONS.items()):
-        color = draw.integers(0, 200, 3)
-        for i in range(PER_CAPTION):
-            pixels = (color + draw.integers(0, 56, (SIZE, SIZE + 8, 3))).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{number}-{i}.png")
-            style = "pencil" if i % 2 else "oil"
-            lines.append({"file_name": f"{number}-{i}.png", "text": caption, "split": split, "style": style})
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_pictures(folder)
     return folder
 
 
@@ -66,21 +53,8 @@ def pooled(monkeypatch) -> Pooled:
 
 @pytest.fixture(scope="session")
 def sentence_encoder(tmp_path_factory) -> Path:
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
     folder = tmp_path_factory.mktemp("sentences")
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *sorted({w for caption in CAPTIONS for w in caption.split()}),
-    ]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    write_sentence_encoder(folder)
     return folder
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rectified_diffusers.data.triplets import TripletDataset
-from tests.evaluation.conftest import CAPTIONS
+from rectified_diffusers.data.dataset import TripletDataset
 from tests.tiny import make_tiny_pipeline
+from tests.tiny_inputs import CAPTIONS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -126,7 +126,7 @@ def run(module, arguments, monkeypatch, *more):
 @pytest.fixture
 def tiny_pictures(monkeypatch, scripts, pooled):
     (_, ablation), counted = scripts, []
-    monkeypatch.setattr("rectified_diffusers.evaluation.drawing.Drawer.seconds_per_image", lambda self, prompts: 0.5)
+    monkeypatch.setattr("rectified_diffusers.evaluation.gallery.Drawer.seconds_per_image", lambda self, prompts: 0.5)
     original = scripts[0].Table.train_stage
 
     def train_stage(self, stage, *rest):

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.clip_score import CLIPScore, clip_score
+from rectified_diffusers.evaluation.features import CLIPScore, clip_score
 
 
 @pytest.fixture(scope="module")

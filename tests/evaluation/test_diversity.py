@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.diversity import diversity
+from rectified_diffusers.evaluation.metrics import diversity
 
 
 def test_it_is_the_mean_cosine_distance_of_pairs():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from rectified_diffusers.evaluation.drawing import CHUNK, Drawer, Gallery, cached, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.gallery import CHUNK, Drawer, Gallery, cached, fingerprint, for_evaluation
 from tests.tiny import make_tiny_pipeline
 
 

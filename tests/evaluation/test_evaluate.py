@@ -7,16 +7,16 @@ from rectified_diffusers import cli
 from rectified_diffusers.cli.evaluate import _picture_size
 from rectified_diffusers.cli.shared import CommandError
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.triplets import generate_triplets
-from rectified_diffusers.evaluation import drawing
+from rectified_diffusers.data.generate import generate_triplets
+from rectified_diffusers.data.images import choose, read_pictures
+from rectified_diffusers.evaluation import gallery as drawing
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate
-from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
-from rectified_diffusers.evaluation.judges import inception_judge, mobilenet_judge
-from rectified_diffusers.evaluation.pictures import choose, read_pictures
+from rectified_diffusers.evaluation.metrics import frechet_distance, statistics_of
 from rectified_diffusers.evaluation.report import Evaluation
-from tests.evaluation.conftest import SIZE
+from rectified_diffusers.evaluation.scorers import inception_judge, mobilenet_judge
 from tests.tiny import make_tiny_pipeline
+from tests.tiny_inputs import SIZE
 
 SMALL = {
     "num_pictures": 6,

@@ -8,12 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rectified_diffusers.evaluation.frechet import (
-    FeatureStatistics,
-    MobileNetV2Features,
-    frechet_distance,
-    statistics_of,
-)
+from rectified_diffusers.evaluation.features import MobileNetV2Features
+from rectified_diffusers.evaluation.metrics import FeatureStatistics, frechet_distance, statistics_of
 
 
 def statistics(features):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
-from rectified_diffusers.evaluation.inception import InceptionV3Features
+from rectified_diffusers.evaluation.features import InceptionV3Features
+from rectified_diffusers.evaluation.metrics import frechet_distance, statistics_of
 
 
 def images_of(count, seed):

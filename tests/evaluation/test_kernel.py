@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.kernel import kernel_distance, squared_discrepancy
+from rectified_diffusers.evaluation.metrics import kernel_distance, squared_discrepancy
 
 
 def features(count, seed, shift=0.0):

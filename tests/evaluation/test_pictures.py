@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rectified_diffusers.evaluation.pictures import choose, read_pictures
-from tests.evaluation.conftest import CAPTIONS, PER_CAPTION, SIZE
+from rectified_diffusers.data.images import choose, read_pictures
+from tests.tiny_inputs import CAPTIONS, PER_CAPTION, SIZE
 
 
 def test_an_imagefolder_is_squared_and_knows_its_captions(data):

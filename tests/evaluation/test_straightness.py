@@ -7,15 +7,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_diffusers.evaluation.straightness import (
-    PipelineVelocity,
-    Straightness,
-    pipeline_straightness,
-    pool,
-    straightness,
-)
+from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness, pool, straightness
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 
 def noise_of(count, *shape, seed=0):

@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 from rectified_diffusers.cli import COMMANDS, build_parser
 from rectified_diffusers.cli.shared import CommandError
+from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import MANIFEST_NAME
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
-from rectified_diffusers.data.triplets import TripletDataset
 from rectified_diffusers.options import options_from
 from rectified_diffusers.training.checkpoint import (
     STATE,

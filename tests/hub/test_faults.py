@@ -222,7 +222,7 @@ def test_a_delta_by_its_hub_id_is_compared_with_its_hash(hub, client, cache):
 
 
 def swapped(source: str, folder: str, cache: str) -> list[str]:
-    from rectified_diffusers.pipelines import RectifiedFlowPipeline
+    from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
     from rectified_diffusers.weights.components import swap_components
 
     pipeline = RectifiedFlowPipeline.from_pretrained(folder)
@@ -236,7 +236,7 @@ def test_parts_of_a_fine_tune_are_compared_with_their_hash(hub, client, cache, t
 
 
 def with_lora(source: str, folder: str, cache: str) -> list[str]:
-    from rectified_diffusers.pipelines import RectifiedFlowPipeline
+    from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 
     pipeline = RectifiedFlowPipeline.from_pretrained(folder)
 

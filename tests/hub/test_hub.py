@@ -74,7 +74,7 @@ def test_first_download_then_the_cache_then_offline(hub, client, cache, expected
 def test_every_loader_gives_our_pipeline(client, shared_cache, expected, loader, repository):
     loaded = client.load(loader, repository, cache_dir=shared_cache)
     assert (loaded.pipeline, loaded.scheduler) == ("RectifiedFlowPipeline", "RectifiedFlowEulerScheduler")
-    assert loaded.module == "rectified_diffusers.schedulers"
+    assert loaded.module == "rectified_diffusers.pipelines.scheduler"
     assert loaded.messages == ([] if repository == OURS else REPLACED)
     assert (loaded.latents == expected) == (repository != TWO_FLOW)  # its newest version has other weights
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 
-from rectified_diffusers.pipelines import RectifiedFlowImg2ImgPipeline
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowImg2ImgPipeline
 from rectified_diffusers.speed.optimize import optimize
 from rectified_diffusers.weights.components import swap_components
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline

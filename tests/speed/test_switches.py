@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.speed.attention import attention, blockwise_attention
 from rectified_diffusers.speed.compilation import Compiled, compiled
-from rectified_diffusers.speed.images import to_pictures
-from rectified_diffusers.speed.memory import can_keep_memory, kept_memory
+from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, to_pictures
 from rectified_diffusers.speed.precision import converted, fast_dtype
 from rectified_diffusers.speed.projections import fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling, folded_weight
@@ -163,6 +162,19 @@ def test_sizes_that_change_are_compiled_for_once(fresh_compiler):
             torch.testing.assert_close(found, unet(x, t, text).sample, atol=1e-5, rtol=1e-5)
             counts.append(backend.count)
     assert counts == [1, 1, 2, 2, 2, 2]
+
+
+@torch.no_grad()
+def test_a_folded_layer_is_compiled_in_one_piece_and_follows_its_weights(fresh_compiler, monkeypatch):
+    layer: Any = Upsample2D(3, use_conv=True)
+    x, bias = torch.randn(1, 3, 4, 5), layer.conv.bias[:, None, None]
+    stock, backend = layer(x), Backend()
+    with folded_upsampling(layer):
+        monkeypatch.setattr(layer, "forward", torch.compile(layer.forward, backend=backend, fullgraph=True))
+        torch.testing.assert_close(layer(x), stock, atol=1e-5, rtol=1e-5)
+        layer.conv.weight.mul_(2)
+        torch.testing.assert_close(layer(x) - bias, 2 * (stock - bias), atol=1e-5, rtol=1e-5)
+    assert backend.count == 1
 
 
 @pytest.mark.slow

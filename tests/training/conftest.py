@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from diffusers.utils import logging as diffusers_logging
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from tests.training.helpers import make_dataset
 
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import MANIFEST_NAME, identity
 from rectified_diffusers.data.shards import shard_path, write_shard
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training import checkpoint
 from rectified_diffusers.training.config import (
     DistillConfig,
@@ -27,7 +27,7 @@ from rectified_diffusers.training.config import (
     TrainerConfig,
 )
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.matching import DistributionMatchingTrainer
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.trainer import Trainer

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from tests.training.helpers import make_trainer
 
 
@@ -26,7 +26,7 @@ def allow_fsdp_on_cpu() -> None:
 
 def main(triplets: str, output: str, *runs: str) -> None:
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if all(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "CPU")):
         allow_fsdp_on_cpu()
     dataset = TripletDataset(triplets)
     for run in runs:

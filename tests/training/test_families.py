@@ -14,14 +14,14 @@ from diffusers import (
 )
 
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.joined import JoinedTriplets
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
-from rectified_diffusers.denoiser import Denoiser
+from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset
+from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.evaluation.straightness import pipeline_straightness
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
+from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer

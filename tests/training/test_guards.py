@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.training import checkpoint as checkpoint_module
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps, require_space
 from rectified_diffusers.training.guards import require_direction, require_same_latents
-from rectified_diffusers.training.output import RunFolder
+from rectified_diffusers.training.run_folder import RunFolder
 from tests.tiny import make_vae
 from tests.training.helpers import TRAINERS, digests, fail_at, make_ends, make_trainer
 

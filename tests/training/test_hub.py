@@ -9,10 +9,10 @@ from unittest import mock
 import pytest
 from huggingface_hub import ModelCard
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.config import ReflowConfig
-from rectified_diffusers.training.hub import Card, base_model_of
+from rectified_diffusers.training.model_card import Card, base_model_of
 from tests.hub.client import Client, start_client, the_hub
 from tests.hub.server import Hub
 from tests.tiny import make_tiny_pipeline

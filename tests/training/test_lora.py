@@ -8,9 +8,9 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.models import StackedUNet
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.models.stacked_unet import StackedUNet
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer

@@ -8,8 +8,7 @@ import torch
 
 from rectified_diffusers.flow.loss import endpoint_loss, pseudo_huber, velocity_loss
 from rectified_diffusers.training.config import DistillConfig
-from rectified_diffusers.training.losses import FlowLoss
-from rectified_diffusers.training.perceptual import DecodedDistance
+from rectified_diffusers.training.losses import DecodedDistance, FlowLoss
 from tests.tiny import make_vae
 
 KINDS: list[Any] = ["l2", "pseudo_huber", "lpips", "lpips_huber"]

@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
-from rectified_diffusers.training.matching import DistributionMatchingTrainer, matching_gradient
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer, matching_gradient
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, digests, make_dataset, make_matching_teacher, make_trainer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rectified_diffusers.flow import FixedTime, pseudo_huber
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.training.objective import FlowBatch, FlowObjective
 
 SHAPE = (64, 4, 3, 3)

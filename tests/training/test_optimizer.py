@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.training.optimizer import load_optimizer_tensors, optimizer_tensors
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.training.trained import load_optimizer_tensors, optimizer_tensors
 from tests.training.helpers import digests, make_trainer
 
 

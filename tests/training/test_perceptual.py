@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.training.perceptual import DecodedDistance, load_lpips
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.training.losses import DecodedDistance, load_lpips
 from tests.tiny import make_vae
 from tests.training.helpers import make_trainer
 

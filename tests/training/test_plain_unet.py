@@ -8,11 +8,11 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from rectified_diffusers.export import export_diffusers
+from rectified_diffusers.export.stock import export_diffusers
+from rectified_diffusers.models.plain_unet import plain_unet
+from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.plain_unet import plain_unet
-from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 from tests.tiny import make_diffusion_scheduler, make_tiny_pipeline, make_unet
 from tests.training.helpers import SHORT, digests, make_dataset
 

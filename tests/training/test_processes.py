@@ -17,9 +17,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 
 from rectified_diffusers.cli import main
-from rectified_diffusers.data.processes import several_on_cpu
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.distributed import several_on_cpu
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import read_checkpoint
 from rectified_diffusers.training.sharding import is_sharded, shared_out, whole
 from tests.tiny import make_tiny_pipeline

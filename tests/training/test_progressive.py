@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.progressive import ProgressiveTrainer

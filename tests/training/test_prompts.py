@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.denoiser import Denoiser
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training import prompts as prompts_module
 from rectified_diffusers.training.prompts import PromptEncoder
 from tests.tiny import make_tiny_pipeline

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from tests.training.helpers import make_trainer, one_step_error, record_unet_calls
 
 

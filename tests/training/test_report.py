@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from rectified_diffusers.evaluation.straightness import Straightness
-from rectified_diffusers.training.charts import bars, curve
-from rectified_diffusers.training.report import MAX_SHEETS, write_report
+from rectified_diffusers.training.report import MAX_SHEETS, bars, curve, write_report
 from tests.training.helpers import make_trainer
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import checkpoint
 from rectified_diffusers.training.trainer import Trainer
 from tests.training.helpers import KILLED_RUN, TRAINERS, digests, fail_at, make_ends, make_trainer, write_dataset

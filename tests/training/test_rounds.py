@@ -7,8 +7,8 @@ import pytest
 
 from rectified_diffusers import cli
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.triplets import generate_triplets
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
+from rectified_diffusers.data.generate import generate_triplets
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -17,7 +17,7 @@ from rectified_diffusers.training.config import (
     TrainerConfig,
 )
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.matching import DistributionMatchingTrainer
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_tiny_pipeline

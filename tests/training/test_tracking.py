@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from accelerate.tracking import WandBTracker
 
-from rectified_diffusers.data.triplets import TripletDataset
+from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import trainer as trainer_module
 from rectified_diffusers.training.tracking import PROJECT
 from tests.training.helpers import digests, make_trainer

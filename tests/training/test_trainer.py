@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.trainer import Trainer

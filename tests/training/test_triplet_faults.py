@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from rectified_diffusers.data.config import TripletConfig
-from rectified_diffusers.data.triplets import TripletDataset, generate_triplets
-from rectified_diffusers.denoiser import Denoiser
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.data.generate import generate_triplets
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.prompts import PromptEncoder
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import PROMPTS, digests, make_trainer

@@ -91,6 +91,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
     if (arguments.output / "model_index.json").exists():
         raise CommandError(f"the folder {str(arguments.output)!r} holds a pipeline already; give a new one")
     check_output_dir(arguments.output)
+    from rectified_diffusers.loading.saving import save_pipeline
     from rectified_diffusers.weights.components import swap_components
     from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 
@@ -102,7 +103,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
     if arguments.components_from is not None:
         swap_components(pipeline, arguments.components_from)
     with without_bars_of_libraries():
-        pipeline.save_pretrained(arguments.output)
+        save_pipeline(pipeline, arguments.output)
     text = f"{arguments.output}: {arguments.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}"
     print_result(arguments, text, output=arguments.output, model=arguments.model, deltas=len(deltas))
 

@@ -22,11 +22,11 @@ from rectified_diffusers.cli.shared import (
     load_pipeline,
     print_result,
 )
-from rectified_diffusers.demo.orders import MAX_GUIDANCE, MAX_STEPS, PROMPTS, Order
+from rectified_diffusers.demo.requests import MAX_GUIDANCE, MAX_STEPS, PROMPTS, Order
 
 if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio
-    from rectified_diffusers.demo.waiting import ComingStudio
+    from rectified_diffusers.demo.worker import ComingStudio
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -70,11 +70,11 @@ def run_demo(arguments: argparse.Namespace) -> None:
         check_model(arguments.teacher)
     if arguments.controlnet is not None:
         check_model(arguments.controlnet, "config.json", "ControlNet")
-    from rectified_diffusers.demo.apart import StudioProcess
+    from rectified_diffusers.demo.worker import StudioProcess
 
     with StudioProcess(partial(_studio, model, styles, arguments)) as drawing:
-        from rectified_diffusers.demo.answers import comparison_with
-        from rectified_diffusers.demo.waiting import ComingStudio
+        from rectified_diffusers.demo.requests import comparison_with
+        from rectified_diffusers.demo.worker import ComingStudio
 
         teacher = arguments.teacher is not None
         beside = comparison_with(teacher, arguments.teacher_steps, arguments.teacher_guidance_scale)
@@ -147,7 +147,7 @@ def _style(text: str) -> tuple[Path, float]:
 def _load_controlnet(name: str, dtype: Any) -> Any:
     from diffusers import ControlNetModel
 
-    from rectified_diffusers.loading import dtype_option, remedies
+    from rectified_diffusers.loading.errors import dtype_option, remedies
 
     with remedies(name):
         return ControlNetModel.from_pretrained(name, use_safetensors=True, **dtype_option(dtype))

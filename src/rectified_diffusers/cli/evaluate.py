@@ -20,7 +20,7 @@ from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.options import add_options, options_from
 
 if TYPE_CHECKING:
-    from rectified_diffusers.evaluation.pictures import RealPictures
+    from rectified_diffusers.data.images import RealPictures
 
 
 def add_evaluate(commands: Any) -> argparse.ArgumentParser:
@@ -57,8 +57,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     model = default_model() if arguments.model is None else arguments.model
     name = arguments.name or (Path(model).resolve().name if Path(model).is_dir() else model)
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    from rectified_diffusers.data.images import read_pictures
     from rectified_diffusers.evaluation.evaluate import evaluate
-    from rectified_diffusers.evaluation.pictures import read_pictures
 
     if arguments.data:
         pictures = read_pictures(folder, _picture_size(pipeline), config.seen_split)
@@ -77,7 +77,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 def _picture_size(pipeline: Any) -> int:
     """Give the side of a model's own pictures in pixels."""
-    from rectified_diffusers.denoiser import latent_shape
+    from rectified_diffusers.models.latents import latent_shape
 
     _, height, width = latent_shape(pipeline)
     if height != width:
@@ -89,9 +89,9 @@ def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig)
     """View a teacher's data, decoded by the model's own VAE, as the real pictures."""
     import torch
 
-    from rectified_diffusers.data.triplets import TripletDataset
-    from rectified_diffusers.evaluation.drawing import digest_of
-    from rectified_diffusers.evaluation.pictures import RealPictures
+    from rectified_diffusers.data.dataset import TripletDataset
+    from rectified_diffusers.data.images import RealPictures
+    from rectified_diffusers.evaluation.gallery import digest_of
 
     dataset, vae = TripletDataset(folder), pipeline.vae
 

@@ -52,7 +52,9 @@ def run_export(arguments: argparse.Namespace) -> None:
     else:
         check_output_dir(arguments.output)
     pipeline = load_pipeline(arguments.model, arguments.device, arguments.dtype)
-    from rectified_diffusers.export import export_diffusers, export_onnx, export_unet
+    from rectified_diffusers.export.onnx import export_onnx
+    from rectified_diffusers.export.original_layout import export_unet
+    from rectified_diffusers.export.stock import export_diffusers
 
     if is_file:
         export_unet(pipeline, arguments.output, arguments.format)

@@ -57,8 +57,8 @@ def add_interpolate(commands: Any) -> argparse.ArgumentParser:
 def run_interpolate(arguments: argparse.Namespace) -> None:
     """Draw the pictures once, and write them to each of the outputs."""
     _check(arguments)
-    from rectified_diffusers.animation import check_keys, interpolate
-    from rectified_diffusers.animation_files import ANIMATIONS, check_animation, save_animation
+    from rectified_diffusers.editing.animation import ANIMATIONS, check_animation, save_animation
+    from rectified_diffusers.editing.interpolation import check_keys, interpolate
 
     check_keys(arguments.prompts, arguments.seeds)
     for output in arguments.output:

@@ -150,10 +150,12 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
-    from rectified_diffusers.loading import dtype_option, remedies
-    from rectified_diffusers.registration import register
+    from rectified_diffusers.loading.errors import dtype_option, remedies
+    from rectified_diffusers.loading.safety import refuse_foreign_code
+    from rectified_diffusers.pipelines.registration import register
 
     register()
+    refuse_foreign_code(model)
     with without_bars_of_libraries(), remedies(model):
         precision = dtype_option(_dtype(dtype, resolved))
         pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)

@@ -96,9 +96,9 @@ def run_training(arguments: argparse.Namespace) -> None:
                 raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} {command}")
     check_output_dir(config.output_dir)
     pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
-    from rectified_diffusers.data.joined import open_triplets
+    from rectified_diffusers.data.dataset import open_triplets
     from rectified_diffusers.training.distill import DistillTrainer
-    from rectified_diffusers.training.matching import DistributionMatchingTrainer
+    from rectified_diffusers.training.dmd import DistributionMatchingTrainer
     from rectified_diffusers.training.progressive import ProgressiveTrainer
     from rectified_diffusers.training.reflow import ReflowTrainer
 

@@ -80,7 +80,7 @@ def run_triplets(arguments: argparse.Namespace) -> None:
     config = options_from(arguments, TripletConfig)
     prompts = open_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split)
     teacher = _load_teacher(arguments)
-    from rectified_diffusers.data.triplets import generate_triplets
+    from rectified_diffusers.data.generate import generate_triplets
 
     _report(arguments, generate_triplets(teacher, prompts, arguments.output_dir, config, progress=True))
 
@@ -90,7 +90,7 @@ def run_real_triplets(arguments: argparse.Namespace) -> None:
     if not arguments.data.is_dir():
         raise CommandError(f"no folder {str(arguments.data)!r}; give one of pictures with a metadata.jsonl")
     teacher = _load_teacher(arguments)
-    from rectified_diffusers.real_triplets import generate_real_triplets
+    from rectified_diffusers.data.generate_real import generate_real_triplets
 
     _report(arguments, generate_real_triplets(teacher, arguments.data, arguments.output_dir, config, progress=True))
 
@@ -100,14 +100,14 @@ def _load_teacher(arguments: argparse.Namespace) -> Any:
     check_output_dir(arguments.output_dir)
     device = arguments.device
     if "WORLD_SIZE" in os.environ:  # a process of accelerate launch, which has a device of its own
-        from rectified_diffusers.data.processes import join_processes
+        from rectified_diffusers.distributed import join_processes
 
         device = str(join_processes().device) if device == "auto" else device
     return load_pipeline(arguments.teacher, device, arguments.dtype)
 
 
 def _report(arguments: argparse.Namespace, dataset: Sized) -> None:
-    from rectified_diffusers.data.processes import join_processes
+    from rectified_diffusers.distributed import join_processes
 
     if join_processes().is_main_process:
         text = f"{arguments.output_dir}: {len(dataset)} triplets"
@@ -124,7 +124,7 @@ def add_verify(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
-    from rectified_diffusers.data.triplets import verify_triplets
+    from rectified_diffusers.data.dataset import verify_triplets
 
     dataset = verify_triplets(arguments.folder, progress=True)
     text = f"{arguments.folder}: {len(dataset)} triplets, all sound"

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import DPMSolverMultistepScheduler
 
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 # Samplers that add noise of their own on the way. `sde` variants of other classes are told by their config.
 _STOCHASTIC = (

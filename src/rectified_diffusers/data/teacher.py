@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rectified_diffusers import __version__
 from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.solvers import make_solver
-from rectified_diffusers.denoiser import Conditioning, Denoiser, latent_shape, pack, packs_latents, unpack
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser
+from rectified_diffusers.models.latents import latent_shape, pack, packs_latents, unpack
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 _SAMPLED_VALUES = 1024  # of each tensor, in the fingerprint of a teacher

@@ -11,12 +11,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from rectified_diffusers.animation_files import save_animation
-from rectified_diffusers.demo import look
-from rectified_diffusers.demo.answers import Drawing
-from rectified_diffusers.demo.background import Wishes
-from rectified_diffusers.demo.history import LENGTH, Entry, pack, unpack
-from rectified_diffusers.demo.orders import (
+from rectified_diffusers.demo import markup
+from rectified_diffusers.demo.requests import (
     MAX_CHARACTERS,
     MAX_FRAMES,
     MAX_GUIDANCE,
@@ -24,10 +20,23 @@ from rectified_diffusers.demo.orders import (
     MAX_STEPS,
     PROMPTS,
     STYLE_SCALES,
+    Drawing,
+)
+from rectified_diffusers.demo.session import (
+    LENGTH,
+    SLOTS,
+    Entry,
+    Visit,
+    other_prompt,
+    other_seed,
+    pack,
+    unpack,
+    unread_remark,
 )
 from rectified_diffusers.demo.sketches import CANVAS, CANVAS_SCRIPT, lines_of
-from rectified_diffusers.demo.visit import SLOTS, Visit, other_prompt, other_seed, unread_remark
-from rectified_diffusers.demo.waiting import AnyStudio
+from rectified_diffusers.demo.tasks import Wishes
+from rectified_diffusers.demo.worker import AnyStudio
+from rectified_diffusers.editing.animation import save_animation
 
 QUEUE_LENGTH = 256  # visitors beyond are told that the queue is full
 SESSIONS = 256  # whose histories are remembered on this side
@@ -67,7 +76,7 @@ class _Page:
         self.wishes = Wishes()
         self.visit = gr.State(Visit(styles=tuple(path for path, _ in styles)), time_to_live=CACHE_SECONDS[1])
         self.browser = gr.BrowserState([], storage_key="rectified-diffusers")
-        self.title = gr.HTML(look.title(studio.about()), elem_id="title", padding=False)
+        self.title = gr.HTML(markup.title(studio.about()), elem_id="title", padding=False)
         self.typed = gr.HTML("", js_on_load=TYPING_SCRIPT, visible="hidden")
         with gr.Row(equal_height=True):
             self.prompt = gr.Textbox(
@@ -99,12 +108,12 @@ class _Page:
     def _lay_out_pictures(self) -> None:
         with gr.Row():
             with gr.Column():
-                self.caption = _html(look.own_caption(None), "own-caption")
+                self.caption = _html(markup.own_caption(None), "own-caption")
                 self.picture = _picture("picture")
             with gr.Column():
-                self.beside_caption = _html(look.comparison_caption(self.studio.comparison), "beside-caption")
+                self.beside_caption = _html(markup.comparison_caption(self.studio.comparison), "beside-caption")
                 self.beside = _picture("beside")
-        self.remark = _html(look.remark(self.studio.comparison.remark), "remark")
+        self.remark = _html(markup.remark(self.studio.comparison.remark), "remark")
         self.history = gr.Gallery(
             show_label=False,
             columns=LENGTH // 2,
@@ -121,19 +130,19 @@ class _Page:
     def _lay_out_sketch(self) -> None:
         with gr.Row():
             with gr.Column():
-                _html(look.own_caption(None, "Draw lines", "the picture follows them"))
+                _html(markup.own_caption(None, "Draw lines", "the picture follows them"))
                 self.sketch = gr.HTML(
                     "", html_template=CANVAS, js_on_load=CANVAS_SCRIPT, padding=False, elem_id="sketch"
                 )
                 self.strength = gr.Slider(0, 2, 1, step=0.05, label="How closely")
             with gr.Column():
-                self.sketch_caption = _html(look.own_caption(None), "sketch-caption")
+                self.sketch_caption = _html(markup.own_caption(None), "sketch-caption")
                 self.sketch_picture = _picture("sketch-picture")
 
     def _lay_out_morph(self) -> None:
         with gr.Row():
             with gr.Column():
-                _html(look.own_caption(None, "Travel", "from the sentence and seed above to these"))
+                _html(markup.own_caption(None, "Travel", "from the sentence and seed above to these"))
                 self.end_prompt = gr.Textbox(PROMPTS[1], label="Sentence", max_length=MAX_CHARACTERS)
                 with gr.Row():
                     self.end_seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -141,7 +150,7 @@ class _Page:
                 self.loop = gr.Checkbox(True, label="and back, without a seam")
                 self.animate = gr.Button("Animate", variant="primary", elem_id="animate")
             with gr.Column():
-                self.morph_caption = _html(look.own_caption(None, "The way", ""), "morph-caption")
+                self.morph_caption = _html(markup.own_caption(None, "The way", ""), "morph-caption")
                 self.morph_picture = _picture("morph-picture")
 
     def _lay_out_settings(self) -> None:
@@ -224,13 +233,13 @@ class _Page:
 
     def _draw_live(self, visit: Visit, prompt: str, *settings: Any) -> tuple[Any, ...]:
         """Draw what is being typed; the comparison is of an older prompt now."""
-        stale = look.comparison_caption(self.studio.comparison)
+        stale = markup.comparison_caption(self.studio.comparison)
         if not prompt.strip() or settings[0] is None:  # in the middle of writing another
-            return replace(visit, shown=None), gr.skip(), look.own_caption(None), gr.skip(), stale
+            return replace(visit, shown=None), gr.skip(), markup.own_caption(None), gr.skip(), stale
         if self._is_shown(visit, prompt, *settings):  # Enter was quicker, and the comparison is of this
             return tuple(gr.skip() for _ in range(5))
         visit, drawing, remark = self._drawn(visit, prompt, *settings, keep=False)
-        return visit, drawing.image, look.own_caption(drawing, prompt=prompt[:MAX_CHARACTERS]), remark, stale
+        return visit, drawing.image, markup.own_caption(drawing, prompt=prompt[:MAX_CHARACTERS]), remark, stale
 
     def _is_shown(self, visit: Visit, *screen: Any) -> bool:
         with _told():
@@ -238,9 +247,9 @@ class _Page:
 
     def _draw_and_keep(self, visit: Visit, *screen: Any) -> tuple[Any, ...]:
         visit, drawing, remark = self._drawn(visit, *screen, keep=True)
-        waiting = look.comparison_caption(self.studio.comparison, Drawing(None, 0, 0, self.studio.comparison.steps))
+        waiting = markup.comparison_caption(self.studio.comparison, Drawing(None, 0, 0, self.studio.comparison.steps))
         kept = _thumbnails(visit.entries), pack(visit.entries)
-        return visit, drawing.image, look.own_caption(drawing, prompt=screen[0]), remark, waiting, *kept
+        return visit, drawing.image, markup.own_caption(drawing, prompt=screen[0]), remark, waiting, *kept
 
     def _drawn(self, visit: Visit, *screen: Any, keep: bool) -> tuple[Visit, Drawing, str]:
         with _told():
@@ -250,7 +259,7 @@ class _Page:
         return (
             visit,
             drawing,
-            look.remark(cut, unread_remark(self.studio, order.prompt), self.studio.comparison.remark),
+            markup.remark(cut, unread_remark(self.studio, order.prompt), self.studio.comparison.remark),
         )
 
     def _compare(self, visit: Visit, request: gr.Request, *screen: Any) -> Iterator[tuple[Any, str]]:
@@ -258,21 +267,21 @@ class _Page:
         with _told():
             order, _ = visit.order(*screen[:4], scales=screen[4:])
             # First of all something, or a wish that is obsolete at once would leave blanks.
-            yield gr.skip(), look.comparison_caption(beside, Drawing(None, 0, 0, beside.steps))
+            yield gr.skip(), markup.comparison_caption(beside, Drawing(None, 0, 0, beside.steps))
             for drawing in self.wishes.while_current(str(request.session_hash), self.studio.compare(order)):
                 picture = gr.skip() if drawing.image is None else drawing.image
-                yield picture, look.comparison_caption(beside, drawing, visit.own_seconds)
+                yield picture, markup.comparison_caption(beside, drawing, visit.own_seconds)
 
     def _draw_sketch(self, visit: Visit, *values: Any) -> tuple[Any, str]:
         *screen, sketch, strength = values
         with _told():
             lines = lines_of(sketch, self.studio.size())
         if lines is None or not screen[0].strip():
-            return gr.skip(), look.own_caption(None)
+            return gr.skip(), markup.own_caption(None)
         with _told():
             order, _ = visit.order(*screen[:4], scales=screen[4:])
             drawing = self.studio.draw_along(order, lines, float(strength))
-        return drawing.image, look.own_caption(drawing, prompt=screen[0])
+        return drawing.image, markup.own_caption(drawing, prompt=screen[0])
 
     def _morph(self, visit: Visit, request: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
         *screen, end_prompt, end_seed, frames, loop = values
@@ -284,13 +293,16 @@ class _Page:
             drawn = self.studio.morph(start, end, frames, loop=loop)
             for picture in self.wishes.while_current(str(request.session_hash), drawn):
                 pictures.append(picture)
-                yield picture, look.own_caption(None, f"Picture {len(pictures)}", f"of {total}")
+                yield picture, markup.own_caption(None, f"Picture {len(pictures)}", f"of {total}")
             if len(pictures) < total:  # stopped
                 return
             file = Path(folder, "morph.gif")
             save_animation(pictures, file, FRAMES_PER_SECOND)
             # gradio copies the file before it asks for more.
-            yield file, look.own_caption(None, f"{len(pictures)} pictures", f"{start.prompt[:40]} → {end.prompt[:40]}")
+            yield (
+                file,
+                markup.own_caption(None, f"{len(pictures)} pictures", f"{start.prompt[:40]} → {end.prompt[:40]}"),
+            )
 
     def _add_style(self, visit: Visit, *values: Any) -> tuple[Any, ...]:
         *screen, file = values
@@ -320,8 +332,8 @@ class _Page:
         if visit.entries:
             settings[:4] = _settings_of(visit.entries[0])
         visit, drawing, remark = self._drawn(visit, *settings, keep=not visit.entries)
-        shown = visit, drawing.image, look.own_caption(drawing, prompt=settings[0]), remark
-        return *shown, *settings[:4], _thumbnails(visit.entries), look.title(self.studio.about())
+        shown = visit, drawing.image, markup.own_caption(drawing, prompt=settings[0]), remark
+        return *shown, *settings[:4], _thumbnails(visit.entries), markup.title(self.studio.about())
 
 
 def _html(text: str, name: str | None = None) -> gr.HTML:
@@ -389,6 +401,6 @@ def launch(page: gr.Blocks, host: str, port: int, *, open_browser: bool = False)
         max_file_size=MAX_UPLOAD,
         state_session_capacity=SESSIONS,
         theme=theme,
-        css=look.CSS,
+        css=markup.CSS,
     )
     return local_url

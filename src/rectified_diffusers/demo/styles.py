@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from rectified_diffusers.demo.orders import Style
+from rectified_diffusers.demo.requests import Style
+from rectified_diffusers.loading.lora import check_factor
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
-from rectified_diffusers.weights.lora import check_factor
 
 MAX_LOADED = 8  # LoRAs that stay attached, worn or not, so that a slider costs no loading
 StyleKind = Literal["lora", "delta"]

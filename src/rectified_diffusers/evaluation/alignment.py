@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rectified_diffusers.loading import remedies
+from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.options import check_options, option
 
 

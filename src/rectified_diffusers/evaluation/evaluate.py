@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectified_diffusers.arguments import require_pipeline, require_type
+from rectified_diffusers.checks import require_pipeline, require_type
+from rectified_diffusers.data.images import Choice, RealPictures, choose
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.evaluation.diversity import diversity
-from rectified_diffusers.evaluation.drawing import Drawer, Gallery, cached, digest_of, fingerprint, for_evaluation
-from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
-from rectified_diffusers.evaluation.intervals import Interval, interval_of
-from rectified_diffusers.evaluation.judges import Judges
-from rectified_diffusers.evaluation.kernel import kernel_distance
-from rectified_diffusers.evaluation.pictures import Choice, RealPictures, choose
+from rectified_diffusers.evaluation.gallery import Drawer, Gallery, cached, digest_of, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.metrics import (
+    Interval,
+    diversity,
+    frechet_distance,
+    interval_of,
+    kernel_distance,
+    statistics_of,
+)
 from rectified_diffusers.evaluation.report import Evaluation, Row, provenance
+from rectified_diffusers.evaluation.scorers import Judges
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
 from rectified_diffusers.evaluation.trajectories import trajectories
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rectified_diffusers.evaluation.intervals import CONFIDENCE, Interval
+from rectified_diffusers.evaluation.metrics import CONFIDENCE, Interval
 
 FILE = "evaluation.json"
 TABLE = "evaluation.md"

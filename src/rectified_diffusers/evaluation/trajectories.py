@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectified_diffusers.denoiser import latent_shape
-from rectified_diffusers.evaluation.straightness import PipelineVelocity
 from rectified_diffusers.flow.ode import euler
+from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.models.velocity import PipelineVelocity
 
 
 @dataclass(frozen=True)

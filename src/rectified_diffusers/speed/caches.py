@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.patching import replaced
 
 PROMPTS, TIMES = 64, 256  # entries kept; a prompt of Stable Diffusion 1.5 is 0.2 MB in float32, a time 5 kB
 

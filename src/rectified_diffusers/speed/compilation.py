@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.patching import replaced
 
 
 class Compiled:

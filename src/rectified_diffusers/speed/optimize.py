@@ -11,15 +11,13 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 from typing_extensions import Self
 
-from rectified_diffusers.loading import remedies
+from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
-from rectified_diffusers.speed.images import pictures_on_device
-from rectified_diffusers.speed.memory import can_keep_memory, kept_memory
+from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, pictures_on_device, replaced
 from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
 from rectified_diffusers.speed.projections import can_fuse, fused_projections
-from rectified_diffusers.speed.replacing import replaced
 from rectified_diffusers.speed.upsampling import folded_upsampling
 
 Switch = bool | Literal["auto"]
@@ -206,6 +204,7 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
     for model in (pipe.unet, pipe.vae):
         if on["blockwise_attention"]:
             stack.enter_context(use_blockwise_attention(model))
+    for model in (pipe.unet, pipe.vae.decoder):
         if on["fold_upsampling"]:
             result._forget.append(stack.enter_context(folded_upsampling(model)))
     if on["fuse_qkv"]:

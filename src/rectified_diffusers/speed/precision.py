@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.patching import replaced
 
 
 def fast_dtype(device: torch.device, wide_range: bool = False) -> torch.dtype:

@@ -9,14 +9,14 @@ of the transposed convolution, with stride 2 and padding 1, row u collects the k
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from rectified_diffusers.speed.replacing import replaced
+from rectified_diffusers.speed.patching import replaced
 
 Forget = Callable[[], None]
 
@@ -43,20 +43,26 @@ class _Folded:
     def forget(self) -> None:
         self.weight = None
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def refresh(self) -> None:
+        """Fold the kernel if it is not the one that was folded last."""
         weight = self.convolution.weight
         state = (weight.data_ptr(), weight.dtype, weight.device, None if weight.is_inference() else weight._version)
         if self.weight is None or self.made_of != state:
             self.weight, self.made_of = folded_weight(weight), state
-        return F.conv_transpose2d(features, self.weight, self.convolution.bias, stride=2, padding=1)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # then the model's own call has done it
+            self.refresh()
+        return F.conv_transpose2d(features, cast(Tensor, self.weight), self.convolution.bias, stride=2, padding=1)
 
 
 @contextmanager
 def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
-    """Fold every enlargement of a U-Net or a VAE; give a function that has the kernels folded anew.
+    """Fold every enlargement of a U-Net or a decoder; give a function that has the kernels folded anew.
 
     Layers with another kernel, with a LoRA on them, or asked for another size than twice theirs, run as they are; so
-    does all of it while gradients are wanted.
+    does all of it while gradients are wanted. A model's own call folds ahead what changed, so that no such question
+    is left inside, where torch.compile would split the model at it.
     """
     folds: list[_Folded] = []
     with ExitStack() as stack:
@@ -67,9 +73,16 @@ def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
             elif isinstance(layer, nn.Sequential):
                 folds += _fold_sequence(layer, stack)
 
+        def refresh(*_: Any) -> None:
+            if not torch.is_grad_enabled():
+                for fold in folds:
+                    fold.refresh()
+
         def forget() -> None:
             for fold in folds:
                 fold.forget()
+
+        stack.callback(model.register_forward_pre_hook(refresh).remove)
 
         yield forget
 

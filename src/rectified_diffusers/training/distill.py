@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import FixedTime
+from rectified_diffusers.models.plain_unet import plain_unet
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.losses import FlowLoss
-from rectified_diffusers.training.plain_unet import plain_unet
 from rectified_diffusers.training.trainer import Trainer
 
 

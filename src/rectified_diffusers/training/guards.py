@@ -8,9 +8,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from rectified_diffusers.arguments import require_type
-from rectified_diffusers.data.triplets import Triplets
-from rectified_diffusers.denoiser import Conditioning
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.dataset import Triplets
+from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
 

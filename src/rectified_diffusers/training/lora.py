@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.weights.stored import write_weights
+from rectified_diffusers.weights.weight_files import write_weights
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The name under which `pipeline.load_lora_weights(folder)` looks for a LoRA."""

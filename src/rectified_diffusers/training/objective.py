@@ -6,11 +6,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from rectified_diffusers.arguments import require_type
+from rectified_diffusers.checks import require_type
 from rectified_diffusers.flow.interpolation import Straight
 from rectified_diffusers.flow.loss import LOSS_KINDS, LossKind, velocity_loss
 from rectified_diffusers.flow.time_density import TimeDensity, Uniform
-from rectified_diffusers.schedulers import time_to_timestep
+from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 
 @dataclass(frozen=True)

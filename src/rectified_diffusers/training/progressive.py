@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import Grid
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import ProgressiveConfig

@@ -5,8 +5,8 @@ from collections import ChainMap
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
-from rectified_diffusers.denoiser import Conditioning, Denoiser
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 
 TABLE_BYTES = 2**30
 _TOGETHER = 64

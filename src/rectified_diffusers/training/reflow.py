@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import LogitNormal, Uniform, UShaped
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.losses import FlowLoss

@@ -5,14 +5,15 @@ from typing import Any, Literal
 
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rectified_diffusers.arguments import require_type
-from rectified_diffusers.data.triplets import TripletDataset
-from rectified_diffusers.denoiser import Denoiser, latent_channels
-from rectified_diffusers.pipelines import RectifiedFlowPipeline
-from rectified_diffusers.pipelines_xl import RectifiedFlowXLPipeline
-from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import latent_channels
+from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
+from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.guards import require_same_latents
-from rectified_diffusers.velocity_unet import DiffusionVelocityUNet
 
 
 def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:

@@ -18,11 +18,11 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.data.processes import several_on_cpu
-from rectified_diffusers.data.triplets import TripletDataset, Triplets
-from rectified_diffusers.denoiser import Conditioning, Denoiser
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.training.checkpoint import (
     Checkpoint,
     config_to_json,
@@ -34,16 +34,21 @@ from rectified_diffusers.training.checkpoint import (
 )
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_pairs
-from rectified_diffusers.training.hub import Card, base_model_of, measure_straightness, require_repository, upload
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
-from rectified_diffusers.training.optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from rectified_diffusers.training.output import RunFolder, save_contact_sheet
+from rectified_diffusers.training.model_card import (
+    Card,
+    base_model_of,
+    measure_straightness,
+    require_repository,
+    upload,
+)
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.report import REPORT, render_report
+from rectified_diffusers.training.run_folder import RunFolder, save_contact_sheet
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable, whole
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_picture, start_trackers, tracker_arguments
-from rectified_diffusers.training.update import Update
+from rectified_diffusers.training.trained import Update, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 Config = TypeVar("Config", bound=TrainerConfig)
 

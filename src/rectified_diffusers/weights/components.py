@@ -8,10 +8,10 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from rectified_diffusers.arguments import require_pipeline
-from rectified_diffusers.loading import remedies
-from rectified_diffusers.weights.lora import refuse_lora
-from rectified_diffusers.weights.stored import check_same_shapes
+from rectified_diffusers.checks import require_pipeline
+from rectified_diffusers.loading.errors import remedies
+from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.weights.weight_files import check_same_shapes
 
 
 @dataclass(frozen=True)

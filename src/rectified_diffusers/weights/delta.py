@@ -19,9 +19,9 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.arguments import require_type
-from rectified_diffusers.weights.lora import refuse_lora
-from rectified_diffusers.weights.stored import (
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.weights.weight_files import (
     StorageDtype,
     StoredWeights,
     WeightSource,

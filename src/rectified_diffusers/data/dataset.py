@@ -1,0 +1,287 @@
+"""Read triplets (prompt, noise, data) from the shards of one folder or of several.
+
+A folder of triplets holds `manifest.json`, which says what made them, and the shards. A shard follows from the
+manifest and its number alone, so a run that was stopped goes on with the shards that are missing.
+"""
+
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.manifest import (
+    STORAGE_DTYPES,
+    identity,
+    num_shards,
+    read_manifest,
+    rows_of,
+)
+from rectified_diffusers.data.shards import (
+    Shard,
+    shard_number,
+    shard_path,
+)
+
+PROMPT = "prompt."  # before the names of stored text embeddings in a shard
+_OPEN_SHARDS = 64  # files and mappings that a dataset holds at once
+_INSPECTED_ROWS = 32  # in the check of a dataset when it is opened
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Prompts with the noise and the data that a teacher coupled: `(B, C, H, W)` each, VAE-scaled latents.
+
+    `text_embeddings` are the prompts' as `Denoiser.encode` gives them, `(B, ...)` by name, or empty if not stored.
+    """
+
+    prompts: list[str]
+    noise: Tensor
+    data: Tensor
+    text_embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "data"):
+            require_type(name, getattr(self, name), Tensor, "Triplets hold latents (B, C, H, W).")
+        if self.noise.shape != self.data.shape or len(self.noise) != len(self.prompts):
+            raise ValueError(
+                f"Triplets need noise and data of one shape and a prompt for each, got {len(self.prompts)} prompts, "
+                f"noise {tuple(self.noise.shape)} and data {tuple(self.data.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+"""Makes the triplets of a shard, batch by batch, from its number and the indices of its triplets."""
+
+
+def row_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Give the shape of a row of every tensor in a shard."""
+    latents = tuple(manifest["latent_shape"])
+    embeddings = manifest.get("text_embeddings") or {}
+    return {"noise": latents, "data": latents, **{f"{PROMPT}{name}": tuple(s) for name, s in embeddings.items()}}
+
+
+def open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
+    """Open a shard and check that it is the one that the manifest speaks of, without reading its rows."""
+    opened = Shard.open(shard_path(folder, shard))
+    rows = rows_of(manifest, shard)
+    dtype = STORAGE_DTYPES[manifest["storage_dtype"]]
+    layout = {name: (dtype, (rows, *shape)) for name, shape in row_shapes(manifest).items()}
+    expected = (shard, identity(manifest), rows, layout)
+    header = opened.header
+    prompts = header.get("prompts")
+    texts = len(prompts) if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts) else None
+    found = (header.get("shard"), header.get("manifest"), texts, opened.layout())
+    for name, here, there in zip(("number", "manifest", "number of prompts", "layout"), expected, found, strict=True):
+        if here != there:
+            raise ValueError(
+                f"{opened.path} does not belong to the manifest beside it: expected {name} {here!r}, got {there!r}. "
+                "Delete it and make it again with generate_triplets."
+            )
+    return opened
+
+
+class TripletDataset:
+    """Triplets in a folder, read when asked for; memory does not grow with their number.
+
+    Opening one reads a few rows only; `verify_triplets` reads all.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        count = num_shards(self.manifest)
+        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than there can be
+        present = 0
+        for entry in os.scandir(self.folder):
+            number = shard_number(entry.name)
+            if number is not None and number < count:
+                present += 1
+                if number < len(there):
+                    there[number] = 1
+        if present < count:
+            raise ValueError(
+                f"{count - present} of {count} shards are missing in {self.folder}, first: "
+                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` "
+                "or `real-triplets` command or call again: it makes what is missing."
+            )
+        self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
+        self._shard(0)  # holds the shapes of the manifest to those of a file
+        self._check_orientation()
+
+    def __len__(self) -> int:
+        return self.manifest["num_triplets"]
+
+    def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
+        """Read the triplets with the given indices, in that order, as float32.
+
+        Each is compared with its checksum, so that a file that changed on the disk is an error and no training data.
+        """
+        parts = {name: torch.empty(len(indices), *shape) for name, shape in row_shapes(self.manifest).items()}
+        prompts = [""] * len(indices)
+        for position in sorted(range(len(indices)), key=lambda position: indices[position]):
+            index = int(indices[position])
+            if not 0 <= index < len(self):
+                raise IndexError(
+                    f"Indices must be in [0, {len(self)}), got {index} for the triplets in {self.folder}."
+                )
+            number, row = divmod(index, self.manifest["triplets_per_shard"])
+            shard = self._shard(number)
+            for name, values in shard.checked_row(row).items():
+                parts[name][position] = values
+            prompts[position] = shard.header["prompts"][row]
+        noise, data = parts.pop("noise"), parts.pop("data")
+        return Triplets(prompts, noise, data, {name.removeprefix(PROMPT): part for name, part in parts.items()})
+
+    def prompt_rows(self) -> Tensor:
+        """Number triplets that together have every prompt there is."""
+        # Triplet i has prompt i % num_prompts.
+        return torch.arange(min(self.manifest["num_prompts"], len(self)))
+
+    def _check_orientation(self) -> None:
+        """Raise if the stored noise is not spatially white with unit variance, which swapped ends would show."""
+        count = min(_INSPECTED_ROWS, len(self))
+        triplets = self.rows([index * len(self) // count for index in range(count)])
+        if _is_unit_white(triplets.noise):
+            return
+        found = "std {:.3f}, lag-1 autocorrelation {:.3f}".format(*_whiteness(triplets.noise)[:2])
+        if _is_unit_white(triplets.data):
+            raise ValueError(
+                f"Noise and data are swapped in {self.folder}: the stored noise is no white noise ({found}), "
+                "the stored data is. Exchange the two tensors in the shards, or make the triplets again."
+            )
+        require_white(triplets.noise, f"The stored noise in {self.folder}", "Make the triplets again.")
+
+
+def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDataset:
+    """Read every shard of a folder and compare it with its checksum; raise naming all that are missing or damaged."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    problems = []
+    for shard in tqdm(range(num_shards(manifest)), desc="Verifying", unit="shard", disable=not progress):
+        try:
+            open_shard(folder, manifest, shard).verify()
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        listed = "\n".join(problems[:10])
+        raise ValueError(f"{len(problems)} of {num_shards(manifest)} shards in {folder} are not sound:\n{listed}")
+    return TripletDataset(folder)
+
+
+def require_white(noise: Tensor, what: str, remedy: str) -> None:
+    """Raise if noise is not spatially white with unit variance."""
+    if not _is_unit_white(noise):
+        std, autocorrelation, _ = _whiteness(noise)
+        raise ValueError(
+            f"{what} is not white with unit variance: expected std 1 and lag-1 autocorrelation 0, got std {std:.3f}, "
+            f"lag-1 autocorrelation {autocorrelation:.3f}. {remedy}"
+        )
+
+
+def _is_unit_white(latents: Tensor) -> bool:
+    """Tell whether latents look like independent standard normal numbers, from variance and neighbours alone.
+
+    The bounds are 0.1 or, for few numbers, six standard errors: a right set is refused about once in 10^8 times.
+    Data of a trained teacher has an autocorrelation of several tenths; latents of an untrained one may be white too,
+    which is why only the noise is held to this.
+    """
+    std, autocorrelation, pairs = _whiteness(latents)
+    variance_bound = max(0.1, 6 * math.sqrt(2 / latents.numel()))
+    correlation_bound = max(0.1, 6 / math.sqrt(max(pairs, 1)))
+    return abs(std**2 - 1) <= variance_bound and abs(autocorrelation) <= correlation_bound
+
+
+def _whiteness(latents: Tensor) -> tuple[float, float, int]:
+    """Return root mean square, correlation of horizontal and vertical neighbours, and their number."""
+    mean_square = latents.square().mean().item()
+    across = latents[..., :, 1:] * latents[..., :, :-1]
+    down = latents[..., 1:, :] * latents[..., :-1, :]
+    pairs = across.numel() + down.numel()
+    product = (across.sum() + down.sum()).item() / max(pairs, 1)
+    return math.sqrt(mean_square), product / mean_square if mean_square else 0.0, pairs
+
+
+_SHARED = ("latent_shape", "text_embeddings", "vae_scaling_factor", "vae_shift_factor")
+
+
+def open_triplets(folders: Sequence[str | Path]) -> TripletDataset:
+    """Open a folder of triplets, or several as one."""
+    return TripletDataset(folders[0]) if len(folders) == 1 else JoinedTriplets(folders)
+
+
+class JoinedTriplets(TripletDataset):
+    """The triplets of several folders, one folder after the other.
+
+    A folder has the share of a training that it has of all triplets; one that is given twice counts twice. The
+    folders may have been made with other teachers and guidance, but have to be of one VAE and of one size.
+    """
+
+    def __init__(self, folders: Sequence[str | Path]) -> None:
+        require_type("folders", folders, (list, tuple), "Give the folders of triplets as a list.")
+        if not folders:
+            raise ValueError("folders must name at least one folder of triplets, got none.")
+        self.parts = [TripletDataset(folder) for folder in folders]
+        self.manifest = _joined(self.parts)
+        *self._starts, _ = accumulate(map(len, self.parts), initial=0)
+
+    def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
+        """Read the triplets with the given indices, in that order, as float32."""
+        positions: list[list[int]] = [[] for _ in self.parts]
+        for position, index in enumerate(indices):
+            if not 0 <= index < len(self):
+                raise IndexError(f"Indices must be in [0, {len(self)}), got {int(index)} for the joined triplets.")
+            positions[bisect_right(self._starts, int(index)) - 1].append(position)
+        read = [
+            part.rows([int(indices[position]) - start for position in own])
+            for part, start, own in zip(self.parts, self._starts, positions, strict=True)
+        ]
+        order = torch.tensor([position for own in positions for position in own], dtype=torch.long).argsort()
+        prompts = [prompt for part in read for prompt in part.prompts]
+        embeddings = {
+            name: _sorted([part.text_embeddings[name] for part in read], order)
+            for name in self.manifest["text_embeddings"] or {}
+        }
+        noise, data = _sorted([part.noise for part in read], order), _sorted([part.data for part in read], order)
+        return Triplets([prompts[i] for i in order.tolist()], noise, data, embeddings)
+
+    def prompt_rows(self) -> Tensor:
+        """Number triplets that together have every prompt there is."""
+        return torch.cat([start + part.prompt_rows() for part, start in zip(self.parts, self._starts, strict=True)])
+
+
+def _joined(parts: Sequence[TripletDataset]) -> dict[str, Any]:
+    """Say of all parts what a manifest says of one, as far as reading and training need it; raise if they differ."""
+    first = parts[0]
+    for part in parts[1:]:
+        for name in _SHARED:
+            expected, found = first.manifest.get(name), part.manifest.get(name)
+            if found != expected:
+                raise ValueError(
+                    f"The triplets in {part.folder} do not go with those in {first.folder}: expected {name} "
+                    f"{expected!r}, got {found!r}. Make them again with the same VAE, size and store_text_embeddings."
+                )
+    made_by = [{key: value for key, value in part.manifest.items() if key != "made_with"} for part in parts]
+    joined = {name: first.manifest.get(name) for name in _SHARED if name in first.manifest}
+    return {
+        **joined,
+        "text_embeddings": joined.get("text_embeddings"),
+        "num_triplets": sum(map(len, parts)),
+        "guidance_scale": first.manifest.get("guidance_scale", 1.0),
+        "parts": made_by,
+    }
+
+
+def _sorted(parts: Sequence[Tensor], order: Tensor) -> Tensor:
+    return torch.cat(list(parts))[order]

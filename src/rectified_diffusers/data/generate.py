@@ -1,0 +1,195 @@
+"""Generate triplets: the teacher samples data from noise for each prompt, shard by shard, resumable."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
+from rectified_diffusers.data.dataset import PROMPT, TripletDataset, Triplets, open_shard, row_shapes
+from rectified_diffusers.data.manifest import (
+    MANIFEST_NAME,
+    identity,
+    new_manifest,
+    num_shards,
+    rows_of,
+    settle_manifest,
+)
+from rectified_diffusers.data.prompts import check_prompts, prompts_sha256
+from rectified_diffusers.data.shards import (
+    holds_shards,
+    remove_partial_files,
+    require_space,
+    shard_path,
+    write_shard,
+)
+from rectified_diffusers.data.teacher import Teacher
+from rectified_diffusers.distributed import join_processes
+
+Batches = Callable[[int, range], Iterable[Triplets]]
+
+
+def generate_triplets(
+    teacher: Any, prompts: Sequence[str], output_dir: str | Path, config: TripletConfig, progress: bool = True
+) -> "TripletDataset":
+    """Solve the teacher's ODE from noise to data for every prompt and store the triplets in shards.
+
+    Triplet i has prompt `prompts[i % len(prompts)]`; the noise of shard k is drawn from (seed, k). Run again with the
+    same settings, it goes on with the shards that are missing; with other settings it raises. The batch size is no
+    such setting: it changes the data by rounding errors of the teacher at most, and the noise not at all.
+
+    Under `accelerate launch` the missing shards are divided among the processes, and the files are the same whatever
+    their number. Other processes may write to the same folder at the same time: what is made twice is made equal.
+
+    Args:
+        teacher: a diffusers text-to-image pipeline, epsilon, v or flow, on the device of this process; it is not
+            changed.
+        prompts: a list, or what `open_prompts` opened.
+    """
+    require_type("config", config, TripletConfig, "Make one: TripletConfig(num_triplets=1000).")
+    prompts = check_prompts(prompts)
+    adapted = Teacher.of(teacher, config)
+
+    def batches(shard: int, indices: range) -> Iterator[Triplets]:
+        # The noise of a short last shard is the beginning of a whole one's.
+        drawn = draw_noise(config.seed, shard, (config.triplets_per_shard, *adapted.latent_shape))
+        noise = adapted.round(drawn[: len(indices)])
+        for start in range(0, len(indices), config.batch_size):
+            batch = slice(start, start + config.batch_size)
+            own = [prompts[index % len(prompts)] for index in indices[batch]]
+            embeddings = adapted.encode(own) if config.store_text_embeddings else {}
+            yield Triplets(own, noise[batch], adapted(own, noise[batch]), embeddings)
+
+    manifest = make_manifest(adapted, config, len(prompts), prompts_sha256(prompts))
+    return write_triplets(output_dir, manifest, batches, progress)
+
+
+def write_triplets(
+    output_dir: str | Path, manifest: dict[str, Any], batches: Batches, progress: bool
+) -> "TripletDataset":
+    """Make the shards of a folder that are missing, on as many processes as there are."""
+    folder = Path(output_dir)
+    processes = join_processes()
+    with processes.main_process_first():
+        is_new = processes.is_main_process and not (folder / MANIFEST_NAME).exists()
+        if processes.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partial_files(folder)
+        manifest = settle_manifest(folder, manifest)  # which holds every process to it
+    missing = _missing_shards(folder, manifest, processes)
+    mine = missing[processes.process_index :: processes.num_processes]
+    done = manifest["num_triplets"] - sum(rows_of(manifest, shard) for shard in missing)
+    total = done + sum(rows_of(manifest, shard) for shard in mine)
+    several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
+    hidden = not (progress and processes.is_main_process)
+    bar = tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden)
+    with bar as progress_bar, _settings_can_change(folder, is_new):
+        for shard in mine:
+            if _is_there(folder, manifest, shard):  # by another process meanwhile
+                progress_bar.update(rows_of(manifest, shard))
+            else:
+                _make_shard(folder, manifest, shard, batches, progress_bar)
+    processes.wait_for_everyone()
+    return TripletDataset(folder)
+
+
+@contextmanager
+def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
+    """Take the manifest of a new folder back where the first triplets are refused: it is for other settings, then."""
+    try:
+        yield
+    except ValueError:
+        if is_new and not holds_shards(folder):
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        raise
+
+
+def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialState) -> list[int]:
+    """List what is to be made, as the main process sees it; raise if there is no room for it."""
+    count = num_shards(manifest)
+    there = torch.zeros(count, dtype=torch.uint8)
+    if processes.is_main_process:
+        there = torch.tensor([_is_there(folder, manifest, shard) for shard in range(count)], dtype=torch.uint8)
+    flags: Any = broadcast(there.to(processes.device))
+    missing = (flags == 0).nonzero().flatten().tolist()
+    if processes.is_main_process:
+        values = sum(math.prod(shape) for shape in row_shapes(manifest).values())
+        size = values * getattr(torch, manifest["storage_dtype"]).itemsize
+        require_space(folder, size * sum(rows_of(manifest, shard) for shard in missing))
+    return missing
+
+
+def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
+    """Draw the noise of one shard, a function of (seed, shard) on every machine: a CPU generator, float32."""
+    digest = hashlib.blake2b(f"{seed}/{shard}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randn(shape, generator=generator)
+
+
+def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Batches, progress_bar: Any) -> None:
+    """Make the triplets of one shard and write them."""
+    first, rows = shard * manifest["triplets_per_shard"], rows_of(manifest, shard)
+    dtype = getattr(torch, manifest["storage_dtype"])
+    tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in row_shapes(manifest).items()}
+    prompts: list[str] = []
+    for made in batches(shard, range(first, first + rows)):
+        place = slice(len(prompts), len(prompts) + len(made))
+        embeddings = {f"{PROMPT}{name}": part for name, part in made.text_embeddings.items()}
+        for name, part in {"noise": made.noise, "data": made.data, **embeddings}.items():
+            tensors[name][place] = part
+            _check_finite(name, tensors[name][place], made.prompts, shard)
+        prompts += made.prompts
+        progress_bar.update(len(made))
+    header = {"shard": shard, "manifest": identity(manifest), "prompts": prompts}
+    write_shard(shard_path(folder, shard), tensors, header)
+
+
+def _check_finite(name: str, values: Tensor, prompts: Sequence[str], shard: int) -> None:
+    for prompt, row in zip(prompts, values, strict=True):
+        if not row.isfinite().all():
+            raise ValueError(
+                f"The teacher's {name} for prompt {prompt!r} in shard {shard} is not finite in {values.dtype}. "
+                "Load the teacher in float32 or bfloat16, or set another storage_dtype; finished shards are kept."
+            )
+
+
+def make_manifest(
+    teacher: Teacher, config: StoredTripletConfig, num_prompts: int, sha256: str, **more: Any
+) -> dict[str, Any]:
+    """Write down all that decides the triplets, and under `made_with` what helps to find it again.
+
+    Args:
+        num_prompts: of the first triplets, which have all the prompts there are.
+        sha256: of the prompts.
+        more: what else decides the triplets, or is other than the teacher says.
+    """
+    embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
+    settings = {
+        "num_triplets": config.num_triplets,
+        "triplets_per_shard": config.triplets_per_shard,
+        "seed": config.seed,
+        "storage_dtype": config.storage_dtype,
+        "num_prompts": num_prompts,
+        "prompts_sha256": sha256,
+        "text_embeddings": {name: list(part.shape[1:]) for name, part in embeddings.items()} or None,
+        **teacher.settings(),
+        **more,
+    }
+    return new_manifest(**settings, made_with=teacher.provenance())
+
+
+def _is_there(folder: Path, manifest: dict[str, Any], shard: int) -> bool:
+    """Tell whether a shard is present and as it was written, which is all read for; a damaged one raises."""
+    if not shard_path(folder, shard).exists():
+        return False
+    open_shard(folder, manifest, shard).verify()
+    return True

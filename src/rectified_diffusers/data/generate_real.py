@@ -1,0 +1,125 @@
+"""Triplets of real pictures: the data is a picture, the noise is where the teacher's flow, run backwards, ends.
+
+Reflow learns from what its teacher draws, faults and all; some of its pairs may have a real picture instead, as in
+2-RF++ (arXiv:2405.20320) and conic reflow (arXiv:2510.25229). They keep the coupling of the teacher, which training on
+noise and pictures that were paired at random would undo.
+
+A teacher that is not perfect draws, where the data is all but certain, a little more variety than there is: a plain
+background is plain in the middle of what it draws, so that the flow backwards ends nearer to 0 there than noise does.
+So the way back begins earlier, at the time s of `RealTripletConfig.inversion_time`, with
+
+    x_s = s * data + (1 - s) * new noise,
+
+a point of the straight path on which real data and the teacher's own hardly differ any more. The noise that it leads
+to is white as far as the teacher is right from s on. The pairs are a coupling of noise and real data in any case,
+which is all that a rectified flow asks for (arXiv:2209.03003); of the data, what is finer than (1 - s) / s is
+independent of the noise.
+"""
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.config import RealTripletConfig
+from rectified_diffusers.data.dataset import TripletDataset, Triplets, require_white
+from rectified_diffusers.data.generate import draw_noise, make_manifest, write_triplets
+from rectified_diffusers.data.images import read_pictures
+from rectified_diffusers.data.prompts import prompts_sha256
+from rectified_diffusers.data.teacher import Teacher, fingerprint
+from rectified_diffusers.flow.ode import heun
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import encode_pixels, latent_shape
+from rectified_diffusers.models.velocity import PipelineVelocity
+
+
+def generate_real_triplets(
+    teacher: Any, pictures: str | Path, output_dir: str | Path, config: RealTripletConfig, progress: bool = True
+) -> TripletDataset:
+    """Find the noise of real pictures under a teacher, and store the triplets in shards.
+
+    The folder is as `generate_triplets` makes it, by one process or several, at one go or resumed; `JoinedTriplets`
+    puts the two together. The data is the mean of the VAE's latents.
+
+    Args:
+        teacher: a text-to-image pipeline of a family that `Denoiser.of` knows, diffusion or flow, on the device of
+            this process; it is not changed.
+        pictures: a folder of captioned pictures, see `read_pictures`. They are read when their turn comes.
+    """
+    require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
+    Denoiser.of(teacher)  # raises for other pipelines
+    shape = latent_shape(teacher, config.size, config.size)
+    if shape[1] != shape[2]:
+        raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
+    adapted = Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape)
+    real = read_pictures(pictures, shape[1] * teacher.vae_scale_factor, config.split)
+    numbers = real.numbers(config.split)
+    if not numbers:
+        raise ValueError(
+            f"There are no pictures of split {config.split!r} in {pictures}; set split to one of "
+            f"{', '.join(map(repr, sorted(set(real.splits))))}."
+        )
+    random.Random(f"{config.seed}/real").shuffle(numbers)
+    numbers = numbers[: config.num_triplets]
+    captions = [real.captions[number] for number in numbers]
+
+    def batches(shard: int, indices: range) -> Iterator[Triplets]:
+        drawn = draw_noise(config.seed, shard, (config.triplets_per_shard, *shape))[: len(indices)]
+        for start in range(0, len(indices), config.batch_size):
+            batch = slice(start, start + config.batch_size)
+            places = [index % len(numbers) for index in indices[batch]]
+            own = [captions[place] for place in places]
+            data = _latents(adapted, real.read([numbers[place] for place in places]))
+            noise = _noise(adapted, config, own, data, drawn[batch])
+            if shard == 0 and start == 0:
+                require_white(
+                    noise, f"The noise that {pictures} leads to", "Lower inversion_time, or raise the steps."
+                )
+            yield Triplets(own, noise, data, adapted.encode(own) if config.store_text_embeddings else {})
+
+    decided = {
+        "solver": "Heun, backwards" if config.num_inference_steps else "none, new noise",
+        "inversion_time": float(config.inversion_time),
+        "pictures": real.identity,
+        "split": config.split,
+        "vae_sha256": fingerprint({"vae": teacher.vae}),
+    }
+    manifest = make_manifest(adapted, config, len(captions), prompts_sha256(captions), **decided)
+    return write_triplets(output_dir, manifest, batches, progress)
+
+
+@torch.no_grad()
+def _latents(teacher: Teacher, pictures: Tensor) -> Tensor:
+    """Encode pictures `(B, 3, H, W)` uint8 into data in the storage dtype, which is what is inverted."""
+    data = teacher.round(encode_pixels(teacher.pipeline.vae, pictures.float() / 127.5 - 1)).cpu()
+    if data.shape[1:] != teacher.latent_shape:
+        raise ValueError(
+            f"The pictures' latents are {tuple(data.shape[1:])}, expected {teacher.latent_shape}: the pictures in the "
+            f"folder are {tuple(pictures.shape[2:])} pixels. Set size to that, or make the pictures again."
+        )
+    return data
+
+
+@torch.no_grad()
+def _noise(
+    teacher: Teacher, config: RealTripletConfig, prompts: Sequence[str], data: Tensor, new_noise: Tensor
+) -> Tensor:
+    """Run the flow from data with new noise in it back to noise of unit variance, `(B, C, H, W)`, storage dtype."""
+    if config.num_inference_steps == 0:
+        return teacher.round(new_noise)
+    velocity = PipelineVelocity.of(teacher.pipeline, prompts, config.guidance_scale)
+    begin = config.inversion_time
+    if begin <= velocity.start:
+        raise ValueError(
+            f"inversion_time must be above {velocity.start:.3f}, where the teacher's noise schedule begins, got "
+            f"{begin}."
+        )
+    state = (begin * data.float() + (1 - begin) * new_noise).to(teacher.denoiser.device)
+    with teacher.autocast():
+        state = heun(velocity, state, config.num_inference_steps, begin, velocity.start)
+    return teacher.round(velocity.noise_at_start(state)).cpu()

@@ -1,0 +1,172 @@
+"""Real pictures with captions, and which of them an evaluation compares with.
+
+A folder is one of two: pictures with a `metadata.jsonl` (`file_name` and `text` on each line, the imagefolder of the
+Hub's data sets; `split` and `style` may be there), or what examples/emoji/data.py wrote (`images.safetensors` and
+`rows.jsonl`).
+"""
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.checks import require_count
+
+
+@dataclass(frozen=True)
+class RealPictures:
+    """Pictures by number, each with its caption, its split and its style; empty texts where the data has none.
+
+    Attributes:
+        read: numbers to pictures `(B, 3, H, W)` uint8.
+        identity: a digest of the data: figures are put beside each other only if it is the same.
+    """
+
+    captions: list[str]
+    splits: list[str]
+    styles: list[str]
+    identity: str
+    read: Callable[[Sequence[int]], Tensor]
+
+    def numbers(self, split: str) -> list[int]:
+        """Number the pictures of a split."""
+        return [i for i, own in enumerate(self.splits) if own == split]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Captions to draw, and real pictures: those compared with, and as many others, whose distance is the floor.
+
+    `paired` says that picture i of either shows caption i.
+    """
+
+    prompts: list[str]
+    reference: list[int]
+    floor: list[int]
+    paired: bool
+
+
+def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPictures:
+    """Open a folder of captioned pictures; they are read when asked for.
+
+    Args:
+        size: pixels to which the pictures of an imagefolder are brought: the shorter side is resized to it (Lanczos),
+            the longer one cropped about the centre.
+        split: that of the pictures which name none.
+    """
+    folder = Path(folder)
+    require_count("size", size)
+    if (folder / "rows.jsonl").is_file() and (folder / "images.safetensors").is_file():
+        return _read_tensor(folder, split)
+    if (folder / "metadata.jsonl").is_file():
+        return _read_imagefolder(folder, size, split)
+    raise FileNotFoundError(
+        f"no captioned pictures in {folder}: expected a metadata.jsonl with file_name and text on each line beside "
+        "the pictures, or what examples/emoji/data.py wrote."
+    )
+
+
+def choose(pictures: RealPictures, split: str, count: int | None, seed: int) -> Choice:
+    """Draw captions of a split and their real pictures, two of each caption where there are enough such pairs.
+
+    Distinct captions come first, then again with other pictures. Where a caption has one picture, as in COCO, the
+    pictures are divided at random: the floor is then of other captions, as is usual.
+
+    Args:
+        count: captions; None for as many as there are.
+    """
+    numbers = pictures.numbers(split)
+    draw = random.Random(f"{seed}/{split}")
+    by_caption: dict[str, list[int]] = defaultdict(list)
+    for number in numbers:
+        by_caption[pictures.captions[number]].append(number)
+    pairs = []  # (round, random order, two pictures)
+    for _, own in sorted(by_caption.items()):
+        order = draw.random()
+        draw.shuffle(own)
+        pairs += [(i, order, own[i : i + 2]) for i in range(0, len(own) - 1, 2)]
+    paired = len(pairs) >= (count or 2)
+    if paired:
+        chosen = [both for *_, both in sorted(pairs)[:count]]
+        reference, floor = [both[0] for both in chosen], [both[1] for both in chosen]
+    else:
+        draw.shuffle(numbers)
+        half = len(numbers) // 2 if count is None else count
+        reference, floor = numbers[:half], numbers[half : 2 * half]
+    if len(floor) < max(2, count or 2):
+        most = len(numbers) // 2
+        lower = f"Lower num_pictures, or num_held_out for the held-out split, to {most} at most."
+        raise ValueError(
+            f"{count or 2} pictures of split {split!r} need as many other real pictures for the floor, and there are "
+            f"{len(numbers)} in all. {lower if most >= 2 else 'Add pictures, 4 are the least.'}"
+        )
+    return Choice([pictures.captions[number] for number in reference], reference, floor, paired)
+
+
+def _read_tensor(folder: Path, split: str) -> RealPictures:
+    from safetensors import safe_open
+
+    path = folder / "images.safetensors"
+    rows = _lines(folder / "rows.jsonl", ("label",))
+    file: Any = safe_open(path, framework="pt")
+    images = file.get_slice("images")
+    if images.get_shape()[0] != len(rows):
+        raise ValueError(f"{path} has {images.get_shape()[0]} pictures, rows.jsonl {len(rows)} lines: make it again.")
+    digest = hashlib.blake2b((folder / "rows.jsonl").read_bytes(), digest_size=16)
+    digest.update(str(path.stat().st_size).encode())
+    return RealPictures(
+        [row["label"] for row in rows],
+        [row.get("split", split) for row in rows],
+        [row.get("style", "") for row in rows],
+        digest.hexdigest(),
+        lambda numbers: torch.stack([images[number] for number in numbers]),
+    )
+
+
+def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
+    rows = _lines(folder / "metadata.jsonl", ("file_name", "text"))
+    paths = [folder / row["file_name"] for row in rows]
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for row, path in zip(rows, paths, strict=True):
+        if not path.is_file():
+            raise FileNotFoundError(f"metadata.jsonl names {row['file_name']!r}, which is not in {folder}.")
+        digest.update(f"{json.dumps(row, sort_keys=True)} {path.stat().st_size}\n".encode())
+    return RealPictures(
+        [row["text"] for row in rows],
+        [row.get("split", split) for row in rows],
+        [row.get("style", "") for row in rows],
+        digest.hexdigest(),
+        lambda numbers: torch.stack([_square(paths[number], size) for number in numbers]),
+    )
+
+
+def _square(path: Path, size: int) -> Tensor:
+    """Read a picture as `(3, size, size)` uint8."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def _lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        row = json.loads(line)
+        missing = [key for key in keys if not isinstance(row.get(key), str)]
+        if missing:
+            raise ValueError(f"{path}, line {number}: expected a text under {missing[0]!r}, got keys {sorted(row)}.")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no line; write one per picture.")
+    return rows

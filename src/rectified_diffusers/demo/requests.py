@@ -1,0 +1,139 @@
+"""What the page asks for and what it is answered: checked orders, images with captions."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+MAX_CHARACTERS = 2000  # of a prompt; CLIP's text encoders read about 300
+MAX_STEPS = 50
+MAX_FRAMES = 60  # of an animation, from one picture to the other
+MAX_GUIDANCE = 20.0
+MAX_SEED = 2**32 - 1  # a browser's numbers are exact up to 2^53
+STYLE_SCALES = (-1.0, 2.0)
+
+PROMPTS = (
+    "a red apple",
+    "grinning face",
+    "rocket",
+    "tropical fish",
+    "birthday cake",
+    "a red heart, 3d style",
+    "cat face",
+    "christmas tree",
+    "a pizza",
+    "ghost",
+    "mushroom",
+    "umbrella",
+    "soccer ball",
+    "dog face, flat style",
+    "sun",
+    "house with garden",
+)
+"""What "Surprise me" draws from: captions that the bundled model was trained on, and any other model knows."""
+
+Style = tuple[Path, float]
+"""A LoRA or weight delta, and how much of it."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to draw.
+
+    Args:
+        prompt: not empty, at most MAX_CHARACTERS.
+        seed: of the noise, in [0, MAX_SEED].
+        steps: Euler steps, in [1, MAX_STEPS].
+        guidance_scale: 1 is no guidance.
+        styles: files to wear, each with its scale.
+    """
+
+    prompt: str
+    seed: int = 0
+    steps: int = 1
+    guidance_scale: float = 1.0
+    styles: tuple[Style, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError("Say what to draw: the prompt is empty.")
+        if len(self.prompt) > MAX_CHARACTERS:
+            raise ValueError(f"A prompt has at most {MAX_CHARACTERS} characters, got {len(self.prompt)}. Shorten it.")
+        _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
+        _check_number("steps", self.steps, 1, MAX_STEPS, whole=True)
+        _check_number("guidance scale", self.guidance_scale, 0, MAX_GUIDANCE)
+        for _, scale in self.styles:
+            _check_number("scale of a style", scale, *STYLE_SCALES)
+
+    def describe(self) -> str:
+        """Say as JSON what made the picture; it is kept in the PNG file."""
+        known: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
+        known["guidance_scale"] = self.guidance_scale
+        known["styles"] = {path.name: scale for path, scale in self.styles if scale}
+        return json.dumps(known, ensure_ascii=False)
+
+    def with_steps(self, steps: int, guidance_scale: float) -> "Order":
+        return replace(self, steps=steps, guidance_scale=guidance_scale)
+
+
+def cut_prompt(text: Any) -> tuple[str, str]:
+    """Give what is read of a text, and a remark if that is not all of it."""
+    if not isinstance(text, str):
+        raise TypeError(f"A prompt is a text, got {type(text).__name__}.")
+    if len(text) <= MAX_CHARACTERS:
+        return text, ""
+    return text[:MAX_CHARACTERS], f"Only the first {MAX_CHARACTERS:,} of {len(text):,} characters are read."
+
+
+def check_frames(frames: Any) -> None:
+    _check_number("number of pictures on the way", frames, 1, MAX_FRAMES, whole=True)
+
+
+def _check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not least <= value <= most or (whole and not isinstance(value, int)):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"The {name} is {kind} from {least:g} to {most:g}, got {value!r}.")
+
+
+OWN_STEPS = 8  # of the model itself, in the place of a teacher that is not given
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, or the way to it while `step` is below `steps`.
+
+    Attributes:
+        image: None on the way if no preview is due.
+        seconds: from the prompt to here, previews not counted.
+    """
+
+    image: Image.Image | None
+    seconds: float
+    step: int
+    steps: int
+
+    @property
+    def done(self) -> bool:
+        return self.step == self.steps
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is drawn beside the model: what it is called, and how it is drawn."""
+
+    name: str
+    steps: int
+    guidance_scale: float
+    remark: str = ""
+
+
+def comparison_with(teacher: bool, steps: int, guidance_scale: float) -> Comparison:
+    """Say what is drawn beside the model: its teacher, or the model itself with OWN_STEPS steps."""
+    if teacher:
+        return Comparison("Teacher", steps, guidance_scale)
+    remark = "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."
+    return Comparison("The same model", OWN_STEPS, 1.0, remark)

@@ -1,0 +1,125 @@
+"""Networks that look at pictures: loaded when they are first needed, and named by what their features depend on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.evaluation.alignment import AlignmentModel, SentenceFeatures, retrieval
+from rectified_diffusers.evaluation.config import EvaluationConfig
+from rectified_diffusers.evaluation.features import CLIPScore, InceptionV3Features, MobileNetV2Features, clip_score
+from rectified_diffusers.evaluation.gallery import Gallery, cached
+
+CANDIDATES = 100
+
+
+class Judge:
+    """Features of pictures by a network that is loaded on first use: what is cached needs none."""
+
+    def __init__(self, name: str, load: Callable[[], Callable[[Tensor], Tensor]], progress: bool) -> None:
+        self.name, self._load, self.progress = name, load, progress
+
+    @cached_property
+    def _network(self) -> Callable[[Tensor], Tensor]:
+        return self._load()
+
+    def see(self, gallery: Gallery) -> Tensor:
+        """Features `(N, D)` of a gallery."""
+        return gallery.see(self.name, lambda images: self._network(images), self.progress)
+
+
+def mobilenet_judge(weights: Path | None, size: int, device: Any, progress: bool) -> Judge:
+    name = f"mobilenet_v2-{size}-{_name_of(weights)}"
+    return Judge(name, lambda: MobileNetV2Features(weights, size).to(device), progress)
+
+
+def inception_judge(weights: Path | None, device: Any, progress: bool) -> Judge:
+    return Judge(f"inception_v3-{_name_of(weights)}", lambda: InceptionV3Features(weights).to(device), progress)
+
+
+class AlignmentJudge:
+    """The judge of examples/emoji/alignment.py: pictures find their caption among all captions of the data.
+
+    Attributes:
+        unseen_style: the style of pictures that the judge was not trained on; empty if its folder names none.
+    """
+
+    def __init__(self, config: EvaluationConfig, captions: Sequence[str], work: Path, device: Any, bar: bool) -> None:
+        folder = Path(config.alignment or "")
+        self.model = AlignmentModel.load(folder / "alignment.safetensors")
+        card = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
+        self.unseen_style: str = card.get("unseen_style", "")
+        self.judge = mobilenet_judge(config.mobilenet_weights, card["image_size"], device, bar)
+        self.captions = sorted(set(captions))
+        self.numbers = {caption: i for i, caption in enumerate(self.captions)}
+        self.candidates = min(CANDIDATES, len(self.captions))
+        digest = hashlib.blake2b(json.dumps([config.sentence_encoder, self.captions]).encode(), digest_size=8)
+        path = work / f"texts-{digest.hexdigest()}.safetensors"
+        make = lambda: {"features": SentenceFeatures(config.sentence_encoder)(self.captions)}  # noqa: E731
+        with torch.no_grad():
+            self.texts = self.model.embed_texts(cached(path, make)["features"])
+        self.name = f"{self.judge.name}-{_name_of(folder / 'alignment.safetensors')}"
+
+    @torch.no_grad()
+    def r_precision(self, gallery: Gallery, prompts: Sequence[str]) -> float:
+        numbers = torch.tensor([self.numbers[prompt] for prompt in prompts])
+        images = self.model.embed_images(self.judge.see(gallery))
+        return retrieval(images, self.texts, numbers, self.candidates).r_precision
+
+
+class CLIPJudge:
+    """The CLIP score of pictures and their prompts."""
+
+    def __init__(self, config: EvaluationConfig, device: Any, progress: bool) -> None:
+        self.model, self.pretrained, self.device = config.clip_model or "", config.clip_pretrained, device
+        weights = self.pretrained if not Path(self.pretrained).is_file() else _name_of(Path(self.pretrained))
+        self.name = f"clip-{self.model}-{weights}".replace("/", "-")
+        self.judge = Judge(self.name, lambda: self._clip.embed_images, progress)
+
+    @cached_property
+    def _clip(self) -> CLIPScore:
+        return CLIPScore(self.model, self.pretrained, self.device)
+
+    def score(self, gallery: Gallery, prompts: Sequence[str]) -> float:
+        return clip_score(self.judge.see(gallery), self._clip.embed_texts(prompts))
+
+
+class Judges:
+    """All that an evaluation was asked to look with."""
+
+    def __init__(
+        self, config: EvaluationConfig, captions: Sequence[str], work: Path, device: Any, progress: bool
+    ) -> None:
+        self.main = (
+            inception_judge(config.inception_weights, device, progress)
+            if config.features == "inception_v3"
+            else mobilenet_judge(config.mobilenet_weights, config.feature_size, device, progress)
+        )
+        self.alignment = AlignmentJudge(config, captions, work, device, progress) if config.alignment else None
+        self.clip = CLIPJudge(config, device, progress) if config.clip_model else None
+
+    def names(self) -> dict[str, str | None]:
+        """Name what the figures depend on."""
+        return {
+            "features": self.main.name,
+            "alignment": self.alignment and self.alignment.name,
+            "clip": self.clip and self.clip.name,
+        }
+
+
+def _name_of(weights: Path | None) -> str:
+    """Digest a file of weights; `published` are those that a library downloads."""
+    if weights is None:
+        return "published"
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"no weights at {weights}: expected a safetensors file.")
+    digest = hashlib.blake2b(digest_size=4)
+    with Path(weights).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,182 @@
+"""Say what to do where loading a model fails: errors that name the file, the cause and the remedy."""
+
+import json
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from huggingface_hub import errors, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+
+from rectified_diffusers.loading.complete import complete_components
+from rectified_diffusers.loading.downloads import blobs_of, forget_unfinished, verify_downloads
+from rectified_diffusers.loading.safety import is_json_object, only_pickles
+
+_CONVERT = (
+    "Pickles can run code when they are opened. Convert it once, if you trust it, with diffusers' own loader: "
+    "diffusers.DiffusionPipeline.from_pretrained({source!r}).save_pretrained(new_folder)"
+)
+# The exceptions of the library with which huggingface_hub speaks HTTP: requests, httpx or a successor, by its age.
+_NETWORK: Any = tuple(
+    base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
+)
+# What diffusers and transformers raise at a config whose values are of wrong types.
+_WRONG_TYPES: Any = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
+if hasattr(errors, "StrictDataclassError"):  # of huggingface_hub, since 0.31
+    _WRONG_TYPES = (*_WRONG_TYPES, errors.StrictDataclassError)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Name the dtype as `from_pretrained` of this diffusers release wants it: 0.40 renamed `torch_dtype`."""
+    release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
+    return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
+
+
+@contextmanager
+def remedies(
+    source: str | os.PathLike[str],
+    variant: str | None = None,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+) -> Iterator[None]:
+    """Check what `from_pretrained(source, ...)`, run inside, downloads and loads, and say what to do where it fails.
+
+    Raises:
+        ValueError: weights of a model are missing or unexpected, no weights are stored under the variant, a config has
+            values of wrong types, or an index of shards leaves the folder.
+        OSError: a safetensors file is cut off or has no valid header, or a download has the wrong hash; the weights
+            are pickles; the Hub cannot be reached.
+    """
+    before = blobs_of(source, cache_dir)
+    try:
+        with complete_components():
+            yield
+        folder = _folder_of(source, cache_dir, revision)
+        verify_downloads(source, cache_dir, before)
+        _check_indexes(folder)
+    except (LocalEntryNotFoundError, *_NETWORK) as error:
+        is_missing = isinstance(error, LocalEntryNotFoundError)  # offline by choice, or since the Hub did not answer
+        causes = [cause for cause in _chain(error) if isinstance(cause, _NETWORK) and cause is not error]
+        if not causes if is_missing else isinstance(error, OSError) and str(source) in str(error):
+            raise  # the Hub's own answers say what to do
+        cause = causes[0] if is_missing else error
+        raise ConnectionError(
+            f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Nothing "
+            "half-fetched is used: load it again when the Hub answers (https://status.huggingface.co), or with "
+            "local_files_only=True if it is cached."
+        ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        if variant is not None and f"variant={variant}" in str(error):
+            raise ValueError(
+                f"You are trying to load the model files of the `variant={variant}`, but {source} has none; the "
+                "published InstaFlow checkpoints have no variant at all. Leave variant out; for half precision, call "
+                ".to(torch.float16) on the pipeline."
+            ) from error
+        folder = _folder_of(source, cache_dir, revision)
+        verify_downloads(source, cache_dir, before)
+        forget_unfinished(error, source, cache_dir)
+        _explain_files(error, source, folder)
+        _explain_absence(error, source)
+        raise
+    except (*_WRONG_TYPES, RuntimeError) as error:
+        folder = _folder_of(source, cache_dir, revision)
+        verify_downloads(source, cache_dir, before)
+        if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
+            raise
+        _explain_redirects(error, source)
+        _explain_files(error, source, folder)
+        raise ValueError(
+            f"{source} cannot be loaded: a value in model_index.json or in the config of a part is missing or of "
+            f"another type or size than expected ({type(error).__name__}: {' '.join(str(error).split())}). Download "
+            "or save it again."
+        ) from error
+
+
+def _explain_absence(error: Exception, source: str | os.PathLike[str]) -> None:
+    """Raise what is to be done if no Hub answered, where diffusers speaks of a stack trace and of an argument."""
+    for cause in _chain(error):
+        if isinstance(cause, (*_NETWORK, OfflineModeIsEnabled)) and not isinstance(cause, HfHubHTTPError):
+            raise ConnectionError(
+                f"{source} is not whole in the Hub's cache of this machine, and the Hub cannot be reached ({cause}). "
+                f"Give a folder instead, fetched where there is a network: hf download {source} --local-dir FOLDER."
+            ) from error
+
+
+def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Path) -> None:
+    """Raise what is to be done if damaged files or pickles are the cause of an error."""
+    for file in (folder / "model_index.json", *sorted(folder.glob("*/*config.json"))):
+        if file.is_file() and not is_json_object(file):
+            raise ValueError(f"{file} is no JSON object, as every config is. Download or save it again.") from error
+    if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
+        for file, damage in _damaged_files(folder):
+            # In the Hub's cache a snapshot holds links: as long as the file itself is there, it is used again.
+            raise OSError(
+                f"{file} cannot be read: {damage}. The file was damaged or not written whole. Delete "
+                f"{os.path.realpath(file)} and load again (from the Hub, the file is fetched anew; "
+                "force_download=True does not replace it), or copy the folder again from where it is whole."
+            ) from error
+    if "safetensors" not in str(error):
+        return
+    listed = "necessary `safetensors` weights" in str(error)  # of a repository on the Hub, of which nothing is here
+    pickles = re.findall(r"[\w./-]+\.(?:bin|ckpt|pth?|pkl)\b", str(error)) if listed else []
+    pickles += [str(pickle) for part in (folder, *folder.glob("*")) if (pickle := only_pickles(part))]
+    if pickles:
+        raise OSError(
+            f"{source} has weights as pickles ({sorted(pickles)[0]}), expected .safetensors. "
+            f"{_CONVERT.format(source=str(source))}."
+        ) from error
+
+
+def _explain_redirects(error: BaseException, source: str | os.PathLike[str]) -> None:
+    """Raise what is to be done where huggingface_hub before 1.0 followed redirects until Python stopped it."""
+    frames = traceback.extract_tb(error.__traceback__) if isinstance(error, RecursionError) else []
+    if any(frame.name == "_request_wrapper" for frame in frames):
+        raise ConnectionError(
+            f"{source} could not be fetched: the Hub redirects in a loop. Load it again when the Hub answers."
+        ) from None
+
+
+def _check_indexes(folder: Path) -> None:
+    """Refuse an index of shards by which diffusers went out of the folder: it joins whatever name it finds there."""
+    for index in sorted(folder.glob("*/*.index*.json")):
+        for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
+            if Path(shard).name != shard:
+                raise ValueError(
+                    f"{index} lists the shard {shard!r}, expected the name of a file beside it. It is not of a "
+                    "save by diffusers: download the model from where it was made."
+                )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Give an error and what it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _folder_of(source: str | os.PathLike[str], cache_dir: str | Path | None, revision: str | None) -> Path:
+    """Find where a checkpoint lies: the folder itself, or its snapshot in the Hub's cache."""
+    if os.path.isdir(source):
+        return Path(source)
+    try:
+        index = try_to_load_from_cache(str(source), "model_index.json", cache_dir=cache_dir, revision=revision)
+    except errors.HFValidationError:  # a path that is not there
+        index = None
+    return Path(index).parent if isinstance(index, str) else Path(str(source))
+
+
+def _damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
+    """Find the safetensors files whose header cannot be read or does not fit their length."""
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            yield file, error

@@ -1,0 +1,201 @@
+"""LoRA, where diffusers needs help: models that have one attached, and files in the layout of kohya and CivitAI."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+MAX_RANK = 4096  # no layer of Stable Diffusion or SDXL has a product of a higher rank than 1280
+_FACTOR = re.compile(
+    r"(?P<layer>.+?)(?P<kind>[._]lora(?:_linear_layer)?[._])(?P<side>A|B|down|up)(?P<end>(?:\.\w+)?\.weight)"
+)
+_OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
+# What diffusers, PEFT and torch raise at a LoRA that is not for this model, by way of its keys and shapes.
+_UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+_AGAIN = "The file is damaged or no LoRA: download it again."
+_OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # of a text encoder; the U-Net's are attn1 and attn2
+
+
+def cannot_be_saved(model: nn.Module) -> bool:
+    """Tell whether a LoRA in a model, active or not, makes its `save_pretrained` write what cannot be loaded.
+
+    The layers of a LoRA rename the weights, and the loader takes the old names for missing. transformers saves the
+    LoRA with a path to the model it belongs to instead, out of the folder, which we do not follow.
+    """
+    return any(name.endswith(".base_layer") for name, _ in model.named_modules())
+
+
+def refuse_lora(names: Iterable[str], whose: str) -> None:
+    """Refuse the weights of a model with a LoRA attached, which go by other names and would count without it."""
+    renamed = next((name for name in names if ".base_layer." in name), None)
+    if renamed is not None:
+        raise ValueError(
+            f"A LoRA is attached to {whose}: expected a model's plain weights, got {renamed!r}. Unload the LoRA "
+            "first (pipeline.unload_lora_weights()); it can be loaded again afterwards."
+        )
+
+
+def mend_kohya(
+    weights: Mapping[str, Tensor], alphas: Mapping[str, float]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Give the same LoRA, up * down * alpha / rank in every layer, as diffusers 0.38 to 0.42 reads it right.
+
+    - It hands the alphas that differ from the commonest one to PEFT under names that PEFT does not know, for attention
+      layers and the text encoder, which then get the commonest alpha. So all get that, and `up` is multiplied by
+      alpha / commonest, in float32. A layer without an alpha has its rank for one.
+    - It knows the text encoder's attention layers in this naming only if there is a `to_out` among them.
+
+    Args:
+        weights: as `lora_state_dict` converts a kohya file: `unet.<layer>.lora.down.weight` and so on.
+        alphas: as it gives them: `unet.<layer>.alpha`.
+    """
+    downs = {f"{key.split('.lora.')[0]}.alpha": key for key in weights if key.endswith(".down.weight")}
+    levelled = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
+    if not levelled or not alphas.keys() <= levelled.keys():  # another layout: nothing that we know to mend
+        return dict(weights), dict(alphas)
+    ((commonest, _),) = Counter(levelled.values()).most_common(1)
+    ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in levelled.items() if alpha != commonest}
+    mended = {**weights, **{up: weights[up].float() * (alpha / commonest) for up, alpha in ups.items()}}
+    renamed = {_OLD_ATTENTION.sub(r"self_attn.\1_proj.lora_linear_layer.", key): mended[key] for key in mended}
+    return renamed, dict.fromkeys(levelled, commonest)
+
+
+def check_lora(
+    weights: Mapping[str, Any], alphas: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None
+) -> None:
+    """Refuse a LoRA that no training makes: NaN, ranks that differ or are huge, halves of a product, no weights.
+
+    Args:
+        weights: by name, in any layout; a pair of factors is told by the names that the layouts share.
+        alphas: of layers, where the file has them by themselves.
+        metadata: settings of PEFT, where the file has them: `unet.r` and so on.
+
+    Raises:
+        ValueError: with the name of what is wrong.
+    """
+    if not weights:
+        raise ValueError("A LoRA without weights: expected pairs of lora_down and lora_up, or lora_A and lora_B.")
+    for name, tensor in weights.items():
+        check_factor(name, tensor)
+        found = _FACTOR.fullmatch(name)
+        if found is None:
+            continue
+        other = f"{found['layer']}{found['kind']}{_OTHER[found['side']]}{found['end']}"
+        if other not in weights:
+            raise ValueError(f"{name!r} has no partner {other!r}: a LoRA has two factors per layer. {_AGAIN}")
+        if found["side"] in ("A", "down") and tensor.shape[0] != weights[other].shape[1:2].numel():
+            raise ValueError(
+                f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} are of "
+                f"different ranks. {_AGAIN}"
+            )
+    numbers = {**(alphas or {}), **dict(_numbers(metadata or {}))}
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):
+            number = number.item() if number.numel() == 1 else math.nan
+        if not -1e30 < number < 1e30 or (name.endswith(".r") and not 1 <= number <= MAX_RANK):
+            raise ValueError(f"{name!r} must be finite, and a rank from 1 to {MAX_RANK}, got {number}. {_AGAIN}")
+
+
+def check_factor(name: str, tensor: Tensor) -> None:
+    """Refuse one tensor of a LoRA file for its values or its rank."""
+    if not isinstance(tensor, Tensor) or (tensor.ndim and not tensor.is_floating_point()):
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"The LoRA holds {kind} in {name!r}, expected a tensor of floating point. {_AGAIN}")
+    if not tensor.float().isfinite().all():
+        raise ValueError(f"The LoRA holds NaN or infinity in {name!r}, expected finite numbers. {_AGAIN}")
+    found = _FACTOR.fullmatch(name)
+    if found is None:
+        return
+    rank = tensor.shape[0 if found["side"] in ("A", "down") else 1] if tensor.ndim >= 2 else None
+    if rank is None or not 1 <= rank <= MAX_RANK:
+        raise ValueError(
+            f"{name!r} has the shape {tuple(tensor.shape)}, expected a matrix of rank 1 to {MAX_RANK}. {_AGAIN}"
+        )
+
+
+def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> None:
+    """Refuse factors for layers that a model does not have, or has in another size.
+
+    Names of older layouts are left to PEFT, which judges them on the way.
+    """
+    layers = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules()}
+    for name, tensor in weights.items():
+        found = _FACTOR.fullmatch(name)
+        if found is None or found["kind"][0] == "_" or not name.startswith(f"{prefix}."):
+            continue
+        wanted = found["layer"].removeprefix(f"{prefix}.")
+        # Transformers 5 has a text encoder's layers without `text_model.`; a StackedUNet's conv_out is in its second.
+        known = (wanted, wanted.removeprefix("text_model."), f"text_model.{wanted}", f"second.{wanted}")
+        layer: Any = next((layers[each] for each in known if each in layers), None)
+        if layer is None:
+            raise ValueError(
+                f"The LoRA is for a layer {wanted!r} of the {prefix}, which {type(model).__name__} does not have. "
+                "It was made for another architecture: load it into a pipeline of that one."
+            )
+        weight = getattr(layer, "weight", None)
+        axis, place = (1, 1) if found["side"] in ("A", "down") else (0, 0)  # inputs of one, outputs of the other
+        if isinstance(weight, Tensor) and weight.ndim >= 2 and tensor.shape[axis] != weight.shape[place]:
+            raise ValueError(
+                f"{name!r} has the shape {tuple(tensor.shape)}, but its layer's weight has {tuple(weight.shape)}. "
+                "It was made for another architecture: load it into a pipeline of that one."
+            )
+
+
+@contextmanager
+def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
+    """Leave a pipeline as it was if the LoRA loaded inside does not fit it, and refuse one that none of it takes.
+
+    Raises:
+        ValueError: in place of whatever diffusers and PEFT raise at weights that do not fit.
+    """
+    before = _adapters(pipeline)
+    try:
+        yield
+        if _adapters(pipeline) == before and not hotswap:
+            raise ValueError("none of its layers is in this model; it was made for another architecture")
+    except _UNFIT as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        if added := {name for _, name in _adapters(pipeline) - before}:
+            pipeline.delete_adapters(sorted(added))
+        if not before:
+            pipeline.unload_lora_weights()
+        is_key = isinstance(error, (KeyError, IndexError))  # whose text is the key alone
+        reason = repr(error) if is_key else " ".join(str(error).split())
+        raise ValueError(f"The LoRA cannot be loaded into {type(pipeline).__name__}: {reason}") from error
+
+
+def _adapters(pipeline: Any) -> set[tuple[str, str]]:
+    """Give the component and the name of each adapter that is attached."""
+    return {(part, name) for part, names in pipeline.get_list_adapters().items() for name in names}
+
+
+def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Give the numbers in a JSON value by their paths; those of a rank_pattern end in `.r` too."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            ranks = key == "rank_pattern" or key.endswith(".rank_pattern")
+            inner = (
+                {f"{layer}.r": rank for layer, rank in inner.items()}
+                if ranks and isinstance(inner, Mapping)
+                else inner
+            )
+            yield from _numbers(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield path, value
+
+
+def refuse_any_lora(pipeline: Any) -> None:
+    """Raise if a part carries a LoRA: neither kind of export can keep it apart from the weights."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            try:
+                refuse_lora(part.state_dict(), f"the pipeline's {name}")
+            except ValueError as error:
+                raise ValueError(f"{error} To export the model with it, call pipeline.fuse_lora() before.") from None

@@ -1,0 +1,149 @@
+"""What a pipeline loads from strangers, LoRAs, single files, words and IP-Adapters: safetensors alone, checked."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from typing_extensions import Self
+
+from rectified_diffusers.loading.complete import require_weights
+from rectified_diffusers.loading.downloads import checked_downloads
+from rectified_diffusers.loading.lora import attaching, check_fits, check_lora, mend_kohya
+from rectified_diffusers.loading.safety import refuse_folder_of_pickles, refuse_pickle, safetensors_only
+
+_TENSORS = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"
+_WORD = "safetensors.torch.save_file({'<word>': vectors}, 'word.safetensors')"
+_MODEL = "diffusers.StableDiffusionPipeline.from_single_file(file).save_pretrained(new_folder)"
+_ADAPTER = (
+    "safetensors.torch.save_file of its two dictionaries, as image_proj.* and ip_adapter.*; h94/IP-Adapter has a "
+    ".safetensors file of each"
+)
+_ENCODER = "transformers.CLIPVisionModelWithProjection.from_pretrained(folder).save_pretrained(new_folder)"
+
+
+class SafetensorsLoaders(DiffusionPipeline):
+    """The loaders of a diffusers pipeline, with pickles refused unopened and LoRAs checked before they are attached.
+
+    Names and defaults of the arguments are diffusers'.
+    """
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load one .safetensors file as diffusers does; a .ckpt, or a file that lacks weights, is refused."""
+        refuse_pickle(pretrained_model_link_or_path, _MODEL)
+        stock: Any = super()
+        try:
+            pipeline = stock.from_single_file(pretrained_model_link_or_path, **kwargs)
+        except NotImplementedError as error:  # torch cannot move what diffusers found no weights for
+            raise ValueError(
+                f"{pretrained_model_link_or_path} lacks weights of the U-Net or of the VAE, expected a complete model "
+                "in one file. Download it again, or load the folder that it was made from."
+            ) from error
+        require_weights(pipeline, pretrained_model_link_or_path)
+        return pipeline
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Load a LoRA as diffusers does; one that does not fit or is damaged is a ValueError and changes nothing."""
+        stock: Any = super()
+        load = stock.load_lora_weights
+        with attaching(self, hotswap):
+            load(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+
+    @classmethod
+    def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Read a LoRA as diffusers does, check its values, and mend what becomes of a file in kohya's layout."""
+        source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
+        kwargs = safetensors_only(kwargs)
+        refuse_pickle(name, _TENSORS)
+        if isinstance(source, (str, os.PathLike)) and name is None:
+            if os.path.isfile(source):
+                refuse_pickle(source, _TENSORS)
+            refuse_folder_of_pickles(Path(source, kwargs.get("subfolder") or ""), _TENSORS)
+        stock: Any = super()
+        with checked_downloads(source, kwargs.get("cache_dir")):
+            weights, alphas, *metadata = stock.lora_state_dict(source, **kwargs)
+        check_lora(weights, alphas, metadata[0] if metadata else None)
+        if alphas is not None:
+            weights, alphas = mend_kohya(weights, alphas)
+        return weights, alphas, *metadata
+
+    @classmethod
+    def load_lora_into_unet(cls, state_dict: Any, network_alphas: Any, unet: Any, *args: Any, **kwargs: Any) -> None:
+        """Put a LoRA onto the U-Net, once its layers and their sizes are known to be those of the U-Net."""
+        check_fits(state_dict, "unet", unet)
+        stock: Any = super()
+        stock.load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
+
+    @classmethod
+    def load_lora_into_text_encoder(
+        cls,
+        state_dict: Any,
+        network_alphas: Any,
+        text_encoder: Any,
+        prefix: str | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Put a LoRA onto a text encoder, likewise."""
+        check_fits(state_dict, prefix or "text_encoder", text_encoder)
+        stock: Any = super()
+        stock.load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, *args, **kwargs)
+
+    def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
+        """Load learned words as diffusers does, from .safetensors or tensors; a .bin or .pt is refused."""
+        refuse_pickle(kwargs.get("weight_name"), _WORD)
+        for source in _each(pretrained_model_name_or_path):
+            if isinstance(source, (str, os.PathLike)):
+                if os.path.isfile(source):
+                    refuse_pickle(source, _WORD)
+                refuse_folder_of_pickles(Path(source, kwargs.get("subfolder") or ""), _WORD)
+        stock: Any = super()
+        with _all_checked(pretrained_model_name_or_path, kwargs.get("cache_dir")):
+            stock.load_textual_inversion(pretrained_model_name_or_path, *args, **safetensors_only(kwargs))
+
+    def load_ip_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        subfolder: Any,
+        weight_name: Any,
+        image_encoder_folder: str | None = "image_encoder",
+        **kwargs: Any,
+    ) -> None:
+        """Load IP-Adapters as diffusers does, from .safetensors or tensors; a .bin is refused."""
+        sources, folders = _each(pretrained_model_name_or_path_or_dict), _each(subfolder)
+        for source in sources:
+            if not isinstance(source, (str, os.PathLike)):  # tensors, whose name is not read
+                continue
+            for name in _each(weight_name):
+                refuse_pickle(name, _ADAPTER)
+            if image_encoder_folder is not None:
+                for folder in folders:
+                    # As diffusers has it: a bare name is beside the weights, a path begins at the root.
+                    beside = "" if "/" in image_encoder_folder else folder or ""
+                    refuse_folder_of_pickles(Path(source, beside, image_encoder_folder), _ENCODER)
+        stock: Any = super()
+        with _all_checked(pretrained_model_name_or_path_or_dict, kwargs.get("cache_dir")):
+            stock.load_ip_adapter(
+                pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **kwargs
+            )
+
+
+@contextmanager
+def _all_checked(sources: Any, cache_dir: str | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        for source in _each(sources):
+            stack.enter_context(checked_downloads(source, cache_dir))
+        yield
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

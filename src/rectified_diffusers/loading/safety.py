@@ -1,0 +1,85 @@
+"""Refuse pickles, and code that a model's folder names, before a library opens or imports them."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the options of a loader of diffusers with which it opens no pickle, or refuse those that ask for one."""
+    if options.get("use_safetensors") is False:
+        raise ValueError(
+            "use_safetensors=False asks for pickles, which can run code when they are opened; leave it out. "
+            "Load them with diffusers' own class, if you trust them, and save_pretrained(new_folder)."
+        )
+    return {**options, "use_safetensors": True}
+
+
+def refuse_pickle(source: Any, conversion: str) -> None:
+    """Refuse the name of a file that is not safetensors; what is no text or path, such as tensors, has been read.
+
+    Args:
+        conversion: what makes a safetensors file of it.
+    """
+    if isinstance(source, (str, os.PathLike)) and not os.fspath(source).endswith(".safetensors"):
+        raise ValueError(
+            f"{Path(source).name} is no .safetensors file, and others can run code when they are opened. Convert it "
+            f"once, if you trust it: {conversion}."
+        )
+
+
+def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
+    """Refuse a local folder that has weights as pickles and none in safetensors."""
+    if folder.is_dir() and (pickle := only_pickles(folder)):
+        refuse_pickle(pickle, conversion)
+
+
+def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
+    """Refuse a local folder whose model index names classes of libraries that diffusers would import for it.
+
+    diffusers before 0.40 imports whatever an index names. Allowed are the libraries that it knows, the modules of its
+    pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own gate does the same.
+
+    Args:
+        replaced: classes that are never loaded from where the index says, since others take their place.
+
+    Raises:
+        ValueError: a part is of another library.
+    """
+    index = Path(source, "model_index.json")
+    if not index.is_file() or not is_json_object(index):  # the latter is explained where loading fails
+        return
+    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
+            continue
+        library = entry[0]
+        known = library in LOADABLE_CLASSES or hasattr(diffusers.pipelines, library) or library in sys.modules
+        if known or entry[-1] in replaced:
+            continue
+        raise ValueError(
+            f"{index}: {name} is of {library!r}, which is neither diffusers nor transformers nor imported here, so "
+            "loading it would run code. If you trust it, import it first, or pass trust_remote_code=True."
+        )
+
+
+def is_json_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def only_pickles(folder: Path) -> Path | None:
+    """Give a pickle of a folder that has weights in no other format."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if any(file.suffix == ".safetensors" for file in files):
+        return None
+    return next((file for file in files if file.suffix in _PICKLES), None)

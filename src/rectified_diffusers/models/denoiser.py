@@ -1,0 +1,209 @@
+"""What a pipeline's network is told, and how its answer is read: one adapter per family of diffusers pipelines.
+
+Time, sign and layout of other conventions are translated here and nowhere else. A network of a flow gives our velocity
+data - noise up to a sign, at the flow time t, 0 noise and 1 data:
+
+| family | latents | time | answer of its flow | prompt |
+|---|---|---|---|---|
+| Stable Diffusion 1, 2 | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | embeddings |
+| Stable Diffusion XL | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | two encoders', pooled; six sizes |
+| Stable Diffusion 3 | (B, C, H, W) | 1000 sigma, sigma = 1 - t | noise - data | three encoders', pooled |
+| Flux | packed (B, H W / 4, 4 C) | sigma | noise - data | T5's, CLIP's pooled; positions; guidance |
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from torch import Tensor
+
+from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
+from rectified_diffusers.models.latents import pack, unpack
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, VelocityDirection, time_to_timestep
+
+Conditioning = dict[str, Tensor]
+"""What prompts become: tensors by name, of B rows each, the same for every time and every size of picture."""
+
+Network = Callable[..., Any]
+"""A pipeline's U-Net or transformer, or a wrapper that trains it."""
+
+
+class Denoiser(ABC):
+    """How to ask the network of one family of pipelines. Make it with `Denoiser.of`.
+
+    The network itself is an argument of the calls, as one in training is a copy of the pipeline's, wrapped for several
+    processes.
+
+    Args:
+        pipeline: tells sign and time of its flow, and encodes prompts; it is not changed.
+        guidance: of a network that takes guidance as an input (FLUX.1-dev); of no effect on others.
+    """
+
+    component: ClassVar[str] = "unet"
+    direction_of_flow: ClassVar[VelocityDirection] = "data"
+    guides_by_two_passes: ClassVar[bool] = True
+
+    def __init__(self, pipeline: Any, guidance: float = 1.0) -> None:
+        self.pipeline, self.guidance = pipeline, guidance
+
+    @staticmethod
+    def of(pipeline: Any, guidance: float = 1.0) -> "Denoiser":
+        """Find the adapter of a text-to-image pipeline; a pipeline of another family raises a `TypeError`."""
+        for pipeline_class, denoiser_class in _FAMILIES.items():
+            if isinstance(pipeline, pipeline_class):
+                return denoiser_class(pipeline, guidance)
+        known = ", ".join(pipeline_class.__name__ for pipeline_class in _FAMILIES)
+        raise TypeError(
+            f"Expected one of {known} or a subclass, got {type(pipeline).__name__}. Other pipelines condition their "
+            "networks in other ways, which are not known here."
+        )
+
+    @property
+    def network(self) -> Any:
+        """The pipeline's own network."""
+        return getattr(self.pipeline, self.component)
+
+    @property
+    def direction(self) -> VelocityDirection:
+        """What the network's flow predicts: "data" for data - noise, "noise" for noise - data.
+
+        A diffusion network has no flow yet. Made into one it gets our direction, as InstaFlow did.
+        """
+        scheduler = self.pipeline.scheduler
+        if isinstance(scheduler, RectifiedFlowEulerScheduler):
+            return scheduler.config["velocity_direction"]
+        # diffusers' DPM-Solver++ and others become flow schedulers by this setting, with its sign.
+        return "noise" if scheduler.config.get("use_flow_sigmas") else self.direction_of_flow
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """The timestep at t = 0."""
+        scheduler = self.pipeline.scheduler
+        flow = isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction_of_flow == "noise"
+        return scheduler.config["num_train_timesteps"] if flow else 1000
+
+    def diffusion(self) -> tuple[DiffusionAsFlow, PredictionType] | None:
+        """Give the view of a diffusion network as a flow and what it predicts; None if it is a flow."""
+        scheduler = self.pipeline.scheduler
+        if isinstance(scheduler, RectifiedFlowEulerScheduler) or scheduler.config.get("use_flow_sigmas"):
+            return None
+        kind, alphas_cumprod = scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is not None and kind in ("epsilon", "v_prediction", "sample"):
+            return DiffusionAsFlow(alphas_cumprod), kind
+        if self.direction_of_flow == "noise":
+            return None
+        raise TypeError(
+            "The velocity of this pipeline can be had from a RectifiedFlowEulerScheduler or a diffusion scheduler "
+            f"with alphas_cumprod and a prediction_type, got {type(scheduler).__name__}."
+        )
+
+    def velocity(self, network: Network, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Give the velocity data - noise of a flow's network at x_t `(B, C, H, W)` and t `(B,)`."""
+        answer = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
+        return answer if self.direction == "data" else -answer
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        """Run the text encoders; the empty prompt becomes what guidance steers away from."""
+
+    @abstractmethod
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Give the network's answer, in its own sign, to a sample `(B, C, H, W)` at timesteps `(B,)` in [0, 1000]."""
+
+
+class StableDiffusionDenoiser(Denoiser):
+    """Stable Diffusion 1 and 2, and all of ours of that shape, the StackedUNet among them."""
+
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        return {"encoder_hidden_states": self.pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
+
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return network(sample, timestep, **conditioning, return_dict=False)[0]
+
+
+class StableDiffusionXLDenoiser(Denoiser):
+    """Stable Diffusion XL: the picture is said to be of its own size, uncropped, as its pipeline says by default."""
+
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        if self.pipeline.config.get("force_zeros_for_empty_prompt", True):
+            there = torch.tensor([prompt != "" for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds * there[:, None, None], pooled * there[:, None]
+        return {"encoder_hidden_states": embeds, "text_embeds": pooled}
+
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        pooled, factor = conditioning["text_embeds"], self.pipeline.vae_scale_factor
+        size = [pixels * factor for pixels in sample.shape[-2:]]
+        sizes = torch.tensor(
+            [*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device
+        )  # original, corner, target
+        return network(
+            sample,
+            timestep,
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes.expand(len(sample), -1)},
+            return_dict=False,
+        )[0]
+
+
+class StableDiffusion3Denoiser(Denoiser):
+    """Stable Diffusion 3 and 3.5."""
+
+    component = "transformer"
+    direction_of_flow = "noise"
+
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        return network(hidden_states=sample, timestep=timestep, **conditioning, return_dict=False)[0]
+
+
+class FluxDenoiser(Denoiser):
+    """FLUX.1: squares of 2 x 2 latents are tokens. Guidance is an input of dev's network; schnell has none."""
+
+    component = "transformer"
+    direction_of_flow = "noise"
+    guides_by_two_passes = False
+
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=device)
+        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        count, height, width = len(sample), sample.shape[-2], sample.shape[-1]
+        takes_guidance = self.network.config["guidance_embeds"]
+        rows = torch.arange(height // 2, device=sample.device, dtype=sample.dtype)
+        columns = torch.arange(width // 2, device=sample.device, dtype=sample.dtype)
+        places = torch.cartesian_prod(rows.new_zeros(1), rows, columns)
+        tokens = conditioning["encoder_hidden_states"].shape[1]
+        answer = network(
+            hidden_states=pack(sample),
+            timestep=timestep / self.num_train_timesteps,
+            guidance=timestep.new_full((count,), self.guidance) if takes_guidance else None,
+            **conditioning,
+            txt_ids=places.new_zeros(tokens, 3),
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        return unpack(answer, height, width)
+
+
+_FAMILIES: dict[type, type[Denoiser]] = {
+    StableDiffusionPipeline: StableDiffusionDenoiser,
+    StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
+    StableDiffusion3Pipeline: StableDiffusion3Denoiser,
+    FluxPipeline: FluxDenoiser,
+}

@@ -1,0 +1,73 @@
+"""Latents of a pipeline: their shape, packing into tokens, and the way between pixels and VAE-scaled latents."""
+
+from typing import Any
+
+from diffusers import (
+    FluxPipeline,
+)
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+
+def packs_latents(pipeline: Any) -> bool:
+    """Tell whether a pipeline takes and gives latents as tokens of 2 x 2 squares."""
+    return isinstance(pipeline, FluxPipeline)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Turn latents `(B, C, H, W)` into Flux's tokens `(B, H W / 4, 4 C)`, squares of 2 x 2 row by row."""
+    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Turn Flux's tokens back into latents `(B, C, height, width)`."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def network_of(pipeline: Any) -> Any:
+    unet = getattr(pipeline, "unet", None)
+    return pipeline.transformer if unet is None else unet
+
+
+def latent_channels(pipeline: Any) -> int:
+    """Give the channels of a pipeline's latents."""
+    channels = network_of(pipeline).config["in_channels"]
+    return channels // 4 if packs_latents(pipeline) else channels
+
+
+def latent_shape(pipeline: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    """Give channels, height and width of a pipeline's latents, at a size in pixels or at its default size.
+
+    Any pipeline with a U-Net or a transformer will do whose latents are `(B, C, H, W)`, or Flux's.
+    """
+    network = network_of(pipeline)
+    own = pipeline.default_sample_size if packs_latents(pipeline) else network.config.get("sample_size")
+    own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
+    factor = pipeline.vae_scale_factor
+    # A transformer's patches tile the latents; a U-Net pads.
+    multiple = factor * (2 if packs_latents(pipeline) else network.config.get("patch_size") or 1)
+    sizes: list[int] = []
+    for name, pixels, default in (("height", height, own_height), ("width", width, own_width)):
+        if pixels is None and default is None:
+            raise ValueError(f"{type(network).__name__} does not say its sample_size; set {name} in the config.")
+        if pixels is not None and pixels % multiple:
+            raise ValueError(f"{name} must be a multiple of {multiple} for this VAE, got {pixels}.")
+        sizes.append(default if pixels is None else pixels // factor)
+    return latent_channels(pipeline), sizes[0], sizes[1]
+
+
+def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+    """Encode pixels `(B, 3, H, W)` in [-1, 1] into the mean of the VAE's latents, scaled, in its dtype."""
+    latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+    return (latents - vae_shift(vae)) * vae.config.scaling_factor
+
+
+def decode_to_pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+    vae = pipeline.vae
+    pixels = vae.decode((latents / vae.config.scaling_factor + vae_shift(vae)).to(vae.dtype)).sample
+    return pipeline.image_processor.postprocess(pixels, output_type="pil")
+
+
+def vae_shift(vae: Any) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0

@@ -1,0 +1,178 @@
+"""A diffusion U-Net that is a velocity model before any training, by matching signal-to-noise ratios."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders import peft as diffusers_peft
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+from typing_extensions import Self
+
+from rectified_diffusers.flow.prediction import DiffusionAsFlow
+from rectified_diffusers.pipelines.scheduler import timestep_to_time
+
+# What decides alphas_cumprod, under the names of diffusers' schedulers; DDIM's class can follow all of it.
+_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
+# Before diffusers 0.37 this table has no default, and `set_adapters` fails for a class that is not in it.
+_expand_scales = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
+diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING.setdefault("DiffusionVelocityUNet", _expand_scales)
+
+
+class DiffusionVelocityUNet(UNet2DConditionModel):
+    """A U-Net of diffusion inside, a velocity data - noise outside (cf. arXiv:2405.20320, arXiv:2506.02221).
+
+    Each call scales x_t and moves the time to where the diffusion has the same signal-to-noise ratio, asks the U-Net
+    there, and turns its epsilon, v or sample into the velocity; the formulas are `DiffusionAsFlow`'s. With the weights
+    of a diffusion model it therefore is that model's flow, up to the ends that its schedule does not reach. A
+    reflow that starts from it need not unlearn epsilon, which one that starts from the bare weights must.
+
+    Names and shapes of the weights are those of the plain U-Net, so that LoRAs, weight deltas, IP-Adapters and
+    textual inversion of the diffusion model meet what they were made for. Limits:
+
+    - A ControlNet or T2I-Adapter is called by the pipeline and sees x_t and the flow's timestep, not what this U-Net
+      makes of them: one of diffusion is told another time and a sample too small by up to sqrt(2), and steers worse.
+    - Its answer is more than its last layer's: `export_diffusers`, which turns the sign of that layer, refuses it.
+    - U-Nets that take more than latents (inpainting with 9 channels) are refused.
+
+    Args: those of `UNet2DConditionModel`, and
+        diffusion_schedule: `prediction_type` and what decides alphas_cumprod, under the names of diffusers'
+            schedulers. `from_unet` reads it off a scheduler.
+    """
+
+    def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
+        super().__init__(**config)
+        self.register_to_config(diffusion_schedule=diffusion_schedule)
+        self.inner = DiffusionInside(self.config)
+
+    @classmethod
+    def from_unet(cls, unet: UNet2DConditionModel, scheduler: Any) -> Self:
+        """Turn a diffusion U-Net into its velocity; weights are copied, dtypes and devices kept.
+
+        Args:
+            unet: predicts what the scheduler says it does.
+            scheduler: a diffusion scheduler of diffusers, whose `alphas_cumprod` and `prediction_type` count.
+        """
+        if type(unet) is not UNet2DConditionModel:
+            raise TypeError(
+                f"Expected a plain UNet2DConditionModel of a diffusion model, got {type(unet).__name__}, which is a "
+                "velocity model already or was never taught diffusion."
+            )
+        schedule = _read_schedule(scheduler)
+        made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
+        weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
+        made.load_state_dict(weights, assign=True)
+        return made.train(unet.training)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        encoder_hidden_states: Tensor,
+        *args: Any,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """Give the velocity at x_t; all other arguments are those of `UNet2DConditionModel` and go to it unchanged.
+
+        Args:
+            sample: x_t of the straight path, `(B, C, H, W)`; the result has its shape and dtype.
+            timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
+            encoder_hidden_states: text embeddings, `(B, tokens, cross_attention_dim)`.
+        """
+        unet = super().forward
+
+        def ask(inner_sample: Tensor, inner_timestep: Tensor) -> Tensor:
+            return unet(inner_sample, inner_timestep, encoder_hidden_states, *args, return_dict=False, **kwargs)[0]
+
+        velocity = self.inner.velocity(ask, sample, timestep)
+        return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
+
+
+class DiffusionInside:
+    """What turns the answer of a diffusion network into a velocity, by the `diffusion_schedule` of its config."""
+
+    def __init__(self, config: Any) -> None:
+        schedule = config["diffusion_schedule"]
+        if schedule is None or "prediction_type" not in schedule:
+            raise ValueError(
+                f"diffusion_schedule must say the schedule and the prediction_type, got {schedule!r}. Make "
+                "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
+            )
+        if config["in_channels"] != config["out_channels"]:
+            raise ValueError(
+                "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
+                f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
+            )
+        self.as_flow = DiffusionAsFlow(_alphas_cumprod(schedule))
+        self.prediction_type: Any = schedule["prediction_type"]
+        if self.prediction_type == "epsilon" and self.as_flow.schedule.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
+                "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
+            )
+
+    def velocity(
+        self, ask: Callable[[Tensor, Tensor], Tensor], sample: Tensor, timestep: Tensor | float | int
+    ) -> Tensor:
+        """Give the velocity at x_t, with its shape and dtype.
+
+        Args:
+            ask: gives the network's prediction for its own sample `(B, C, H, W)` and timesteps `(B,)`.
+            sample: x_t of the straight path, `(B, C, H, W)`.
+            timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
+        """
+        precise = torch.promote_types(sample.dtype, torch.float32)
+        t = timestep_to_time(torch.as_tensor(timestep, dtype=precise, device=sample.device)).expand(len(sample))
+        prediction = ask(*self.as_flow.network_input(sample, t))
+        # Towards noise epsilon is divided by alpha, 0.068 at the end: not in half precision.
+        velocity = self.as_flow.velocity(prediction.to(precise), sample.to(precise), t, self.prediction_type)
+        return velocity.to(sample.dtype)
+
+
+def _signature() -> inspect.Signature:
+    """Give the arguments of the plain U-Net and our own: the loader reads the names in a config off a signature."""
+    parameters = list(inspect.signature(UNet2DConditionModel.__init__).parameters.values())
+    own = inspect.signature(DiffusionVelocityUNet.__init__).parameters["diffusion_schedule"]
+    return inspect.Signature([*parameters, own])
+
+
+SIGNATURE = _signature()
+DiffusionVelocityUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
+    return DDIMScheduler(**{name: value for name, value in schedule.items() if name in _SCHEDULE}).alphas_cumprod
+
+
+def _read_schedule(scheduler: Any) -> dict[str, Any]:
+    """Read off a scheduler's config what makes its alphas_cumprod, and check that it does."""
+    config, wanted = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
+    kind = config.get("prediction_type")
+    if wanted is None or kind not in ("epsilon", "v_prediction", "sample") or config.get("use_flow_sigmas"):
+        raise ValueError(
+            "Expected a diffusion scheduler with alphas_cumprod and a prediction_type out of 'epsilon', "
+            f"'v_prediction' and 'sample', got {type(scheduler).__name__} with prediction_type {kind!r}. A flow needs "
+            "no conversion."
+        )
+    schedule = {name: config[name] for name in _SCHEDULE if config.get(name) is not None}
+    if "trained_betas" in schedule:
+        schedule["trained_betas"] = torch.as_tensor(schedule["trained_betas"]).tolist()
+    # Some schedulers put 2^-24 in the place of an exact 0 at the end.
+    if not torch.allclose(_alphas_cumprod(schedule), wanted.cpu(), rtol=1e-4, atol=1e-6):
+        raise ValueError(
+            f"The config of the {type(scheduler).__name__} does not give its alphas_cumprod, so that they cannot be "
+            f"stored with the model; got {schedule}. Give a scheduler of diffusers made by its config, such as "
+            "DDIMScheduler.from_config(pipeline.scheduler.config)."
+        )
+    return {**schedule, "prediction_type": kind}

@@ -1,0 +1,290 @@
+"""Make a Stable Diffusion pipeline sample a rectified flow: our scheduler, one step by default, all else inherited."""
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    SchedulerMixin,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from rectified_diffusers.checks import require_count, require_finite, require_latents, require_number, require_texts
+from rectified_diffusers.loading.errors import dtype_option, remedies
+from rectified_diffusers.loading.lora import cannot_be_saved
+from rectified_diffusers.loading.mixin import SafetensorsLoaders
+from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
+from rectified_diffusers.loading.saving import make_readable
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+
+logger = logging.getLogger(__name__)
+
+_PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "safe_serialization", "variant")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
+    """Give a pipeline's `__call__` with one step and no guidance as defaults; the body and all else stay diffusers'.
+
+    Stable Diffusion's own, 50 steps and guidance 7.5, waste time on a rectified flow and burn its colours. The
+    signature stays spelled out, with the new defaults in it: diffusers and its tests inspect it.
+    """
+    signature = inspect.signature(call)
+    defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    parameters = [
+        parameter.replace(default=defaults.get(name, parameter.default))
+        for name, parameter in signature.parameters.items()
+    ]
+    signature = signature.replace(parameters=parameters)
+
+    @functools.wraps(call)
+    def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        _check_call(arguments.arguments)
+        return call(*arguments.args, **arguments.kwargs)
+
+    call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
+    return call_with_defaults
+
+
+def _check_call(given: dict[str, Any]) -> None:
+    """Check what diffusers would draw from without a word, or refuse with an error of torch."""
+    prompt, embeds, latents = (given.get(name) for name in ("prompt", "prompt_embeds", "latents"))
+    unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
+    if unknown:
+        known = ", ".join(name for name in given if name not in ("self", "kwargs"))
+        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Is it misspelt?")
+    copies = given.get("num_images_per_prompt")
+    require_number("guidance_scale", given["guidance_scale"])
+    if copies is not None:
+        require_count("num_images_per_prompt", copies)
+    if isinstance(prompt, list):  # anything else is checked by diffusers
+        require_texts("prompt", prompt)
+    if embeds is not None:
+        require_finite("prompt_embeds", embeds)
+    if latents is not None:
+        require_latents("latents", latents, given["self"].vae.config["latent_channels"])
+        rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+        if len(latents) != rows * (copies or 1):
+            raise ValueError(
+                f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
+                "many prompts, or num_images_per_prompt."
+            )
+
+
+class RectifiedFlowMixin(SafetensorsLoaders):
+    """Make a diffusers pipeline sample a rectified flow, whatever scheduler its checkpoint was saved with.
+
+    A scheduler reaches a pipeline in three ways, and each is met where it can be told from the others:
+
+    - *stored*: the published InstaFlow checkpoints name PNDMScheduler, which samples a velocity as if it were noise.
+      The loader asks `extract_init_dict` what a checkpoint names; there it becomes ours, with a message at info level.
+    - *carried over* by `from_pipe` from another pipeline: becomes ours likewise.
+    - *passed* to the constructor or a loader, or assigned: nobody but the caller can have chosen it, so anything that
+      is not ours is an error. `None` asks for the default.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
+        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do.
+
+        Unasked, every part is loaded in float32: transformers 5 would take a half precision text encoder as it is
+        stored, beside diffusers' U-Net in float32. Weights are read from safetensors alone: pickles are refused.
+        """
+        kwargs = safetensors_only(kwargs)
+        if not kwargs.get("trust_remote_code"):
+            # A portable save ships our scheduler's source; extract_init_dict takes the class that is here.
+            refuse_foreign_code(pretrained_model_name_or_path, replaced=[RectifiedFlowEulerScheduler.__name__])
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs |= dtype_option(torch.float32)
+        where = {name: kwargs.get(name) for name in ("variant", "cache_dir", "revision")}
+        with remedies(pretrained_model_name_or_path, **where):
+            made: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return made
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Read a checkpoint's list of components, with our scheduler in place of a stored diffusion scheduler."""
+        library, class_name = config_dict.get("scheduler") or (None, "")
+        ours = RectifiedFlowEulerScheduler.__name__
+        if class_name == ours:  # a portable save names the source that it ships, which is not needed here
+            config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
+        # A stored flow scheduler is left alone, so that __setattr__ refuses it: its models predict noise - data.
+        if library == "diffusers" and not class_name.startswith("FlowMatch"):
+            logger.info("The checkpoint's %s is a diffusion scheduler; %s takes its place.", class_name, ours)
+            config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Build this pipeline on another's components; a diffusion scheduler among them is replaced by ours."""
+        theirs: Any = pipeline.components.get("scheduler")
+        if "scheduler" not in kwargs and not isinstance(theirs, RectifiedFlowEulerScheduler):
+            # By its config: our scheduler from a portable save keeps its settings, and a flow's is refused.
+            ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
+            logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
+            kwargs["scheduler"] = ours
+        if isinstance(unet := pipeline.components.get("unet"), UNet2DConditionModel):
+            kwargs.setdefault("unet", unet)  # diffusers carries over only what has the very class of the annotation
+        made: Any = super().from_pipe(pipeline, **kwargs)
+        return made
+
+    def register_modules(self, **kwargs: Any) -> None:
+        """Take in the components; `scheduler=None` is given the default scheduler."""
+        if "scheduler" in kwargs and kwargs["scheduler"] is None:
+            kwargs["scheduler"] = RectifiedFlowEulerScheduler()
+        super().register_modules(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Construction ends here too, so that `pipeline.scheduler = ...` and `scheduler=...` are one check.
+        is_ours = isinstance(value, RectifiedFlowEulerScheduler)
+        if name == "scheduler" and isinstance(value, SchedulerMixin) and not is_ours:
+            raise ValueError(
+                f"{type(self).__name__} needs a RectifiedFlowEulerScheduler, got {type(value).__name__}, which would "
+                "sample the predicted velocity as something else. Leave the scheduler out, or build one with "
+                "RectifiedFlowEulerScheduler(); for a diffusion model use the stock diffusers pipeline."
+            )
+        super().__setattr__(name, value)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached.
+
+        Raises:
+            ValueError: a LoRA is attached to a model, which could not be loaded again.
+        """
+        for name, model in self.components.items():
+            if isinstance(model, nn.Module) and cannot_be_saved(model):
+                raise ValueError(
+                    f"A LoRA is attached to the {name}, expected plain weights: saved like this, they could not be "
+                    f"loaded. To keep the LoRA in the weights, fuse_lora(components=[{name!r}]) and then "
+                    "unload_lora_weights(); to save without it, unload_lora_weights(). save_lora_weights() saves a "
+                    "LoRA by itself."
+                )
+        push_to_hub = kwargs.pop("push_to_hub", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        make_readable(Path(save_directory))
+        if push_to_hub:  # which saves once more, into a folder of its own
+            options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+
+
+@contextmanager
+def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
+    """Let a CLIP text model answer from `clip_skip` layers before its last one, through its final norm."""
+
+    def ask_for_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "output_hidden_states": True}
+
+    def answer_from_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
+        layers = len(output.hidden_states) - 1  # the first is the embedding
+        if not 0 <= clip_skip <= layers:
+            raise ValueError(
+                f"clip_skip must be in [0, {layers}], the text encoder having {layers} layers, got {clip_skip}."
+            )
+        return (model.final_layer_norm(output.hidden_states[layers - clip_skip]),)
+
+    hooks = [
+        text_encoder.register_forward_pre_hook(ask_for_layers, with_kwargs=True),
+        text_encoder.register_forward_hook(answer_from_layer),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class OneTextEncoder(RectifiedFlowMixin):
+    """Mend `clip_skip`, for which diffusers reads `text_encoder.text_model`, gone since transformers 5.
+
+    Giving the model that attribute instead would mislead the LoRA loader, which keys off it.
+    """
+
+    text_encoder: Any
+
+    def encode_prompt(
+        self,
+        prompt: Any,
+        device: Any,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        negative_prompt: Any = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> Any:
+        """Encode as diffusers does; where it cannot skip layers, the prompt is encoded first and passed to it."""
+        stock: Any = super()
+        broken = self.text_encoder is not None and not hasattr(self.text_encoder, "text_model")
+        if broken and clip_skip is not None and prompt_embeds is None:
+            with _skipping_last_layers(self.text_encoder, clip_skip):
+                prompt_embeds, _ = stock.encode_prompt(prompt, device, 1, False, lora_scale=lora_scale)
+        return stock.encode_prompt(
+            prompt,
+            device,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+
+
+class StartFromImage(RectifiedFlowMixin):
+    """Begin at t = 1 - strength, with every one of the requested steps spent after it."""
+
+    scheduler: RectifiedFlowEulerScheduler
+
+    def get_timesteps(
+        self,
+        num_inference_steps: int,
+        strength: float,
+        device: str | torch.device,
+        denoising_start: float | None = None,
+    ) -> tuple[Tensor, int]:
+        """Give the grid from t = 1 - strength to 1, in place of the one that `__call__` has just laid from 0.
+
+        The flow is continuous in t. Skipping the first steps of a full grid, as diffusion does, leaves a one-step
+        model with no step at all.
+
+        Args:
+            num_inference_steps: N, spent between 1 - strength and 1; with `denoising_start`, between 0 and 1.
+            strength: share of the flow that is run again, in (0, 1].
+            device: of the timesteps.
+            denoising_start: Stable Diffusion XL's, in place of `strength`: take over latents that another pipeline
+                brought to this t by `denoising_end`. Both then walk one grid of N steps, and the cut is diffusers'.
+        """
+        if denoising_start is not None:
+            stock: Any = super()
+            timesteps, left = stock.get_timesteps(num_inference_steps, strength, device, denoising_start)
+            if left < 1:
+                raise ValueError(
+                    f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}: "
+                    "the pipeline before has taken them all, and its latents are done. Take more steps in both, or "
+                    "pass strength instead, after which every step is spent."
+                )
+            return timesteps, left
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength is the share of the flow that is run again, in (0, 1], got {strength}.")
+        laid = self.scheduler.sigmas[:-1]
+        self.scheduler.set_timesteps(num_inference_steps, device, start=1 - strength)
+        if not torch.allclose(self.scheduler.sigmas[:-1], strength * laid):  # the caller's own grid: keep its shape
+            timesteps = self.scheduler.config["num_train_timesteps"] * strength * laid
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        return self.scheduler.timesteps, num_inference_steps

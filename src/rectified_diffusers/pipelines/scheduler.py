@@ -1,0 +1,313 @@
+"""The scheduler that carries the flow: with it, a Stable Diffusion pipeline of diffusers samples a rectified flow."""
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+VelocityDirection = Literal["data", "noise"]
+Time = TypeVar("Time", float, Tensor)
+
+# What a checkpoint of a velocity model may say: our own word, the style guide's, and the one with which diffusers'
+# training scripts ask a scheduler for `get_velocity`. All are stored as the first.
+_PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
+
+
+def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
+    """Convert flow time, 0 noise and 1 data, to what the U-Net is given: `num_train_timesteps * (1 - t)`."""
+    return num_train_timesteps * (1 - t)
+
+
+def timestep_to_time(timestep: Time, num_train_timesteps: int = 1000) -> Time:
+    """Convert a timestep in [0, num_train_timesteps] to flow time: `1 - timestep / num_train_timesteps`."""
+    return 1 - timestep / num_train_timesteps
+
+
+class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
+    """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 with Euler steps, on t_i = i / N by default.
+
+    v minimises Eq. (1) of arXiv:2209.03003. The U-Net is given `1000 * (1 - t)` as a float, 1000 at the noise end.
+    The grid is kept in float64 on the CPU and a step multiplies by a Python float, so that nothing is upcast: in
+    float32, float16 and bfloat16 alike the result is that of the authors' loop, `dt = 1.0 / N; x = x + dt * v`.
+
+    Args:
+        num_train_timesteps: the timestep at t = 0.
+        velocity_direction: what the model predicts: "data" for data - noise (InstaFlow), "noise" for noise - data
+            (Stable Diffusion 3, Flux).
+        shift: warp of the grid, sigma' = shift * sigma / (1 + (shift - 1) * sigma) with sigma = 1 - t; 1 is none.
+        prediction_type: always stored as "flow_prediction", so that training scripts written for diffusion stop
+            instead of training epsilon.
+    """
+
+    _compatibles: list[str] = []  # noqa: RUF012 (the type is diffusers')
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        velocity_direction: VelocityDirection = "data",
+        shift: float = 1.0,
+        prediction_type: str = "flow_prediction",
+    ) -> None:
+        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int):
+            raise TypeError(f"num_train_timesteps must be a whole number, got {num_train_timesteps!r}. Pass an int.")
+        if not isinstance(shift, Real):
+            raise TypeError(f"shift must be a number, got {shift!r}. Pass a float, 1 for none.")
+        if num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}.")
+        if velocity_direction not in get_args(VelocityDirection):
+            raise ValueError(
+                f"velocity_direction must be 'data' (the model predicts data - noise, as InstaFlow) or 'noise' "
+                f"(noise - data, as Stable Diffusion 3 and Flux), got {velocity_direction!r}."
+            )
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift must be above 0 and finite (1 leaves the grid as it is), got {shift}.")
+        if prediction_type not in _PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. This "
+                "scheduler integrates a velocity; use a diffusion scheduler for a model that predicts something else."
+            )
+        # Not a default, so that `DDIMScheduler.from_config(ours.config)` is told and refuses, not left with epsilon.
+        self.register_to_config(prediction_type="flow_prediction")
+        if "_use_default_values" in self.config:
+            defaults = [name for name in self.config["_use_default_values"] if name != "prediction_type"]
+            self.register_to_config(_use_default_values=defaults)
+        self.init_noise_sigma = 1.0
+        self._set_grid(_uniform_sigmas(num_train_timesteps), device=None)
+        # The grid above is for code that reads `timesteps` without sampling; sampling asks for its own.
+        self.num_inference_steps: int | None = None
+
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Take from another scheduler's config what means the same here and nothing else.
+
+        `from_config(pipeline.scheduler.config)` is how diffusers users swap schedulers; a diffusion scheduler's betas
+        and its prediction type must not come along, neither as arguments nor as left-over keys of our config.
+        """
+        if "velocity_direction" not in config_dict:
+            # DPM-Solver++, UniPC and others are flow schedulers by a setting, which `export_diffusers` makes.
+            of_a_flow = "shift" in config_dict or config_dict.get("use_flow_sigmas")
+            if of_a_flow and "velocity_direction" not in kwargs:
+                raise ValueError(
+                    "The config is of a flow scheduler that does not say velocity_direction; those of diffusers "
+                    "(FlowMatchEulerDiscreteScheduler, or any with use_flow_sigmas) serve models that predict "
+                    "noise - data. "
+                    f"Say so: {cls.__name__}.from_config(config, velocity_direction='noise')."
+                )
+            config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @property
+    def step_index(self) -> int | None:
+        """Position on the grid of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Position on the grid of the first step, where a pipeline set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say where on the grid the first step is, so that it need not be looked up from a timestep."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+        start: float = 0.0,
+    ) -> None:
+        """Lay the grid of the next run: N equal steps from `start` to 1, or a grid of the caller's own.
+
+        Args:
+            num_inference_steps: N, at least 1.
+            device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
+            timesteps: the grid as timesteps, descending, without the final 0.
+            sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.
+            mu: logarithm of a shift for this run, in place of the config's.
+            start: flow time at which the run begins, in [0, 1).
+        """
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("Pass timesteps or sigmas, not both: they are the same grid in two units.")
+        given = timesteps if timesteps is not None else sigmas
+        if given is None:
+            if num_inference_steps is None:
+                raise ValueError("Pass num_inference_steps, timesteps or sigmas: the length of the grid is unknown.")
+            if not isinstance(start, Real):
+                raise TypeError(f"start must be a number in [0, 1), got {start!r}. Pass a float.")
+            if not 0 <= start < 1:
+                raise ValueError(f"start is the flow time of the first step, in [0, 1), got {start}.")
+            grid = _uniform_sigmas(num_inference_steps)
+        else:
+            if start != 0:
+                raise ValueError("Pass start or a grid of your own, not both: the grid already says where it begins.")
+            try:
+                grid = torch.as_tensor(given, dtype=torch.float64, device="cpu")
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(f"A grid must be a list of numbers or a tensor, got {given!r}: {error}.") from error
+            if timesteps is not None:
+                grid = 1 - timestep_to_time(grid, self.config["num_train_timesteps"])
+            self._check_grid(grid, num_inference_steps)
+        if mu is not None and not math.isfinite(mu):
+            raise ValueError(
+                f"mu is the logarithm of a shift, a finite number, got {mu}. Leave it out for the config's."
+            )
+        # Timesteps are taken as they are: they name the times that the model shall be asked at.
+        shift = self.config["shift"] if mu is None else math.exp(mu)
+        if timesteps is None and shift != 1:
+            grid = shift * grid / (1 + (shift - 1) * grid)
+        self._set_grid((1 - start) * grid, device)
+        if given is None and shift == 1:
+            # 1 / N itself, as the authors' loop has it, not a difference of two rounded numbers.
+            self._step_sizes = [(1 - start) / len(grid)] * len(grid)
+
+    def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
+        """Check a caller's grid: one-dimensional, sigmas in (0, 1], strictly descending."""
+        if num_inference_steps is not None and num_inference_steps != len(sigmas):
+            raise ValueError(
+                f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)} steps; pass the grid alone."
+            )
+        in_range = sigmas.ndim == 1 and len(sigmas) > 0 and bool(((sigmas > 0) & (sigmas <= 1)).all())
+        if not in_range or not bool((sigmas.diff() < 0).all()):
+            last = self.config["num_train_timesteps"]
+            raise ValueError(
+                f"A grid must descend strictly within (0, {last}] as timesteps, (0, 1] as sigmas, without the final "
+                f"0, which is added; got sigmas {sigmas.tolist()}."
+            )
+
+    def _set_grid(self, sigmas: Tensor, device: str | torch.device | None) -> None:
+        """Store the grid `sigmas`, `(N,)` float64 on the CPU, and what follows from it; begin at its start."""
+        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        timesteps = time_to_timestep(1 - sigmas, self.config["num_train_timesteps"])
+        # On CUDA without waiting: the copy from the CPU's memory is staged before the call returns.
+        on_cuda = device is not None and torch.device(device).type == "cuda"
+        self.timesteps = timesteps.to(torch.float32).to(device, non_blocking=on_cuda)
+        self._step_sizes: list[float] = (-self.sigmas.diff()).tolist()
+        self.num_inference_steps = len(sigmas)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """Give the sample back: a flow model sees x_t itself. Pipelines call this before every forward pass."""
+        return sample
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """Find the position of a timestep on the grid.
+
+        An element of `timesteps`, which is what a pipeline's loop passes, tells it by its place in memory. Only
+        another tensor is compared by value, for which one has to wait for the device.
+        """
+        if isinstance(timestep, Tensor) and timestep.ndim == 0 and _share_memory(timestep, self.timesteps):
+            return int(timestep.storage_offset() - self.timesteps.storage_offset())
+        distance = (self.timesteps - timestep).abs()
+        index = int(distance.argmin())
+        if not distance[index] <= 1e-6 * self.config["num_train_timesteps"]:
+            raise ValueError(
+                f"timestep {float(timestep)} is not on the grid of {len(self.timesteps)} steps; pass one of "
+                "scheduler.timesteps (floats, not their indices)."
+            )
+        return index
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take one Euler step towards the data: x_{t+dt} = x_t + dt * v(x_t, t), dt = 1 / N by default.
+
+        Steps follow the grid of `set_timesteps`; the last one lands on t = 1 exactly.
+
+        Args:
+            model_output: the prediction at x_t, `(B, C, H, W)`, after guidance; its sign is `velocity_direction`.
+            timestep: finds the first step on the grid unless `set_begin_index` said where it is; from then on the
+                position on the grid is what counts.
+            sample: x_t, `(B, C, H, W)`; its dtype is kept.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("The grid is not laid yet: call set_timesteps(num_inference_steps) before step.")
+        _check_tensors(model_output=model_output, sample=sample)
+        index = self._step_index
+        if index is None:
+            index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if index >= self.num_inference_steps:
+            raise ValueError(
+                f"All {self.num_inference_steps} steps of the grid are taken: call set_timesteps before another run."
+            )
+        self._step_index = index + 1
+        displacement = self._step_sizes[index] * model_output
+        towards_data = self.config["velocity_direction"] == "data"
+        moved = (sample + displacement if towards_data else sample - displacement).to(sample.dtype)
+        return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Give the point of the straight path at any real timestep: x_t = t * data + (1 - t) * noise.
+
+        Args:
+            original_samples: data, `(B, C, H, W)`; its dtype is kept, the path is computed in float32 or wider.
+            noise: `(B, C, H, W)`.
+            timesteps: `(B,)`, or one for all, in [0, num_train_timesteps]; not rounded and not bound to the grid.
+        """
+        _check_tensors(original_samples=original_samples, noise=noise)
+        if not isinstance(timesteps, Tensor):
+            raise TypeError(f"timesteps must be a tensor, got {timesteps!r}. Make one: torch.tensor([500.0]).")
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        timesteps = timesteps.to(original_samples.device, dtype)
+        if timesteps.ndim > 1 or timesteps.numel() not in (1, len(original_samples)):
+            raise ValueError(
+                f"timesteps must hold one value per sample, shape ({len(original_samples)},), or one for all; "
+                f"got shape {tuple(timesteps.shape)}."
+            )
+        t = timestep_to_time(timesteps, self.config["num_train_timesteps"])
+        t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
+        return (t * original_samples + (1 - t) * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        """Give what the model shall predict, at every t: data - noise, or its negative by `velocity_direction`.
+
+        Args:
+            sample: data, `(B, C, H, W)`, under the name that diffusers' training scripts use.
+            noise: `(B, C, H, W)`.
+            timesteps: accepted for those scripts; a straight path has one velocity.
+        """
+        _check_tensors(sample=sample, noise=noise)
+        return sample - noise if self.config["velocity_direction"] == "data" else noise - sample
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+
+def _uniform_sigmas(num_steps: int) -> Tensor:
+    """Give sigma_i = 1 - i / N for i = 0 ... N - 1, `(N,)`, float64."""
+    try:
+        count = operator.index(num_steps)
+    except TypeError:
+        raise TypeError(f"num_inference_steps must be an integer, got {num_steps!r}.") from None
+    if count < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {count}.")
+    return 1 - torch.arange(count, dtype=torch.float64) / count
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Raise unless all are tensors of one shape: torch would broadcast, and sample something else without a word."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor (B, C, H, W), got {type(value).__name__}; of a model, its .sample."
+            )
+    if len({value.shape for value in tensors.values()}) > 1:
+        shapes = " and ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        raise ValueError(f"Expected tensors of one shape (B, C, H, W), got {shapes}. Nothing is broadcast here.")
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.untyped_storage()._cdata == other.untyped_storage()._cdata

@@ -1,0 +1,77 @@
+"""Replace attributes for a while; keep freed memory; turn images into PIL on the device."""
+
+import ctypes
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+_ABSENT = object()
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Shadow `owner.name` by an attribute of the instance; afterwards, show again what was there before."""
+    before = vars(owner).get(name, _ABSENT)
+    object.__setattr__(owner, name, value)  # neither a component of a pipeline nor a submodule of a module
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+# Of <malloc.h>: the size of free memory at the heap's end beyond which it is given back, and how many blocks may be
+# requested from the system one by one. With their defaults, to which they return.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
+
+
+def can_keep_memory() -> bool:
+    """Tell whether the C library is the one that these settings are of."""
+    return platform.libc_ver()[0] == "glibc"
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """Let the process keep freed memory: a setting of the whole process, and of glibc alone."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_MAX, _DEFAULT_MMAPS)
+        libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM)
+        libc.malloc_trim(0)
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """Turn `(B, 3, H, W)` in [-1, 1] into pictures; in float32 the bytes are those of diffusers' image processor."""
+    levels = ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+@contextmanager
+def pictures_on_device(pipeline: Any) -> Iterator[None]:
+    """Send bytes, not floats, from the device to the pictures: a quarter of the data, and no arithmetic in numpy."""
+    processor = pipeline.image_processor
+    stock = processor.postprocess
+
+    def postprocess(
+        image: Any, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None, **kwargs: Any
+    ) -> Any:
+        scales = processor.config.do_normalize if do_denormalize is None else all(do_denormalize)
+        colours = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 3
+        if output_type == "pil" and scales and colours and not kwargs:
+            return to_pictures(image)
+        return stock(image, output_type, do_denormalize, **kwargs)
+
+    with replaced(processor, "postprocess", postprocess):
+        yield

@@ -1,0 +1,169 @@
+"""The output folder of a run: checkpoints, log, validation pictures and, at the end, a whole pipeline."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import make_image_grid
+
+from rectified_diffusers.loading.saving import save_pipeline
+from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, system_errors, write_atomically
+from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.lora import Adapter
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+RECORD = "training.json"
+
+
+class RunFolder:
+    """Paths of a run and the writing of its files, of which none is ever seen half written but the log's last line.
+
+    `training.json` says what made the pipeline beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.validation = path / "validation"
+        self.log = path / "log.jsonl"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder until the end of the block, or of the process.
+
+        On systems and file systems without POSIX locks, nothing does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OSError(
+                f"Another process is training into {self.path}. Wait for its end, or give another output_dir."
+            ) from error
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it.", self.path, error.strerror)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def append_log(self, line: dict[str, Any]) -> None:
+        with self.log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def flush_log(self) -> None:
+        """Bring the log to the disk, so that no checkpoint is ahead of it."""
+        if self.log.exists():
+            flush(self.log)
+
+    def prepare(self, step: int) -> None:
+        """Make the folder ready to go on after `step`: no leftovers of a killed process, no log of later steps."""
+        if step == 0 and (self.path / INDEX).exists():
+            raise ValueError(
+                f"{self.path} holds a pipeline and no checkpoint of a run to resume, so that training would replace "
+                "it. Give another output_dir."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.checkpoints, self.validation):
+            for leftover in folder.glob(f"{TEMPORARY}*"):
+                remove(leftover)
+        if self.log.exists():
+            whole = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            write_atomically(self.log, lambda path: path.write_text(kept))
+
+    def last_line(self) -> dict[str, Any]:
+        """Give the last line of the log, or nothing."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return json.loads(lines[-1]) if lines else {}
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Tell whether a whole pipeline with this record is there."""
+        path = self.path / RECORD
+        return (self.path / INDEX).exists() and path.exists() and path.read_text() == _text_of(record)
+
+    def publish(
+        self, pipeline: Any, record: dict[str, Any], texts: Mapping[str, str], adapter: Adapter | None
+    ) -> None:
+        """Write a pipeline with its record, its texts (card and report, by file) and its LoRA, in place of one there.
+
+        Its parts are made beside their place and moved; `model_index.json`, without which nothing can be loaded, goes
+        first when an old pipeline is replaced and comes last.
+        """
+        (self.path / INDEX).unlink(missing_ok=True)
+        staging = self.path / f"{TEMPORARY}pipeline"
+        remove(staging)
+        _forget_last_call(pipeline)
+        with system_errors():
+            save_pipeline(pipeline, staging)
+            if adapter is not None:
+                adapter.save(type(pipeline), staging)
+        for name, text in texts.items():
+            (staging / name).write_text(text, encoding="utf-8")
+        (staging / RECORD).write_text(_text_of(record))
+        flush(staging)
+        for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
+            target = self.path / part.name
+            remove(target)
+            part.replace(target)
+        staging.rmdir()
+        flush(self.path, recursive=False)
+
+
+def _forget_last_call(pipeline: Any) -> None:
+    """Let the tokenizers be saved without padding and truncation of their last call.
+
+    They would write them to their files, which then told whether this process encoded a prompt: not all do, when the
+    last step was done by an earlier one. Every call sets them anew.
+    """
+    for part in pipeline.components.values():
+        tokenizer = getattr(part, "backend_tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+
+
+def _text_of(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
+
+
+def save_contact_sheet(
+    path: Path, pipeline: Any, config: TrainerConfig, steps: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    """Draw every validation prompt from its own fixed noise: a column per prompt, a row per number of steps.
+
+    Args:
+        size: height and width in pixels.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, dtype = list(config.validation_prompts), pipeline.vae.dtype
+    images = []
+    # The student is float32; autocast lets it work beside a text encoder and a VAE in half precision.
+    with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
+        for count in steps:
+            for i, prompt in enumerate(prompts):
+                result: Any = pipeline(
+                    prompt,
+                    height=size[0],
+                    width=size[1],
+                    num_inference_steps=count,
+                    guidance_scale=config.validation_guidance_scale,
+                    generator=torch.Generator().manual_seed(config.seed + i),
+                )
+                images += result.images
+    sheet = make_image_grid(images, rows=len(steps), cols=len(prompts))
+    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -1,0 +1,269 @@
+"""Stored weights: read from safetensors one tensor at a time, and written likewise.
+
+safetensors checks a file, but its reader maps the whole file, whose pages stay in memory, or parses the header for
+each tensor anew; and its writer wants all tensors at once. So the tensors are read and written by hand, and memory
+never holds more than those in use.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rectified_diffusers.checks import require_type
+from rectified_diffusers.loading.errors import remedies
+from rectified_diffusers.loading.lora import refuse_lora
+
+StorageDtype = Literal["float32", "float16", "bfloat16"]
+WeightSource = str | Path | Mapping[str, Tensor]
+
+_WEIGHTS_NAME = "diffusion_pytorch_model"  # of every diffusers model
+# As the header of a safetensors file puts them.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CODES = {str(dtype).removeprefix("torch."): code for code, dtype in _DTYPES.items()}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_CONVERT_FOLDER = (
+    "Convert it once, if you trust it: "
+    "UNet2DConditionModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)"
+)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Named tensors of floating point in files or a state dict, read one at a time.
+
+    Args:
+        name: what to call them in metadata and errors: the Hub id, or the last part of a path.
+        shapes: shape of each tensor by name.
+        metadata: the texts in the file; none for a sharded model or a state dict.
+        read: gives one tensor on the CPU, in its stored dtype; of a state dict, a tensor on the CPU itself.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    read: Callable[[str], Tensor]
+
+
+def open_weights(source: WeightSource, variant: str | None = None) -> StoredWeights:
+    """Open the weights of a U-Net; of files, only the headers are read.
+
+    Args:
+        source: Hub id or folder of a pipeline or of its U-Net, a safetensors file, or a state dict.
+        variant: part of the file name in a folder or on the Hub, as in `from_pretrained`.
+    """
+    require_type(
+        "a source of weights", source, (str, Path, Mapping), "Give a file, a folder, a Hub id or a state dict."
+    )
+    if isinstance(source, Mapping):
+        for key, tensor in source.items():
+            require_type(f"the weight {key!r}", tensor, Tensor, "Give a model's state_dict().")
+        weights = _open_state_dict(cast(Mapping[str, Tensor], source), variant)
+    else:
+        weights = _open_files(*_find(source, variant))
+    if not weights.shapes:
+        raise ValueError(f"{weights.name} holds no tensors; expected the weights of a U-Net.")
+    refuse_lora(weights.shapes, weights.name)
+    return weights
+
+
+def check_same_shapes(
+    got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], whose: str, whose_expected: str
+) -> None:
+    """Compare two models by the names and shapes of their weights; the error names the first that differs."""
+    unknown, missing = sorted(got.keys() - expected.keys()), sorted(expected.keys() - got.keys())
+    remedy = "They are of different architectures: use models that share one, such as fine-tunes of one base."
+    if unknown or missing:
+        kind, names = ("unknown to", unknown) if unknown else ("missing from", missing)
+        where, other = (whose_expected, whose) if unknown else (whose, whose_expected)
+        raise ValueError(
+            f"{len(names)} of the weights of {other} are {kind} {where}, first: {names[0]!r}; expected "
+            f"{len(expected)} weights, got {len(got)}. {remedy}"
+        )
+    for name in sorted(expected):
+        if got[name] != expected[name]:
+            raise ValueError(
+                f"The shape of {name!r} differs: expected {expected[name]} as in {whose_expected}, got {got[name]} in "
+                f"{whose}. {remedy}"
+            )
+
+
+def write_weights(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: StorageDtype,
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file, asking for one tensor after the other; it is there as a whole or not at all."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    size, end = getattr(torch, dtype).itemsize, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + size * math.prod(shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little"))
+            file.write(text)
+            for name in shapes:
+                file.write(read(name).reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> StoredWeights:
+    if variant is not None:
+        raise ValueError(f"variant={variant!r} names a file in a folder, but a state dict was given. Leave it out.")
+    name = "the state dict"
+    _check_floating(
+        {key: str(tensor.dtype) for key, tensor in tensors.items() if not tensor.is_floating_point()}, name
+    )
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return StoredWeights(name, shapes, {}, lambda key: tensors[key].detach().to("cpu"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: a file, the offset of its first byte, and what the bytes are."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
+    places: dict[str, _Place] = {}
+    metadata: dict[str, str] = {}
+    others: dict[str, str] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt"):  # header, offsets and length of the file are checked
+                pass
+        except SafetensorError as error:
+            raise ValueError(
+                f"{name}: {path.name} is no whole safetensors file ({error}); it was cut, damaged or is something "
+                "else. Download or make it again."
+            ) from error
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__", None) or {}  # null is valid, and means none
+        for key, entry in header.items():
+            if entry["dtype"] not in _DTYPES:
+                others[key] = entry["dtype"]
+                continue
+            offset = 8 + size + entry["data_offsets"][0]
+            places[key] = _Place(path, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    _check_floating(others, name)
+    shapes = {key: place.shape for key, place in places.items()}
+    return StoredWeights(name, shapes, metadata if len(files) == 1 else {}, lambda key: _read(places[key]))
+
+
+def _read(place: _Place) -> Tensor:
+    content = bytearray(place.dtype.itemsize * math.prod(place.shape))
+    with place.path.open("rb") as file:
+        file.seek(place.offset)
+        count = file.readinto(content)
+    if count != len(content):
+        raise ValueError(
+            f"{place.path.name} became shorter while it was read: expected {len(content)} bytes, got {count}. "
+            "Leave it alone until the end."
+        )
+    if not content:
+        return torch.empty(place.shape, dtype=place.dtype)
+    return torch.frombuffer(content, dtype=place.dtype).reshape(place.shape)
+
+
+def _check_floating(others: Mapping[str, str], name: str) -> None:
+    for key in sorted(others):
+        raise ValueError(
+            f"{name}: expected weights of 16 to 64 bits floating point, got {others[key]} in {key!r}. "
+            "Use the model without quantization."
+        )
+
+
+def _find(source: str | Path, variant: str | None) -> tuple[str, Sequence[Path]]:
+    """Give the name of a source and its safetensors files; several are the shards of a model."""
+    path = Path(source)
+    is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir()
+    if is_hub_id and not path.exists():
+        return str(source), _find_in_folder(_download(str(source), variant), str(source), variant)
+    name = path.resolve().parent.name if path.name == "unet" else path.resolve().name
+    if path.is_dir():
+        return name, _find_in_folder(path, name, variant)
+    if path.suffix in _PICKLES:
+        raise ValueError(
+            f"{name} is a pickle, which runs code when it is opened; expected safetensors. {_CONVERT_FOLDER}; for "
+            "a file of a whole model, StableDiffusionPipeline.from_single_file(file).save_pretrained(new_folder)."
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No file, folder or Hub id {str(source)!r}; expected one with the weights of a U-Net."
+        )
+    if variant is not None:
+        raise ValueError(f"variant={variant!r} names a file in a folder, but {name} is a file. Leave it out.")
+    return name, [path]
+
+
+def _file_names(variant: str | None) -> tuple[str, str]:
+    """Name the file that diffusers saves a model's weights in, and the index of its shards."""
+    part = "" if variant is None else f".{variant}"
+    return f"{_WEIGHTS_NAME}{part}.safetensors", f"{_WEIGHTS_NAME}.safetensors.index{part}.json"
+
+
+def _download(hub_id: str, variant: str | None) -> Path:
+    """Download the weights of the U-Net alone, of a repository of its own or a pipeline's, or find them cached."""
+    whole, index = _file_names(variant)
+    shards = whole.replace(".safetensors", "-*-of-*.safetensors")
+    patterns = [folder + name for folder in ("", "unet/") for name in (whole, index, shards)]
+    with remedies(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+
+
+def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Path]:
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    whole, index = (folder / file for file in _file_names(variant))
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return _shards_of(index, name)
+    here = sorted(path.name for path in folder.glob(f"{_WEIGHTS_NAME}*"))
+    remedy = "Give the folder of a pipeline or of its U-Net, and `variant` if the file name has one"
+    if here and all(file.endswith(_PICKLES) for file in here):
+        remedy = _CONVERT_FOLDER
+    raise FileNotFoundError(
+        f"{name}: expected {whole.name} or {index.name}, got {', '.join(here) or 'none'}. {remedy}."
+    )
+
+
+def _shards_of(index: Path, name: str) -> list[Path]:
+    """Read the files that an index lists; each must be there and lie beside it."""
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: {index.name} is no index of shards, which has their names under weight_map "
+            f"({type(error).__name__}). Download it again."
+        ) from error
+    for shard in sorted(listed, key=str):
+        if not isinstance(shard, str) or Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"{name}: expected the shard {shard!r} that {index.name} lists, got none. Download it again."
+            )
+    return [index.parent / shard for shard in sorted(listed)]
