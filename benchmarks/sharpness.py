@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from machine import provenance, write_results
-from rectified_diffusers.evaluation.frechet import frechet_distance, statistics_of
-from rectified_diffusers.evaluation.intervals import Interval, interval_of
+from rectified_diffusers.evaluation.metrics import Interval, frechet_distance, interval_of, statistics_of
 from rectified_diffusers.flow import FixedTime, Uniform, euler
 from sharpness_figure import draw_figure
 from sharpness_toys import Flow, Mixture, Pairs, Size, Stage, Toys, draw_pairs, generator_for
