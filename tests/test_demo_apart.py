@@ -100,7 +100,7 @@ def test_the_death_of_the_process_is_told():
 def test_it_does_not_outlive_a_process_that_is_killed():
     code = (
         "import multiprocessing, os, signal\n"
-        "from rectified_diffusers.demo.apart import StudioProcess\n"
+        "from rectified_diffusers.demo.worker import StudioProcess\n"
         "from tests.test_demo_apart import CountingStudio\n"
         "with StudioProcess(CountingStudio) as process:\n"
         "    process.studio.result()\n"
@@ -119,18 +119,18 @@ def test_it_does_not_outlive_a_process_that_is_killed():
 def test_ctrl_c_while_it_is_started_ends_both_without_a_traceback():
     code = (
         "import os, signal\n"
-        "from rectified_diffusers.demo import apart\n"
+        "from rectified_diffusers.demo import worker\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job ignores
-        "start = apart._Manager.start\n"
+        "start = worker._Manager.start\n"
         "def interrupted(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    start(*arguments)\n"
-        "    (process,) = apart.multiprocessing.active_children()\n"
+        "    (process,) = worker.multiprocessing.active_children()\n"
         "    os.kill(process.pid, signal.SIGINT)\n"
         "    print('started', flush=True)\n"
-        "apart._Manager.start = interrupted\n"
+        "worker._Manager.start = interrupted\n"
         "try:\n"
-        "    with apart.StudioProcess(os.getcwd):\n"
+        "    with worker.StudioProcess(os.getcwd):\n"
         "        print('entered', flush=True)\n"
         "except KeyboardInterrupt:\n"
         "    print('interrupted', flush=True)\n"

@@ -59,4 +59,4 @@ def test_exit_code(tmp_path, monkeypatch, capsys, executed, branches, code):
 def test_the_source_is_walked():
     found = list(raises.raises_below(raises.SOURCE))
     assert len(found) > 300
-    assert {"flow/loss.py", "cli/shared.py", "schedulers.py"} <= {each.path for each in found}
+    assert {"flow/loss.py", "cli/shared.py", "pipelines/scheduler.py"} <= {each.path for each in found}

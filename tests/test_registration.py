@@ -33,7 +33,7 @@ def run(code, **environment):
     "imports",
     [
         # The harder case of "before": diffusers is first imported by a module of ours that is not complete then.
-        "from rectified_diffusers.schedulers import RectifiedFlowEulerScheduler",
+        "from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler",
         "import diffusers; diffusers.AutoPipelineForText2Image; import rectified_diffusers",
     ],
     ids=["before diffusers", "after diffusers"],

@@ -18,7 +18,8 @@ import torch
 from benchmarks.triplet_memory import write_synthetic
 from safetensors.torch import load_file
 
-from rectified_diffusers.data import dataset as module
+from rectified_diffusers.data import dataset as dataset_module
+from rectified_diffusers.data import generate as generate_module
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, verify_triplets
 from rectified_diffusers.data.generate import draw_noise, generate_triplets
@@ -82,7 +83,7 @@ def test_a_run_makes_only_what_is_missing(folder, reference, monkeypatch):
     (folder / ".shard-00001.safetensors.17.partial").write_bytes(b"torn")
     written = []
     monkeypatch.setattr(
-        module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
+        generate_module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
     )
     generate(folder)
     assert written == ["shard-00001.safetensors"]
@@ -150,10 +151,10 @@ def test_rows_come_in_the_order_asked(folder, reference):
 
 
 def test_few_shards_are_open_at_once(folder, monkeypatch):
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 1)
+    monkeypatch.setattr(dataset_module, "_OPEN_SHARDS", 1)
     opened = []
-    open_shard = module._open_shard
-    monkeypatch.setattr(module, "_open_shard", lambda *args: (opened.append(args[-1]), open_shard(*args))[1])
+    open_shard = dataset_module.open_shard
+    monkeypatch.setattr(dataset_module, "open_shard", lambda *args: (opened.append(args[-1]), open_shard(*args))[1])
     dataset = TripletDataset(folder)
     opened.clear()
     dataset.rows([0, 9, 1, 8, 2])
@@ -314,7 +315,7 @@ def test_noise_that_is_not_noise_raises(folder, noise, data, match):
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 2, 2), (1, 4, 8, 8), (32, 4, 32, 32)])
 def test_right_noise_is_never_refused(shape):
     generator = torch.Generator().manual_seed(0)
-    assert all(module._is_unit_white(torch.randn(shape, generator=generator)) for _ in range(50))
+    assert all(dataset_module._is_unit_white(torch.randn(shape, generator=generator)) for _ in range(50))
 
 
 def test_data_that_is_not_finite_raises_and_keeps_the_shards_before(tmp_path, reference):
@@ -496,7 +497,7 @@ def test_a_process_makes_its_share_and_waits_for_the_others(tmp_path, reference,
 
     place = {"num_processes": 2, "process_index": 0, "is_main_process": True, "device": torch.device("cpu")}
     first = SimpleNamespace(**place, main_process_first=nullcontext, wait_for_everyone=wait)
-    monkeypatch.setattr(module, "join_processes", lambda: first)
+    monkeypatch.setattr(generate_module, "join_processes", lambda: first)
     generate(tmp_path, progress=True)
     assert contents(tmp_path) == reference
     shown = capfd.readouterr().err
@@ -506,23 +507,23 @@ def test_a_process_makes_its_share_and_waits_for_the_others(tmp_path, reference,
 
 def test_all_processes_exchange_the_same_form_of_what_is_there(folder, monkeypatch):
     exchanged: list[torch.Tensor] = []
-    monkeypatch.setattr(module, "broadcast", lambda flags: (exchanged.append(flags), flags)[1])
+    monkeypatch.setattr(generate_module, "broadcast", lambda flags: (exchanged.append(flags), flags)[1])
     manifest = TripletDataset(folder).manifest
     for is_main in (True, False):
-        module._missing_shards(folder, manifest, SimpleNamespace(is_main_process=is_main, device="cpu"))  # pyright: ignore[reportArgumentType]
+        generate_module._missing_shards(folder, manifest, SimpleNamespace(is_main_process=is_main, device="cpu"))  # pyright: ignore[reportArgumentType]
     assert [(flags.dtype, flags.shape) for flags in exchanged] == 2 * [(torch.uint8, (3,))]
 
 
 def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch, capfd):
     """When the first shard is begun, another run makes all: the first run makes that one again and no more."""
-    make, made = module._make_shard, []
+    make, made = generate_module._make_shard, []
 
     def interrupted(*args):
-        monkeypatch.setattr(module, "_make_shard", lambda *args: (made.append(args[2]), make(*args)))
+        monkeypatch.setattr(generate_module, "_make_shard", lambda *args: (made.append(args[2]), make(*args)))
         generate(tmp_path)
         make(*args)
 
-    monkeypatch.setattr(module, "_make_shard", interrupted)
+    monkeypatch.setattr(generate_module, "_make_shard", interrupted)
     generate(tmp_path, progress=True)
     assert made == [0, 1, 2]
     assert "10/10" in capfd.readouterr().err, "the other run's triplets count"
@@ -558,7 +559,7 @@ def test_half_precision_teachers(tmp_path, dtype):
 def test_the_dataset_holds_nothing_per_triplet(tmp_path, monkeypatch):
     """Peak memory of opening and reading, in 50 and in 1000 shards; `benchmarks/triplet_memory.py` has 10 million."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 16)
+    monkeypatch.setattr(dataset_module, "_OPEN_SHARDS", 16)
     peaks = []
     for shards in (50, 1000):
         folder = tmp_path / str(shards)

@@ -22,7 +22,7 @@ LENGTH = {
     "distill": ["--max-steps", "6"],
     "progressive": ["--teacher-steps", "4", "--steps-per-round", "3"],  # two rounds; a checkpoint in each
 }
-for module in ("data.triplets", *(f"training.{name}" for name in LENGTH)):
+for module in ("data.generate", *(f"training.{name}" for name in LENGTH)):
     importlib.import_module(f"rectified_diffusers.{module}")  # here, so that a harmed process need not
 
 

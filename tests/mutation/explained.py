@@ -16,12 +16,12 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "device=generator.device) -> torch.randint(self.steps, (count,), generator=generator)",
         "flow/time_density.py: _uniform: torch.rand(count, generator=generator, device=generator.device, "
         "dtype=torch.float64) -> torch.rand(count, generator=generator, dtype=torch.float64)",
-        "schedulers.py: RectifiedFlowEulerScheduler.set_timesteps: torch.as_tensor(given, dtype=torch.float64, "
-        "device='cpu') -> torch.as_tensor(given, dtype=torch.float64)",
-        "schedulers.py: RectifiedFlowEulerScheduler._set_grid: torch.device(device).type == 'cuda' -> "
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.set_timesteps: torch.as_tensor(given, "
+        "dtype=torch.float64, device='cpu') -> torch.as_tensor(given, dtype=torch.float64)",
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: torch.device(device).type == 'cuda' -> "
         "torch.device(device).type != 'cuda'",
-        "schedulers.py: RectifiedFlowEulerScheduler._set_grid: 'cuda' -> 'cudaX'",
-        "schedulers.py: RectifiedFlowEulerScheduler._set_grid: timesteps.to(torch.float32).to(device, "
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: 'cuda' -> 'cudaX'",
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: timesteps.to(torch.float32).to(device, "
         "non_blocking=on_cuda) -> timesteps.to(torch.float32).to(device)",
     ),
     "The start of Newton's method, which ends at the same root from anywhere in the cell and has steps to spare.": (
@@ -50,7 +50,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "flow/prediction.py: _check_divisor: divisor.abs() <= 4 * torch.finfo(divisor.dtype).eps -> divisor.abs() < "
         "4 * torch.finfo(divisor.dtype).eps",
         "flow/prediction.py: _check_divisor: 4 -> 5",
-        "schedulers.py: RectifiedFlowEulerScheduler.index_for_timestep: distance[index] <= 1e-06 * "
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: distance[index] <= 1e-06 * "
         "self.config['num_train_timesteps'] -> distance[index] < 1e-06 * self.config['num_train_timesteps']",
     ),
     "A value for the places that the next line throws away.": (
@@ -62,20 +62,21 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "flow/time_density.py: UShaped.sample: 1 -> 2 (2)",
     ),
     "The quicker way to an index that the slower one finds too; which was taken shows on a GPU, as time.": (
-        "schedulers.py: RectifiedFlowEulerScheduler.index_for_timestep: timestep.ndim == 0 -> timestep.ndim != 0",
-        "schedulers.py: RectifiedFlowEulerScheduler.index_for_timestep: 0 -> 1",
-        "schedulers.py: _share_memory: return one.dtype == other.dtype and one.untyped_storage()._cdata == "
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: timestep.ndim == 0 -> "
+        "timestep.ndim != 0",
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: 0 -> 1",
+        "pipelines/scheduler.py: _share_memory: return one.dtype == other.dtype and one.untyped_storage()._cdata == "
         "other.untyped_storage()._cdata -> return None",
-        "schedulers.py: _share_memory: one.dtype == other.dtype -> one.dtype != other.dtype",
-        "schedulers.py: _share_memory: one.untyped_storage()._cdata == other.untyped_storage()._cdata -> "
+        "pipelines/scheduler.py: _share_memory: one.dtype == other.dtype -> one.dtype != other.dtype",
+        "pipelines/scheduler.py: _share_memory: one.untyped_storage()._cdata == other.untyped_storage()._cdata -> "
         "one.untyped_storage()._cdata != other.untyped_storage()._cdata",
     ),
     "`timesteps` is a tensor of its own, so that its offset in memory is 0.": (
-        "schedulers.py: RectifiedFlowEulerScheduler.index_for_timestep: timestep.storage_offset() - "
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: timestep.storage_offset() - "
         "self.timesteps.storage_offset() -> timestep.storage_offset() + self.timesteps.storage_offset()",
     ),
     "A shift of 1 warps by nothing, bit for bit.": (
-        "schedulers.py: RectifiedFlowEulerScheduler.set_timesteps: 1 -> 0 (3)",
+        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.set_timesteps: 1 -> 0 (3)",
     ),
     "Lengths that are equal by construction; the check is for whoever changes that.": (
         "data/joined.py: JoinedTriplets.rows: zip(self.parts, self._starts, positions, strict=True) -> "
@@ -84,11 +85,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "data/joined.py: JoinedTriplets.prompt_rows: zip(self.parts, self._starts, strict=True) -> "
         "zip(self.parts, self._starts)",
         "data/joined.py: JoinedTriplets.prompt_rows: True -> False",
-        "data/triplets.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
-        "data/triplets.py: _check_finite: True -> False",
-        "data/triplets.py: _open_shard: zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found, "
+        "data/generate.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
+        "data/generate.py: _check_finite: True -> False",
+        "data/dataset.py: open_shard: zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found, "
         "strict=True) -> zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found)",
-        "data/triplets.py: _open_shard: True -> False",
+        "data/dataset.py: open_shard: True -> False",
     ),
     "What is left out, or put in its place, is what Python does anyway.": (
         "data/manifest.py: first_difference: return None -> return None",
@@ -122,30 +123,30 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "Only the truth of the value is asked for.": (
         "data/shards.py: _lock: return False -> return None",
-        "data/triplets.py: TripletDataset.__init__: 1 -> 2 (4)",
+        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (4)",
     ),
     "NumPy takes every negative length for the one that is left over.": ("data/shards.py: write_shard: 1 -> 2",),
     "The two last of four lengths, counted from either end.": ("data/teacher.py: Teacher.__call__: -2 -> 2",),
     "One text without a revision in it is as good as another.": ("data/teacher.py: Teacher.provenance: '' -> 'X'",),
     "All prompts have embeddings of one shape, and it is the shape that is asked for.": (
-        "data/triplets.py: make_manifest: '' -> 'X'",
+        "data/generate.py: make_manifest: '' -> 'X'",
     ),
     "Room to spare: a folder has a manifest, too, so that its shards are fewer than its files.": (
-        "data/triplets.py: TripletDataset.__init__: 1 -> 2",
-        "data/triplets.py: TripletDataset.__init__: 1 -> 0",
-        "data/triplets.py: TripletDataset.__init__: 1 -> 2 (2)",
+        "data/dataset.py: TripletDataset.__init__: 1 -> 2",
+        "data/dataset.py: TripletDataset.__init__: 1 -> 0",
+        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (2)",
     ),
-    "A value that every place is given another for.": ("data/triplets.py: TripletDataset.rows: '' -> 'X'",),
+    "A value that every place is given another for.": ("data/dataset.py: TripletDataset.rows: '' -> 'X'",),
     "`str.format` leaves out what the text does not ask for.": (
-        "data/triplets.py: TripletDataset._check_orientation: 2 -> 3",
+        "data/dataset.py: TripletDataset._check_orientation: 2 -> 3",
     ),
     "A bound that numbers in floating point meet with probability zero.": (
-        "data/triplets.py: _is_unit_white: abs(std ** 2 - 1) <= variance_bound -> abs(std ** 2 - 1) < variance_bound",
-        "data/triplets.py: _is_unit_white: abs(autocorrelation) <= correlation_bound -> abs(autocorrelation) < "
+        "data/dataset.py: _is_unit_white: abs(std ** 2 - 1) <= variance_bound -> abs(std ** 2 - 1) < variance_bound",
+        "data/dataset.py: _is_unit_white: abs(autocorrelation) <= correlation_bound -> abs(autocorrelation) < "
         "correlation_bound",
     ),
     "One pair of neighbours has a correlation of 1 at most, which either bound lets pass.": (
-        "data/triplets.py: _is_unit_white: 1 -> 2",
+        "data/dataset.py: _is_unit_white: 1 -> 2",
     ),
 }
 EXPLAINED = {name: reason for reason, names in _REASONS.items() for name in names}

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "rectified_diffusers"
 TESTS = {
     "flow": ["tests/flow"],
-    "schedulers.py": ["tests/test_schedulers.py"],  # more use it, and say less of what it does
+    "pipelines/scheduler.py": ["tests/test_schedulers.py"],  # more use it, and say less of what it does
     "data": ["tests/data"],
 }
 SURVIVED, KILLED, TIMED_OUT, NOT_REACHED = "survived", "killed", "timed out", "not reached"

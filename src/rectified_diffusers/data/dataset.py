@@ -4,6 +4,8 @@ A folder of triplets holds `manifest.json`, which says what made them, and the s
 manifest and its number alone, so a run that was stopped goes on with the shards that are missing.
 """
 
+import hashlib
+import json
 import math
 import os
 from bisect import bisect_right
@@ -162,6 +164,12 @@ class TripletDataset:
                 "the stored data is. Exchange the two tensors in the shards, or make the triplets again."
             )
         require_white(triplets.noise, f"The stored noise in {self.folder}", "Make the triplets again.")
+
+
+def manifest_digest(dataset: TripletDataset) -> str:
+    """Tell triplets from others by what they were made of, whatever versions of libraries made them."""
+    made_by = {key: value for key, value in dataset.manifest.items() if key != "made_with"}
+    return hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDataset:

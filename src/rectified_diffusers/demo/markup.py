@@ -35,6 +35,14 @@ footer {display: none !important}
 #history .caption-label {display: none}
 """
 
+# A text's `input` event of gradio (6.31) is of a pressed key: there is none for a paste, a cut, a deletion, or what an
+# input method or a voice writes. The browser's event is of them all; it is passed on when gradio has read the text.
+TYPING_SCRIPT = """
+document.addEventListener('input', (event) => {
+  if (event.target.closest('#prompt')) setTimeout(() => trigger('input'));
+}, true);
+"""
+
 
 def title(about: str) -> str:
     return f"<h1>A sentence, a step, a picture</h1><p>{escape(about)}</p>"

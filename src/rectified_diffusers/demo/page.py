@@ -45,14 +45,6 @@ MAX_UPLOAD = "1gb"
 FRAMES_PER_SECOND = 15
 PICTURE_HEIGHT = 380  # pixels of the screen
 
-# A text's `input` event of gradio (6.31) is of a pressed key: there is none for a paste, a cut, a deletion, or what an
-# input method or a voice writes. The browser's event is of them all; it is passed on when gradio has read the text.
-TYPING_SCRIPT = """
-document.addEventListener('input', (event) => {
-  if (event.target.closest('#prompt')) setTimeout(() => trigger('input'));
-}, true);
-"""
-
 
 def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
     """Lay the page out and connect it.
@@ -77,7 +69,7 @@ class _Page:
         self.visit = gr.State(Visit(styles=tuple(path for path, _ in styles)), time_to_live=CACHE_SECONDS[1])
         self.browser = gr.BrowserState([], storage_key="rectified-diffusers")
         self.title = gr.HTML(markup.title(studio.about()), elem_id="title", padding=False)
-        self.typed = gr.HTML("", js_on_load=TYPING_SCRIPT, visible="hidden")
+        self.typed = gr.HTML("", js_on_load=markup.TYPING_SCRIPT, visible="hidden")
         with gr.Row(equal_height=True):
             self.prompt = gr.Textbox(
                 PROMPTS[0],

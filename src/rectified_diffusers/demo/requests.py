@@ -1,12 +1,15 @@
 """What the page asks for and what it is answered: checked orders, images with captions."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_CHARACTERS = 2000  # of a prompt; CLIP's text encoders read about 300
 MAX_STEPS = 50
@@ -75,7 +78,7 @@ class Order:
         known["styles"] = {path.name: scale for path, scale in self.styles if scale}
         return json.dumps(known, ensure_ascii=False)
 
-    def with_steps(self, steps: int, guidance_scale: float) -> "Order":
+    def with_steps(self, steps: int, guidance_scale: float) -> Order:
         return replace(self, steps=steps, guidance_scale=guidance_scale)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
@@ -23,7 +23,7 @@ from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.sharding import copy_weights, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network
 from rectified_diffusers.training.trained import Update, load_optimizer_tensors, make_optimizer, optimizer_tensors
-from rectified_diffusers.training.trainer import Trainer, manifest_digest
+from rectified_diffusers.training.trainer import Trainer
 
 _LEAST_DISTANCE = 1e-4  # of the student's data from the teacher's, for the division by it
 

@@ -1,7 +1,6 @@
 """The loop that every trainer shares: accelerate, EMA, checkpoints, log, validation pictures, finished pipeline."""
 
 import hashlib
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
@@ -51,12 +50,6 @@ from rectified_diffusers.training.tracking import report_picture, start_trackers
 from rectified_diffusers.training.trained import Update, load_optimizer_tensors, make_optimizer, optimizer_tensors
 
 Config = TypeVar("Config", bound=TrainerConfig)
-
-
-def manifest_digest(dataset: TripletDataset) -> str:
-    """Tell triplets from others by what they were made of, whatever versions of libraries made them."""
-    made_by = {key: value for key, value in dataset.manifest.items() if key != "made_with"}
-    return hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class Trainer(ABC, Generic[Config]):
