@@ -92,7 +92,7 @@ def test_it_only_adds():
 
 def test_a_missing_diffusers_is_still_reported_as_missing():
     # Python's own answer, not one of ours.
-    hide = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+    hide = "import lazy_loader, sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
     check = "try: import diffusers\nexcept ModuleNotFoundError as error: assert error.name == 'diffusers'"
     run(f"{hide}import rectified_diffusers\n{check}\nelse: raise AssertionError")
 

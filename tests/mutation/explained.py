@@ -79,12 +79,12 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.set_timesteps: 1 -> 0 (3)",
     ),
     "Lengths that are equal by construction; the check is for whoever changes that.": (
-        "data/joined.py: JoinedTriplets.rows: zip(self.parts, self._starts, positions, strict=True) -> "
+        "data/dataset.py: JoinedTriplets.rows: zip(self.parts, self._starts, positions, strict=True) -> "
         "zip(self.parts, self._starts, positions)",
-        "data/joined.py: JoinedTriplets.rows: True -> False",
-        "data/joined.py: JoinedTriplets.prompt_rows: zip(self.parts, self._starts, strict=True) -> "
+        "data/dataset.py: JoinedTriplets.rows: True -> False",
+        "data/dataset.py: JoinedTriplets.prompt_rows: zip(self.parts, self._starts, strict=True) -> "
         "zip(self.parts, self._starts)",
-        "data/joined.py: JoinedTriplets.prompt_rows: True -> False",
+        "data/dataset.py: JoinedTriplets.prompt_rows: True -> False",
         "data/generate.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
         "data/generate.py: _check_finite: True -> False",
         "data/dataset.py: open_shard: zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found, "
@@ -100,10 +100,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "data/manifest.py: read_manifest: path.read_text(encoding='utf-8') -> path.read_text()",
     ),
     "`argsort` gives whole numbers whatever it sorts; only an empty list has no numbers to tell their type.": (
-        "data/joined.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
+        "data/dataset.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
         "dtype=torch.long) -> torch.tensor([position for own in positions for position in own])",
     ),
-    "The first folder, compared with itself too.": ("data/joined.py: _joined: 1 -> 0",),
+    "The first folder, compared with itself too.": ("data/dataset.py: _joined: 1 -> 0",),
     "Any number that no block has says that none is read yet; of row groups, the first is asked for first.": (
         "data/prompts.py: StoredPrompts._settle: 1 -> 2",
         "data/prompts.py: ParquetPrompts.__init__: -1 -> 1",
