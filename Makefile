@@ -1,4 +1,6 @@
 # Every target uses the `python` on PATH: activate the environment first.
+# WORKERS: processes of `test`, each of a core and 2 GB. BEFORE: commit of `compare`.
+WORKERS = 2
 BEFORE = HEAD
 
 .PHONY: help install check lint format types test test-slow coverage mutation compare docs faults wheel clean
@@ -24,7 +26,7 @@ types:  ## basedpyright
 	python -m basedpyright
 
 test:  ## the fast tests: no GPU, no network, under three minutes
-	python -m pytest -m 'not slow and not gpu'
+	python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not gpu'
 
 test-slow:  ## the rest of the tests that need no GPU
 	python -m pytest -m 'slow and not gpu'

@@ -1,5 +1,6 @@
 """Settings that every test shares: one thread, no network, one hypothesis profile."""
 
+import gc
 import os
 
 # Before torch and huggingface_hub are imported: both read these once.
@@ -20,6 +21,14 @@ from hypothesis import settings
 settings.register_profile("rectified_diffusers", deadline=None, derandomize=True)
 settings.load_profile("rectified_diffusers")
 torch.set_num_threads(1)
+gc.disable()  # until all tests are imported: nothing of that goes away
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave the half million objects of the imports out of every later collection of garbage."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

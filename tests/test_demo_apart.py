@@ -1,11 +1,11 @@
 """The demo's studio in a process of its own: it draws the same, stops, and its end and errors are told."""
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from rectified_diffusers.demo.requests import Drawing, Order
 from rectified_diffusers.demo.studio import Studio
 from rectified_diffusers.demo.worker import StudioProcess
+from tests.demo_makers import die, fail_to_make
 from tests.tiny import make_tiny_pipeline
 
 WAIT = 120  # seconds, for what happens in another process
@@ -37,43 +38,38 @@ class CountingStudio(Studio):
         return self._count
 
 
-def fail_to_make() -> Studio:
-    raise OSError("no weights")
-
-
-def die() -> Studio:
-    os._exit(9)
-
-
 def pixels(drawing: Drawing) -> bytes:
     assert drawing.image is not None
     return drawing.image.tobytes()
 
 
-def test_it_draws_what_a_studio_here_draws():
+@pytest.fixture(scope="module")
+def apart() -> Iterator[Any]:
+    with StudioProcess(CountingStudio) as process:
+        yield process.studio.result(WAIT)
+
+
+def test_it_draws_what_a_studio_here_draws(apart):
     here = CountingStudio()
-    with StudioProcess(CountingStudio) as process:
-        apart = process.studio.result(WAIT)
-        assert apart.about() == here.about()
-        drawing = apart.draw(ORDER)
-        assert pixels(drawing) == pixels(here.draw(ORDER))
-        assert drawing.image is not None
-        assert drawing.image.info == {"rectified_diffusers": ORDER.describe()}
-        assert [drawing.step for drawing in apart.compare(ORDER)] == [drawing.step for drawing in here.compare(ORDER)]
-        way = [picture.tobytes() for picture in apart.morph(ORDER, Order("a pear"), 2, loop=False)]
-        assert way == [picture.tobytes() for picture in here.morph(ORDER, Order("a pear"), 2, loop=False)]
-        with pytest.raises(ValueError, match="Sketches need a ControlNet"):
-            apart.draw_along(ORDER, drawing.image, 1.0)
+    assert apart.about() == here.about()
+    drawing = apart.draw(ORDER)
+    assert pixels(drawing) == pixels(here.draw(ORDER))
+    assert drawing.image is not None
+    assert drawing.image.info == {"rectified_diffusers": ORDER.describe()}
+    assert [drawing.step for drawing in apart.compare(ORDER)] == [drawing.step for drawing in here.compare(ORDER)]
+    way = [picture.tobytes() for picture in apart.morph(ORDER, Order("a pear"), 2, loop=False)]
+    assert way == [picture.tobytes() for picture in here.morph(ORDER, Order("a pear"), 2, loop=False)]
+    with pytest.raises(ValueError, match="Sketches need a ControlNet"):
+        apart.draw_along(ORDER, drawing.image, 1.0)
 
 
-def test_what_is_no_longer_watched_is_stopped_there_too():
-    with StudioProcess(CountingStudio) as process:
-        studio = process.studio.result(WAIT)
-        morph = studio.morph(Order("a"), Order("b", steps=50), 60, loop=True)
-        next(morph)
-        del morph
-        studio.draw(ORDER)  # has its turn when the other has ended
-        assert studio.pictures() < 120
+def test_what_is_no_longer_watched_is_stopped_there_too(apart):
+    before = apart.pictures()
+    morph = apart.morph(Order("a"), Order("b", steps=50), 60, loop=True)
+    next(morph)
+    del morph
+    apart.draw(ORDER)  # has its turn when the other has ended
+    assert apart.pictures() - before < 120
 
 
 def test_an_error_of_the_making_keeps_its_type():
@@ -101,8 +97,8 @@ def test_it_does_not_outlive_a_process_that_is_killed():
     code = (
         "import multiprocessing, os, signal\n"
         "from rectified_diffusers.demo.worker import StudioProcess\n"
-        "from tests.test_demo_apart import CountingStudio\n"
-        "with StudioProcess(CountingStudio) as process:\n"
+        "from tests.demo_makers import Nothing\n"
+        "with StudioProcess(Nothing) as process:\n"
         "    process.studio.result()\n"
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -24,6 +24,7 @@ def failures(workloads: list[str], tries: int, folder: Path) -> list[object]:
     return [(str(row), failure) for row in rows for failure in row.failures]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workloads", [["triplets"], ["reflow"]], ids=str)
 def test_nothing_is_lost(workloads: list[str], tmp_path: Path) -> None:
     assert failures(workloads, 1, tmp_path) == []

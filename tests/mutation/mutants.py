@@ -197,6 +197,7 @@ class Functions:
         self.files = {path: str(file) for path, file in files.items()}
         wanted = set(self.files.values())
         self.known: dict[tuple[str, int, str], list[FunctionType]] = {}
+        gc.unfreeze()  # what tests/conftest.py has frozen would not be among them
         for each in gc.get_objects():
             if isinstance(each, FunctionType) and (code := each.__code__).co_filename in wanted:
                 self.known.setdefault((code.co_filename, code.co_firstlineno, code.co_name), []).append(each)

@@ -110,6 +110,7 @@ def test_the_student_has_the_gradient_of_its_data_alone(
     torch.testing.assert_close(whole, plain + 0.7 * of_discriminator, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_tells_real_data_and_the_student_follows(
     dataset: TripletDataset, real: TripletDataset, output_dir: Path
 ) -> None:

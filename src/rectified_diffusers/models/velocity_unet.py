@@ -51,6 +51,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
+        _require_schedule(diffusion_schedule)  # before a network of a billion weights is made for nothing
         super().__init__(**config)
         self.register_to_config(diffusion_schedule=diffusion_schedule)
         self.inner = DiffusionInside(self.config)
@@ -104,11 +105,7 @@ class DiffusionInside:
 
     def __init__(self, config: Any) -> None:
         schedule = config["diffusion_schedule"]
-        if schedule is None or "prediction_type" not in schedule:
-            raise ValueError(
-                f"diffusion_schedule must say the schedule and the prediction_type, got {schedule!r}. Make "
-                "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
-            )
+        _require_schedule(schedule)
         if config["in_channels"] != config["out_channels"]:
             raise ValueError(
                 "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
@@ -149,6 +146,14 @@ def _signature() -> inspect.Signature:
 
 SIGNATURE = _signature()
 DiffusionVelocityUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _require_schedule(schedule: dict[str, Any] | None) -> None:
+    if schedule is None or "prediction_type" not in schedule:
+        raise ValueError(
+            f"diffusion_schedule must say the schedule and the prediction_type, got {schedule!r}. Make "
+            "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
+        )
 
 
 def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
