@@ -176,6 +176,14 @@ def test_other_real_data_is_another_run(dataset: TripletDataset, real: TripletDa
             make_matching(dataset, output_dir, real=other, max_steps=2).train()
 
 
+def test_the_card_says_whether_there_was_a_discriminator(
+    dataset: TripletDataset, real: TripletDataset, tmp_path: Path
+) -> None:
+    for data, words in ((real, "With a discriminator on real images"), (None, "Without a discriminator")):
+        make_matching(dataset, tmp_path / words, real=data, max_steps=1).train()
+        assert words in (tmp_path / words / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_does_not_fit_is_refused(
     dataset: TripletDataset, real: TripletDataset, output_dir: Path, tmp_path: Path
 ) -> None:

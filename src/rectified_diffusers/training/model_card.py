@@ -20,7 +20,7 @@ METHODS = {
     "ProgressiveTrainer": ("progressive-distillation", "Progressive distillation (arXiv:2202.00512)."),
     "DistributionMatchingTrainer": (
         "distribution-matching-distillation",
-        "Distribution matching distillation into one step, as DMD2 (arXiv:2405.14867) but without a discriminator.",
+        "Distribution matching distillation into one step (DMD2, arXiv:2405.14867).",
     ),
 }
 
@@ -51,6 +51,8 @@ class Card:
 
     def __str__(self) -> str:
         tag, method = METHODS.get(self.record["trainer"], ("flow", self.record["trainer"]))
+        if tag == "distribution-matching-distillation":
+            method += f" {'With' if 'real_rows' in self.record else 'Without'} a discriminator on real images."
         relation: Any = {"base_model_relation": "adapter" if self.is_lora else "finetune"} if self.base_model else {}
         data = ModelCardData(
             library_name="diffusers",
