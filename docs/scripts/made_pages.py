@@ -33,7 +33,7 @@ MORE_MODULES = [  # public by their own names, which the package does not repeat
     "flow.loss",
     "flow.ode",
     "evaluation.straightness",
-    "evaluation.frechet",
+    "evaluation.metrics",
     "evaluation.alignment",
 ]
 
@@ -139,13 +139,16 @@ def rewrite_links(markdown: str, origin: Path, page: str) -> str:
 # ------------------------------------------------------------------------------------------ Python
 
 
+def modules_of_names() -> dict[str, str]:
+    """Read the modules of the public names off the package's stub, which its lazy loading follows."""
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
+    imports = (node for node in stub.body if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
 def public_modules() -> list[str]:
-    """Give the modules that public names come from, and those that are public by themselves."""
-    package = importlib.import_module("rectified_diffusers")
-    ours = [
-        module.removeprefix("rectified_diffusers.") for module in package._MODULES.values() if module != "diffusers"
-    ]
-    return sorted({*ours, *MORE_MODULES})
+    """Return the modules that public names come from, and those that are public by themselves."""
+    return sorted({*modules_of_names().values(), *MORE_MODULES})
 
 
 def api_page(module: str) -> str:
@@ -157,10 +160,9 @@ def names() -> str:
     package = importlib.import_module("rectified_diffusers")
     rows = ["| name | module |", "|---|---|"]
     for name in sorted(package.__all__, key=str.lower):
-        module = package._MODULES.get(name, "")
-        if module.startswith("rectified_diffusers."):
-            short = module.removeprefix("rectified_diffusers.")
-            rows.append(f"| [`{name}`](api/{short}.md#{module}.{name}) | [{short}](api/{short}.md) |")
+        if module := modules_of_names().get(name):
+            link = f"api/{module}.md#rectified_diffusers.{module}.{name}"
+            rows.append(f"| [`{name}`]({link}) | [{module}](api/{module}.md) |")
     return "\n".join(rows)
 
 
