@@ -1,6 +1,5 @@
 """Generate triplets: the teacher samples data from noise for each prompt, shard by shard, resumable."""
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from rectified_diffusers.data.shards import (
 )
 from rectified_diffusers.data.teacher import Teacher
 from rectified_diffusers.distributed import join_processes
+from rectified_diffusers.seeds import generator_of
 
 Batches = Callable[[int, range], Iterable[Triplets]]
 
@@ -130,9 +130,7 @@ def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialSt
 
 def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
     """Draw the noise of one shard, a function of (seed, shard) on every machine: a CPU generator, float32."""
-    digest = hashlib.blake2b(f"{seed}/{shard}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator_of(seed, shard))
 
 
 def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Batches, progress_bar: Any) -> None:

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rectified_diffusers.seeds import generator_of
+
 CHUNK = 64  # pictures in a file, and what a killed run loses at most
 _TIMED = 5
 
@@ -49,12 +51,6 @@ def fingerprint(pipeline: Any) -> str:
                 if not tensor.is_meta:  # put away by offloading
                     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def generator_of(seed: str) -> torch.Generator:
-    """CPU generator of one picture: its noise depends on neither the model nor the pictures drawn beside it."""
-    digest = hashlib.blake2b(seed.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Progressive distillation: a student learns to do in one step what its teacher does in two, again and again."""
 
-import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import Grid
+from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.losses import FlowLoss
@@ -93,12 +93,9 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         if self.config.pairs == "coupled":
             return batch
         shape = batch.noise.shape[1:]
-        noise = [torch.randn(shape, generator=self.noise_generator(row)) for row in rows.tolist()]
+        seed, step = self.config.seed, self.step
+        noise = [torch.randn(shape, generator=generator_of(seed, step, row)) for row in rows.tolist()]
         return replace(batch, noise=torch.stack(noise).to(self.device))
-
-    def noise_generator(self, row: int) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.config.seed}/{self.step}/{row}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         x_t, _ = self.interpolation.interpolate(batch.noise, batch.data, t)

@@ -1,6 +1,5 @@
 """The loop that every trainer shares: accelerate, EMA, checkpoints, log, validation pictures, finished pipeline."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
+from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import (
     Checkpoint,
     config_to_json,
@@ -209,8 +209,7 @@ class Trainer(ABC, Generic[Config]):
 
     def generator_for(self, step: int, use: str = "") -> torch.Generator:
         """Give the CPU generator of one use in an optimizer step, the same on every process and after a resume."""
-        digest = hashlib.blake2b(f"{self.config.seed}/{step}{use}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return generator_of(self.config.seed, f"{step}{use}")
 
     def draw(self, step: int) -> tuple[Tensor, ...]:
         """Draw what a step sees, for the whole batch: rows of the data, flow times, which prompts are dropped."""
