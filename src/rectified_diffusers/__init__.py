@@ -1,7 +1,7 @@
-"""Rectified flow on diffusers: from a sentence to a picture in one step.
+"""Rectified flow on diffusers: from a sentence to an image in one step.
 
-Public names are loaded on first use: importing this package imports neither torch nor diffusers. It does make our
-classes known to diffusers, once that is imported (see `registration`; RECTIFIED_DIFFUSERS_REGISTER=0 turns it off).
+Public names are loaded on first use: importing this package imports neither torch nor diffusers. It registers our
+classes with diffusers once that is imported (see `registration`; RECTIFIED_DIFFUSERS_REGISTER=0 disables this).
 """
 
 import importlib
@@ -17,14 +17,14 @@ __version__ = "0.1.0"
 
 _load, _, _lazy_names = lazy_loader.attach_stub(__name__, __file__)
 
-# diffusers' own, because a saved pipeline names this package: the loader looks for a component's base class in it.
+# diffusers' own, because a saved pipeline names this package: the loader looks up a component's base class in it.
 _OF_DIFFUSERS = ("ModelMixin", "SchedulerMixin")
 
 __all__ = sorted({*_lazy_names, *_OF_DIFFUSERS, "__version__", "bundled_checkpoint", "register"})  # pyright: ignore
 
 
 def bundled_checkpoint() -> Path:
-    """Give the folder of the one-step emoji model that comes with the package, for `from_pretrained`."""
+    """Return the folder of the one-step emoji model that comes with the package, for `from_pretrained`."""
     folder = Path(__file__).parent / "assets" / "emoji-one-step"
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(

@@ -1,7 +1,7 @@
-"""Checks of arguments that Python and torch would take or refuse without a word of use.
+"""Checks of arguments that Python and torch would accept silently or refuse without a helpful message.
 
-Each raises what was expected, what came and what to do: a `TypeError` for a value of another type, a `ValueError` for
-one out of range. Imports no torch; a tensor is told by its attributes.
+Each error says what was expected, what was received and what to do: a `TypeError` for a value of another type, a
+`ValueError` for one out of range. Imports no torch; a tensor is recognized by its attributes.
 """
 
 import math
@@ -35,7 +35,7 @@ def require_number(name: str, value: Any, low: float = 0.0, high: float = math.i
 
 
 def require_texts(name: str, value: str | Sequence[str]) -> None:
-    """Raise unless `value` is a text, or a list of one text or more."""
+    """Raise unless `value` is a text, or a list of at least one text."""
     if isinstance(value, str):
         return
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
@@ -45,7 +45,7 @@ def require_texts(name: str, value: str | Sequence[str]) -> None:
 
 
 def require_finite(name: str, value: Any) -> None:
-    """Raise unless `value` is a tensor in floating point, without NaN and infinity."""
+    """Raise unless `value` is a floating-point tensor without NaN and infinity."""
     if not hasattr(value, "is_floating_point"):
         raise TypeError(f"{name} must be a tensor, got {_shown(value)}. Make one with torch.as_tensor or torch.stack.")
     if not value.is_floating_point():
@@ -56,7 +56,7 @@ def require_finite(name: str, value: Any) -> None:
 
 
 def require_latents(name: str, value: Any, channels: int | None = None) -> None:
-    """Raise unless `value` is a batch of latents `(B, C, H, W)` in floating point, B at least 1, all finite."""
+    """Raise unless `value` is a batch of floating-point latents `(B, C, H, W)`, B at least 1, all finite."""
     require_finite(name, value)
     shape = tuple(value.shape)
     wanted = f"(B, {'C' if channels is None else channels}, H, W)"

@@ -1,8 +1,8 @@
-"""Options as fields of a dataclass, and the command line made from them.
+"""Options as dataclass fields, and the command line generated from them.
 
-An option is written once: name, type and default are the dataclass field, its help is the text given to `option`, its
-checks are in `__post_init__`. This module turns such a class into arguments of a command and parsed arguments into an
-instance. It imports nothing but the standard library, so that `--help` answers at once.
+An option is defined once: the dataclass field holds its name, type and default, `option` its help text, and
+`__post_init__` its checks. This module converts such a class to arguments of a command, and parsed arguments to an
+instance. It imports only the standard library, so that `--help` responds at once.
 """
 
 import argparse
@@ -24,8 +24,8 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> 
     """Declare a dataclass field that is also a command-line option.
 
     Args:
-        default: `dataclasses.MISSING` for an option that must be given.
-        help: the only text about the option, a sentence; the default is added to it where it is shown.
+        default: `dataclasses.MISSING` for a required option.
+        help: one sentence, the only description of the option; the default is appended where it is shown.
         choices: the values allowed on the command line, where a `Literal` cannot list them.
     """
     metadata: dict[str, Any] = {"help": help}
@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     """Add one `--argument` per field of `config_class` to the parser.
 
     `Literal` fields become choices, `bool` a pair `--x / --no-x`, `tuple[X, ...]` a list, and `X | None` also takes
-    the word `none`. What is not given is absent from the namespace: defaults live in the dataclass alone.
+    the word `none`. Arguments that are not passed are absent from the namespace: only the dataclass has defaults.
     """
     types_of = get_type_hints(config_class)
     for field in _fields(config_class):
@@ -53,19 +53,19 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
 
 
 def options_from(namespace: argparse.Namespace, config_class: type[Config]) -> Config:
-    """Make the config from what `add_options` parsed; its `__post_init__` checks the values."""
+    """Return the config built from what `add_options` parsed; its `__post_init__` checks the values."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     return config_class(**{field.name: given[field.name] for field in _fields(config_class) if field.name in given})
 
 
 def check_options(config: Any) -> None:
-    """Hold every option to its type and every `Literal` to its values, which Python itself does not check.
+    """Check every option against its type and every `Literal` against its values, which Python itself does not check.
 
-    To be called first in `__post_init__`, so that later checks can compare numbers. A whole number is a number, a text
-    is a path, a list is a tuple; True is no number.
+    Call it first in `__post_init__`, so that later checks can compare numbers. A whole number is accepted as a number,
+    a text as a path, and a list as a tuple; True is not accepted as a number.
 
     Raises:
-        TypeError: a value of another type, such as one text for several.
+        TypeError: a value of another type, such as one text instead of several.
         ValueError: a value that is not among those of a `Literal`.
     """
     types_of = get_type_hints(type(config))
@@ -96,7 +96,7 @@ def _has_type(value: Any, base: Any) -> bool:
 
 
 def _fields(config_class: type) -> list[dataclasses.Field]:
-    """Return the fields that can be set, each of which has a help text."""
+    """Return the fields that can be set; each must have a help text."""
     fields = [field for field in dataclasses.fields(config_class) if field.init]
     bare = [field.name for field in fields if "help" not in field.metadata]
     if bare:
@@ -108,13 +108,13 @@ def _fields(config_class: type) -> list[dataclasses.Field]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    """Return the field's text with its default, escaped for argparse, which fills in `%(...)s`."""
+    """Return the field's help text with its default, escaped for argparse, which expands `%(...)s`."""
     note = "required" if field.default is MISSING else f"default: {_shown(field.default)}"
     return f"{field.metadata['help']} ({note})".replace("%", "%%")
 
 
 def _shown(default: Any) -> str:
-    """Return a default as one would type it."""
+    """Return a default as a user would type it."""
     if default is None:
         return "none"
     if isinstance(default, bool):
@@ -151,7 +151,7 @@ def _argument(config_class: type, field: dataclasses.Field, hint: Any) -> dict[s
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
-    """Split `X | None` into X and True; any other type comes back with False."""
+    """Split `X | None` into X and True; return any other type with False."""
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, False
     rest = [part for part in get_args(hint) if part is not type(None)]
@@ -164,5 +164,5 @@ def _optional(base: type) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         return None if text.lower() == "none" else base(text)
 
-    parse.__name__ = base.__name__  # argparse names it in "invalid int value"
+    parse.__name__ = base.__name__  # argparse shows it in "invalid int value"
     return parse

@@ -19,7 +19,7 @@ OPSET = 17
 
 @dataclass(frozen=True)
 class _Graph:
-    """A part of a pipeline as an ONNX graph: what is called, on which tensors, and which dimensions may change."""
+    """A component of a pipeline as an ONNX graph: the function, its input tensors, and the dynamic dimensions."""
 
     function: Callable[..., Any]
     inputs: Mapping[str, Tensor]
@@ -41,17 +41,18 @@ class _Called(nn.Module):
 def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
     """Save the text encoder, U-Net and VAE decoder as ONNX graphs, with tokenizer and scheduler, for onnxruntime.
 
-    The folders and the names of inputs and outputs are those of diffusers' conversion script, which the ONNX copies
-    of InstaFlow follow too:
+    The folders and the names of inputs and outputs are those of diffusers' conversion script, which the ONNX copies of
+    InstaFlow also follow:
 
         text_encoder/model.onnx   input_ids (B, L) int32          -> last_hidden_state (B, L, D), pooler_output (B, D)
         unet/model.onnx           sample (B, C, H, W), timestep (1,) float32, encoder_hidden_states (B, L, D)
                                                                   -> out_sample (B, C, H, W)
         vae_decoder/model.onnx    latent_sample (B, C, H, W)      -> sample (B, 3, fH, fW) in [-1, 1]
 
-    B, H and W are free, H and W as multiples of what the U-Net halves them by; L is the tokenizer's. The prediction
-    keeps its sign, data - noise for our models. latent_sample is data / scaling_factor, from vae_decoder/config.json.
-    A graph is in the dtype of the pipeline; above 2 GB its weights are beside it, in model.onnx_data.
+    B, H and W are dynamic. H and W must be multiples of the U-Net's downsampling factor; L is the tokenizer's length.
+    The prediction keeps its sign, data - noise for our models. latent_sample is data / scaling_factor, from
+    vae_decoder/config.json. A graph has the dtype of the pipeline. Above 2 GB, its weights are stored next to it, in
+    model.onnx_data.
     """
     _check_onnx(pipeline)
     output_dir = Path(output_dir)
@@ -71,7 +72,7 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
 
 
 def _check_onnx(pipeline: Any) -> None:
-    """Check that the pipeline has the three parts and no more, and that the packages are there."""
+    """Check that the pipeline has exactly the three components and that the required packages are installed."""
     names = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
     missing = [name for name in names if getattr(pipeline, name, None) is None]
     if missing or hasattr(pipeline, "text_encoder_2"):
@@ -109,7 +110,7 @@ def _unet_graph(pipeline: Any) -> _Graph:
     length, width = pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size
     inputs = {
         "sample": torch.zeros(2, unet.config.in_channels, *size, **kind),
-        # In float16, a timestep near 1000 would be rounded to halves.
+        # In float16, a timestep near 1000 would be rounded to a multiple of 0.5.
         "timestep": torch.full((1,), 500.0, device=unet.device),
         "encoder_hidden_states": torch.zeros(2, length, width, **kind),
     }
@@ -144,13 +145,14 @@ def _sample_size(unet: Any) -> tuple[int, int]:
 
 
 def _trace(part: nn.Module, graph: _Graph, folder: Path) -> None:
-    """Write a graph to model.onnx in a folder, weights above the format's limit of 2 GB to one file beside it."""
-    # The exporter through TorchScript: the one that every torch since 2.4 has, and forty times as fast as the newer.
+    """Write a graph to model.onnx in a folder; weights above the format's limit of 2 GB go to one file next to it."""
+    # The TorchScript exporter: every torch since 2.4 has it, and it is forty times as fast as the newer one.
     options: dict[str, Any] = {"opset_version": OPSET}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False
     with tempfile.TemporaryDirectory(dir=folder) as temporary, warnings.catch_warnings(), torch.no_grad():
-        # Python values that tracing makes constant: sizes that no input of ours changes, and its own deprecation.
+        # Warnings about Python values that tracing makes constant (sizes that none of our inputs changes), and about
+        # the exporter's own deprecation.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Called(part, graph.function).eval(),
@@ -165,7 +167,7 @@ def _trace(part: nn.Module, graph: _Graph, folder: Path) -> None:
 
 
 def gather(traced: Path, folder: Path) -> None:
-    """Move a traced model.onnx to a folder; weights that torch wrote to a file each become one, model.onnx_data."""
+    """Move a traced model.onnx to a folder; merge weights that torch wrote to separate files into model.onnx_data."""
     for name in ("model.onnx", "model.onnx_data"):
         (folder / name).unlink(missing_ok=True)
     if len(list(traced.iterdir())) == 1:

@@ -1,4 +1,4 @@
-"""Export a U-Net under the weight names of the original Stable Diffusion checkpoints, for ComfyUI and others."""
+"""Export a U-Net with the weight names of the original Stable Diffusion checkpoints, for ComfyUI and others."""
 
 import re
 from collections.abc import Mapping
@@ -40,22 +40,23 @@ _UP_ATTENTION = re.compile(r"up_blocks\.(\d+)\.attentions\.")
 
 
 def original_unet_layout(weights: Mapping[str, Tensor], layers_per_block: int) -> dict[str, Tensor]:
-    """Rename a U-Net's weights from diffusers' names to the original ones; the tensors are shared.
+    """Return a U-Net's weights renamed from diffusers' names to the original ones; the tensors are shared.
 
-    The original numbers its blocks through, one for each feature map that a skip connection carries: `conv_in` is
-    input block 0, and every resolution has `layers_per_block` more and one for its downsampling. The output blocks
-    mirror them, with the upsampling inside the last one of a resolution.
+    The original numbers its blocks consecutively, one for each feature map that a skip connection carries: `conv_in`
+    is input block 0, and every resolution adds `layers_per_block` blocks and one for its downsampling. The output
+    blocks mirror them, with the upsampling inside the last block of a resolution.
 
     Args:
         weights: `unet.state_dict()`, of the layout of Stable Diffusion 1.x or 2.x; other names are an error.
-        layers_per_block: resnets per resolution on the way down, from the U-Net's config; the way up has one more.
+        layers_per_block: resnets per resolution in the down blocks, from the U-Net's config; the up blocks have one
+            more.
     """
     attentive = {match[1] for name in weights if (match := _UP_ATTENTION.match(name))}
     return {PREFIX + _original(name, layers_per_block, attentive): tensor for name, tensor in weights.items()}
 
 
 def _original(name: str, layers: int, attentive: set[str]) -> str:
-    """Name one weight as the original does; `attentive` are the blocks of the way up that have attention."""
+    """Return the original name of one weight; `attentive` are the up blocks that have attention."""
     part, _, rest = name.rpartition(".")
     if part in _ENDS:
         return f"{_ENDS[part]}.{rest}"
@@ -94,18 +95,18 @@ UNetFormat = Literal["comfyui", "ldm"]
 
 
 def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comfyui") -> None:
-    """Save a pipeline's U-Net to one file, under the names of the original Stable Diffusion checkpoints.
+    """Save a pipeline's U-Net to one file, with the names of the original Stable Diffusion checkpoints.
 
-    The names are those of `v1-5-pruned-emaonly.safetensors`, `model.diffusion_model.` in front, and the values keep
-    their dtype; `UNet2DConditionModel.from_single_file` reads the file back. There are two kinds:
+    The names are those of `v1-5-pruned-emaonly.safetensors`, with the prefix `model.diffusion_model.`, and the values
+    keep their dtype; `UNet2DConditionModel.from_single_file` reads the file back. There are two formats:
 
     - `comfyui` predicts noise - data, as flow models do there: the weight and bias of the last convolution are
-      negated, which is exact. Its node ModelSamplingSD3 with shift 1 then walks as our scheduler does.
-    - `ldm` is the U-Net as it is: a prediction of data - noise, which other programs' samplers do not expect.
+      negated, which is exact. Its node ModelSamplingSD3 with shift 1 then takes the same steps as our scheduler.
+    - `ldm` is the unchanged U-Net: it predicts data - noise, which other programs' samplers do not expect.
 
     Args:
         pipeline: with a UNet2DConditionModel of the layout of Stable Diffusion 1.x or 2.x. `comfyui` needs our
-            scheduler, which tells the sign.
+            scheduler, which defines the sign.
         path: a file that ends in .safetensors; it is replaced.
     """
     require_pipeline("export_unet", pipeline, "unet", "scheduler")

@@ -1,4 +1,4 @@
-"""Save a pipeline for people who do not have this package: a class of diffusers and the scheduler's source."""
+"""Save a pipeline for users without this package: a class of diffusers and the scheduler's source."""
 
 import inspect
 import json
@@ -12,8 +12,8 @@ from rectified_diffusers.checks import require_pipeline
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
-# The file in the folder `scheduler`, and the library that the index says the scheduler comes from: a file format.
-# It must not be called like a library that diffusers loads from, or like a folder of its pipelines.
+# The file in the folder `scheduler`, and the scheduler's library in the index: a file format. The name must differ
+# from the libraries that diffusers loads from and from the folders of its pipelines.
 PACKAGE = __name__.split(".")[0]
 SCHEDULER_MODULE = "rectified_flow_scheduler"
 
@@ -21,23 +21,25 @@ SCHEDULER_MODULE = "rectified_flow_scheduler"
 def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save a pipeline as a folder, or a repository for the Hub, that loads where this package is not installed.
 
-    The folder names diffusers' own class, `StableDiffusionPipeline` for `RectifiedFlowPipeline`, and holds the source
-    of our scheduler beside its settings. Pictures are equal to the bit, and a stranger writes:
+    The folder names diffusers' own class, `StableDiffusionPipeline` for `RectifiedFlowPipeline`, and contains the
+    source of our scheduler next to its settings. Images are bit-identical. Without this package, load and call it
+    with:
 
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         images = pipeline(prompt, num_inference_steps=1, guidance_scale=1.0).images
 
     - `trust_remote_code=True` lets diffusers run the scheduler's source. Without it, loading is an error.
-    - The steps and the guidance must be said: the stock class defaults to 50 steps at 7.5, which burns the colours.
-    - `save_pretrained` of a pipeline loaded like that writes a folder without the source; copy the folder instead.
+    - Pass the steps and the guidance explicitly: the stock class defaults to 50 steps at 7.5, which oversaturates
+      colors.
+    - `save_pretrained` of a pipeline loaded this way writes a folder without the source; copy the folder instead.
 
-    With this package, `RectifiedFlowPipeline.from_pretrained(folder)` loads the same folder as any other: nothing to
-    trust, our defaults, our scheduler.
+    With this package, `RectifiedFlowPipeline.from_pretrained(folder)` loads the folder like any other: no trust
+    needed, our defaults, our scheduler.
 
     Args:
         pipeline: one of ours that starts from noise (text to image, ControlNet), or one of diffusers with our
-            scheduler. Those that start from an image, and models of this package, need the package where they run.
-        folder: made where it does not exist; an earlier save in it is replaced.
+            scheduler. Pipelines that start from an image, and models of this package, need the package where they run.
+        folder: created if it does not exist; an earlier save in it is replaced.
     """
     folder = Path(folder)
     _check_components(pipeline)
@@ -47,16 +49,16 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     save_pipeline(pipeline, folder)
     source = inspect.getsource(sys.modules[RectifiedFlowEulerScheduler.__module__])
     (folder / "scheduler" / f"{SCHEDULER_MODULE}.py").write_text(source, encoding="utf-8")
-    # The index comes last: until then the folder is one that needs this package, and loads with it.
+    # The index is written last: until then, the folder needs this package and loads with it.
     index_file = folder / DiffusionPipeline.config_name
     index = json.loads(index_file.read_text(encoding="utf-8"))
-    index.pop("_name_or_path", None)  # where this machine had it from
+    index.pop("_name_or_path", None)  # its source on this machine
     index |= {"_class_name": stock.__name__, "scheduler": [SCHEDULER_MODULE, RectifiedFlowEulerScheduler.__name__]}
     index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_components(pipeline: DiffusionPipeline) -> None:
-    """Check that a stranger can load each component."""
+    """Check that each component can be loaded without this package."""
     require_pipeline("save_portable", pipeline, "components")
     components: dict[str, Any] = pipeline.components
     scheduler = components.get("scheduler")
@@ -80,11 +82,11 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
 
 
 def _stock_class(pipeline_class: type[Any]) -> type[Any]:
-    """Give the class of diffusers that does what this one does when it is given our scheduler."""
+    """Return the diffusers class that behaves like this one when it is given our scheduler."""
     stock = next(base for base in pipeline_class.__mro__ if _library(base) == "diffusers")
     adds_code = _library(pipeline_class) not in ("diffusers", PACKAGE)
-    # Ours start from an image at t = 1 - strength; diffusers' skip the first steps of a full grid, which is another
-    # picture, and in one step none.
+    # Ours start from an image at t = 1 - strength. diffusers' skip the first steps of a full grid, which gives another
+    # image, and in one step none.
     if adds_code or getattr(pipeline_class, "get_timesteps", None) is not getattr(stock, "get_timesteps", None):
         raise ValueError(
             f"{pipeline_class.__name__} has code of its own that {stock.__name__} of diffusers lacks, so without it "
@@ -95,5 +97,5 @@ def _stock_class(pipeline_class: type[Any]) -> type[Any]:
 
 
 def _library(kind: type[Any]) -> str:
-    """Give the package that a class comes from."""
+    """Return the package that a class comes from."""
     return kind.__module__.split(".")[0]

@@ -28,20 +28,20 @@ def export_diffusers(
 ) -> None:
     """Save a pipeline that stock diffusers loads and runs, by folding the sign of the velocity into the U-Net.
 
-    Stock flow schedulers want noise - data where our models predict data - noise, so the weight and bias of `conv_out`
-    are negated, which is exact. Saved is the stock text-to-image class, StableDiffusionPipeline or its XL, with
-    DPM-Solver++ or UniPC on flow sigmas; `from_pipe` of other stock classes works from there. The pipeline that is
-    passed is left as it is. Mind three things:
+    Stock flow schedulers expect noise - data, but our models predict data - noise. Therefore the weight and bias of
+    `conv_out` are negated, which is exact. The saved pipeline is the stock text-to-image class,
+    StableDiffusionPipeline or its XL version, with DPM-Solver++ or UniPC on flow sigmas; `from_pipe` of other stock
+    classes works from there. The given pipeline is not changed. Note three limits:
 
-    - The U-Net is asked at whole timesteps, at 999 where ours asks at 1000, in one step too. DPM-Solver++, and UniPC
-      before diffusers 0.37, also take the noise for the state at t = 0.001.
-    - The stock class defaults to 50 steps at guidance 7.5; say `num_inference_steps` and `guidance_scale`.
-    - What has the sign of the original U-Net, a LoRA or a weight delta on `conv_out`, has the wrong one here, and our
-      own pipelines must be told: `scheduler=RectifiedFlowEulerScheduler(velocity_direction="noise")`.
+    - The U-Net is evaluated at integer timesteps, at 999 where ours uses 1000, also in one step. DPM-Solver++, and
+      UniPC before diffusers 0.37, also treat the noise as the state at t = 0.001.
+    - The stock class defaults to 50 steps at guidance 7.5; pass `num_inference_steps` and `guidance_scale`.
+    - Anything with the sign of the original U-Net, such as a LoRA or a weight delta on `conv_out`, has the wrong sign
+      here. Our own pipelines need `scheduler=RectifiedFlowEulerScheduler(velocity_direction="noise")`.
 
     Args:
         pipeline: a diffusers pipeline with a RectifiedFlowEulerScheduler and a UNet2DConditionModel.
-        scheduler: the stock solver that the folder names. FlowMatchEulerDiscreteScheduler cannot be: the Stable
+        scheduler: the stock solver that the folder names. FlowMatchEulerDiscreteScheduler is not possible: the Stable
             Diffusion pipelines need an init_noise_sigma, which it does not have.
         solver_order: 1 is the Euler method; 2 is better from a few steps on, and the same as 1 in one step.
     """
@@ -67,7 +67,7 @@ def export_diffusers(
 
 
 def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> SchedulerMixin:
-    """Make the stock scheduler that walks from noise to data as ours does."""
+    """Return the stock scheduler that integrates from noise to data as ours does."""
     if not isinstance(ours, RectifiedFlowEulerScheduler):
         raise ValueError(
             "export_diffusers makes a rectified flow stock, one with a RectifiedFlowEulerScheduler; got "
@@ -81,12 +81,12 @@ def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> Sc
         use_flow_sigmas=True,
         flow_shift=ours.config["shift"],
         solver_order=solver_order,
-        steps_offset=1,  # nothing to a flow; without it the pipeline warns of an outdated config
+        steps_offset=1,  # no effect on a flow; without it the pipeline warns about an outdated config
     )
 
 
 def fold_sign(unet: Any) -> Any:
-    """Give a view of a U-Net that predicts the negative: `conv_out` is new and negated, all else is shared."""
+    """Return a view of a U-Net that predicts the negative: `conv_out` is a negated copy, the rest is shared."""
     conv_out = copy.deepcopy(unet.conv_out)
     for parameter in conv_out.parameters():
         parameter.data.neg_()

@@ -1,4 +1,4 @@
-"""Paths between noise (t = 0) and data (t = 1): x_t = alpha(t) * data + sigma(t) * noise."""
+"""Interpolation paths between noise (t = 0) and data (t = 1): x_t = alpha(t) * data + sigma(t) * noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Coefficients:
-    """alpha, sigma and their derivatives by t, each `(B,)`, in the dtype of t."""
+    """Hold alpha, sigma and their derivatives with respect to t, each `(B,)`, in the dtype of t."""
 
     alpha: Tensor
     sigma: Tensor
@@ -22,7 +22,10 @@ class Coefficients:
 
 
 def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Reshape a coefficient `(B,)` to `(B, 1, 1, 1)`, or as many ones as x `(B, ...)` needs. The one place for it."""
+    """Reshape a coefficient `(B,)` to broadcast against x `(B, ...)`: to `(B, 1, 1, 1)` for a four-dimensional x.
+
+    No other function does this reshaping.
+    """
     if coefficient.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"Expected t in float32 or float64, got {coefficient.dtype}. Convert it with t.float().")
     if coefficient.shape != x.shape[:1]:
@@ -34,10 +37,10 @@ def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
 
 
 def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """Return a * x + b * y for coefficients `(B,)` and x, y of one shape `(B, ...)`.
+    """Return a * x + b * y for coefficients `(B,)` and x, y of the same shape `(B, ...)`.
 
-    The sum is made in the widest dtype present and given back in that of x and y, so that a float32 t serves bfloat16
-    latents.
+    The sum is computed in the widest dtype present and returned in the dtype of x and y, so a float32 t works with
+    bfloat16 latents.
     """
     if x.shape != y.shape:
         raise ValueError(
@@ -49,11 +52,11 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 class Interpolation(ABC):
-    """A differentiable pair alpha(t), sigma(t). A subclass gives the four coefficients, all else follows."""
+    """Base class of a differentiable pair alpha(t), sigma(t). A subclass defines `coefficients`; the rest follows."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> Coefficients:
-        """Evaluate alpha, sigma and their derivatives at t, `(B,)` in [0, 1]."""
+        """Return alpha, sigma and their derivatives at t, `(B,)` in [0, 1]."""
 
     def interpolate(self, noise: Tensor, data: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return x_t = alpha * data + sigma * noise and velocity = d_alpha * data + d_sigma * noise."""
@@ -63,7 +66,7 @@ class Interpolation(ABC):
 
 @dataclass(frozen=True)
 class Straight(Interpolation):
-    """alpha = t, sigma = 1 - t: the straight line of rectified flow, velocity = data - noise (arXiv:2209.03003)."""
+    """Straight path of rectified flow: alpha = t, sigma = 1 - t, velocity = data - noise (arXiv:2209.03003)."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
         one = torch.ones_like(t)
@@ -72,7 +75,7 @@ class Straight(Interpolation):
 
 @dataclass(frozen=True)
 class Cosine(Interpolation):
-    """alpha = sin(pi t / 2), sigma = cos(pi t / 2), so that alpha^2 + sigma^2 = 1."""
+    """Cosine path: alpha = sin(pi t / 2), sigma = cos(pi t / 2), so that alpha^2 + sigma^2 = 1."""
 
     def coefficients(self, t: Tensor) -> Coefficients:
         angle = torch.pi / 2 * t
@@ -82,16 +85,16 @@ class Cosine(Interpolation):
 
 @dataclass(frozen=True, repr=False)
 class VariancePreserving(Interpolation):
-    """alpha = cos(angle), sigma = sin(angle): the path of a diffusion schedule, as DDIM follows it (arXiv:2010.02502).
+    """Path of a diffusion schedule, as in DDIM (arXiv:2010.02502): alpha = cos(angle), sigma = sin(angle).
 
-    At timestep k the schedule has alpha^2 = alphas_cumprod[k] and sigma^2 = 1 - alphas_cumprod[k]; in between, the
-    angle atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. (The angle is the
-    signal-to-noise ratio in other words, but stays finite when a schedule ends in pure noise.) The timestep is
-    (N - 1) * (1 - t): t = 0 is the last of the N timesteps and t = 1 the first. So the ends are as pure as the
-    schedule makes them: with Stable Diffusion's, alpha(0) = 0.068 and sigma(1) = 0.029.
+    At timestep k, alpha^2 = alphas_cumprod[k] and sigma^2 = 1 - alphas_cumprod[k]. Between timesteps, the angle
+    atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. (The angle is equivalent to the
+    signal-to-noise ratio, but stays finite when a schedule ends in pure noise.) The timestep is (N - 1) * (1 - t): t =
+    0 is the last of the N timesteps and t = 1 the first. The ends are therefore as pure as the schedule makes them:
+    for Stable Diffusion, alpha(0) = 0.068 and sigma(1) = 0.029.
 
     Args:
-        alphas_cumprod: `(N,)`, strictly decreasing, in [0, 1]; a diffusers scheduler's attribute of that name.
+        alphas_cumprod: `(N,)`, strictly decreasing, in [0, 1]; the attribute of that name of a diffusers scheduler.
     """
 
     alphas_cumprod: Sequence[float] | Tensor
@@ -105,12 +108,12 @@ class VariancePreserving(Interpolation):
                 "Expected alphas_cumprod strictly decreasing within [0, 1], from least to most noise, got "
                 f"{values[0].item():g} ... {values[-1].item():g}. Is it betas? Then use VariancePreserving.from_betas."
             )
-        # A tuple makes equal schedules equal and hashable.
+        # As tuples, equal schedules compare equal and are hashable.
         object.__setattr__(self, "alphas_cumprod", tuple(values.tolist()))
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor) -> VariancePreserving:
-        """Build from betas `(N,)`, each in (0, 1]: alphas_cumprod[k] is the product of 1 - beta up to k."""
+        """Build the path from betas `(N,)`, each in (0, 1]: alphas_cumprod[k] is the product of 1 - beta up to k."""
         values = torch.as_tensor(betas, dtype=torch.float64)
         if not bool(((values > 0) & (values <= 1)).all()):
             raise ValueError(
@@ -125,29 +128,29 @@ class VariancePreserving(Interpolation):
 
     @property
     def last_timestep(self) -> int:
-        """N - 1, the timestep of t = 0."""
+        """Return N - 1, the timestep at t = 0."""
         return len(self.alphas_cumprod) - 1
 
     @cached_property
     def angles(self) -> Tensor:
-        """atan(sigma / alpha) at the N timesteps, `(N,)` in float64, strictly increasing within [0, pi / 2]."""
+        """Return atan(sigma / alpha) at the N timesteps, `(N,)` in float64, strictly increasing within [0, pi / 2]."""
         signal = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64)
         return torch.atan2((1 - signal).sqrt(), signal.sqrt())
 
     @cached_property
     def _slopes(self) -> Tensor:
-        """Slopes of the cubic at the knots: harmonic means of the neighbouring secants keep it monotone."""
+        """Compute the slopes of the cubic at the knots: harmonic means of the neighboring secants keep it monotone."""
         secants = self.angles.diff()
         inner = 2 / (1 / secants[1:] + 1 / secants[:-1])
         return torch.cat([secants[:1], inner, secants[-1:]])
 
     def angle(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate the angle and its derivative by timestep, for any real timestep in [0, N - 1]."""
+        """Return the angle and its derivative with respect to the timestep, for any real timestep in [0, N - 1]."""
         index = timestep.detach().floor().clamp(0, self.last_timestep - 1).long()
         return self._cubic(index, timestep - index)
 
     def _cubic(self, index: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Evaluate the Hermite cubic and its derivative at index + r, r in [0, 1]."""
+        """Return the Hermite cubic and its derivative at index + r, r in [0, 1]."""
         angles, slopes = self.angles.to(r), self._slopes.to(r)
         start, rise = angles[index], angles[index + 1] - angles[index]
         before, after = slopes[index], slopes[index + 1]
@@ -156,12 +159,13 @@ class VariancePreserving(Interpolation):
         return value, slope
 
     def timestep_at(self, angle: Tensor) -> Tensor:
-        """Find the real timestep with that angle; angles beyond the schedule give its first or last timestep."""
+        """Return the real timestep of an angle; angles outside the schedule give its first or last timestep."""
         angles = self.angles.to(angle)
         angle = torch.clamp(angle, angles[0], angles[-1])
         index = (torch.searchsorted(angles, angle, right=True) - 1).clamp(0, self.last_timestep - 1)
         r = (angle - angles[index]) / (angles[index + 1] - angles[index])
-        # Newton's method, from the secant's answer. The slope never vanishes; steps as uneven as 1 to 1e5 need ten.
+        # Newton's method, starting from the secant's solution. The slope never vanishes; steps as uneven as 1 to 1e5
+        # need ten iterations.
         for _ in range(10):
             value, slope = self._cubic(index, r)
             r = (r - (value - angle) / slope).clamp(0, 1)
@@ -175,10 +179,10 @@ class VariancePreserving(Interpolation):
 
 @dataclass(frozen=True)
 class Differentiable(Interpolation):
-    """Any alpha(t) and sigma(t) written in torch, differentiated by forward-mode autograd.
+    """Path of any alpha(t) and sigma(t) written in torch, differentiated by forward-mode autograd.
 
     Args:
-        alpha_fn: from t `(B,)` to alpha `(B,)`, elementwise and differentiable; likewise sigma_fn.
+        alpha_fn: maps t `(B,)` to alpha `(B,)`, elementwise and differentiable; likewise sigma_fn.
     """
 
     alpha_fn: Callable[[Tensor], Tensor]

@@ -1,4 +1,4 @@
-"""Losses with one value per example, `(B,)`, in float32 or wider; the caller takes the mean or weighs them."""
+"""Losses with one value per example, `(B,)`, in float32 or wider. The caller averages or weights them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ LOSS_KINDS: tuple[LossKind, ...] = get_args(LossKind)
 
 
 def velocity_loss(predicted: Tensor, velocity: Tensor, kind: LossKind = "l2") -> Tensor:
-    """Compare velocities: with l2 and x_t on the straight path, the objective of Eq. (1) of arXiv:2209.03003.
+    """Compute the loss between velocities, Eq. (1) of arXiv:2209.03003 with l2 and x_t on the straight path.
 
-    l2 is the mean over the dimensions of one example, pseudo_huber see there: it grows with the norm, not with the
-    mean, so the two differ in scale.
+    l2 is the mean over the dimensions of one example. For pseudo_huber, see `pseudo_huber`: it grows with the norm,
+    not with the mean, so the two kinds differ in scale.
     """
     return _loss(_error(predicted, velocity), kind)
 
 
 def endpoint_loss(predicted_data: Tensor, data: Tensor, kind: LossKind = "l2") -> Tensor:
-    """Compare an estimate of the data, data_hat = x_t + (1 - t) * velocity, with the data: distillation's loss.
+    """Compute the distillation loss between an estimate of the data, x_t + (1 - t) * velocity, and the data.
 
-    On the straight path it is (1 - t)^2 times `velocity_loss` in l2, so at t = 0, where distillation trains, the two
-    are one.
+    On the straight path it is (1 - t)^2 times `velocity_loss` in l2. The two are equal at t = 0, where distillation
+    trains.
     """
     return _loss(_error(predicted_data, data), kind)
 
@@ -34,14 +34,15 @@ def pseudo_huber(error: Tensor) -> Tensor:
     """Return sqrt(||error||^2 + c^2) - c, c = 0.00054 * d, per example of d dimensions (arXiv:2405.20320)."""
     c = 0.00054 * error[0].numel()
     squared = error.square().flatten(1).sum(1)
-    return squared / ((squared + c * c).sqrt() + c)  # the same number without cancellation at small errors
+    return squared / ((squared + c * c).sqrt() + c)  # the same value without cancellation at small errors
 
 
 def perceptual_loss(predicted_images: Tensor, images: Tensor, network: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Compare decoded images `(B, 3, H, W)` in [-1, 1] by a network such as `lpips.LPIPS(net="alex")`.
+    """Compute a perceptual distance between decoded images `(B, 3, H, W)` in [-1, 1].
 
     Args:
-        network: maps the two batches to B distances, of shape `(B,)` or `(B, 1, 1, 1)`.
+        network: maps the two batches to B distances, of shape `(B,)` or `(B, 1, 1, 1)`, such as
+            `lpips.LPIPS(net="alex")`.
     """
     _check_same_shape(predicted_images, images)
     distance = network(predicted_images, images)

@@ -1,4 +1,4 @@
-"""Fixed-step solvers of dx/dt = velocity(x, t), from noise to data or back."""
+"""Fixed-step solvers of dx/dt = velocity(x, t), from noise to data or from data to noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
-"""Maps x `(B, ...)` and t `(B,)` to dx/dt, of the shape of x."""
+"""Maps x `(B, ...)` and t `(B,)` to dx/dt, which has the shape of x."""
 
 _Step = Callable[[Velocity, Tensor, float, float, float], Tensor]
 
@@ -23,14 +23,16 @@ def euler(
     *,
     return_trajectory: bool = False,
 ) -> Tensor:
-    """Integrate by x <- x + dt * v(x, t): first order, `steps` evaluations.
+    """Integrate with x <- x + dt * v(x, t): first order, `steps` evaluations.
 
-    dt = (end - start) / steps, on a uniform grid. start > end goes backwards: from data to its noise (inversion).
+    The grid is uniform, dt = (end - start) / steps. With start > end it integrates backwards, from data to its noise
+    (inversion).
 
     Args:
-        velocity: called with t `(B,)` in float32, or in float64 if x is. What it returns is cast to the dtype of x.
+        velocity: called with t `(B,)` in float32, or in float64 if x is float64. Its result is cast to the dtype of x.
         x: the state at `start`, `(B, ...)`; its dtype is kept.
-        return_trajectory: return all states `(steps + 1, B, ...)`, from the first to the last, not the last alone.
+        return_trajectory: return all states `(steps + 1, B, ...)`, from the first to the last, instead of the last one
+            only.
     """
     return _integrate(_euler_step, velocity, x, steps, start, end, return_trajectory)
 
@@ -44,9 +46,9 @@ def heun(
     *,
     return_trajectory: bool = False,
 ) -> Tensor:
-    """Integrate by x <- x + dt * (v(x, t) + v(x + dt * v(x, t), t + dt)) / 2: second order, 2 * `steps` evaluations.
+    """Integrate with x <- x + dt * (v(x, t) + v(x + dt * v(x, t), t + dt)) / 2: second order, 2 * `steps` evaluations.
 
-    Arguments as for `euler`. The last evaluation is at `end` itself, so the velocity must be finite there.
+    The arguments are those of `euler`. The last evaluation is at `end` itself, so the velocity must be finite there.
     """
     return _integrate(_heun_step, velocity, x, steps, start, end, return_trajectory)
 
@@ -85,7 +87,7 @@ def _integrate(
             "They are flow times, 0 is noise and 1 is data; for a diffusion timestep, t = 1 - timestep / 1000."
         )
     dt = (end - start) / steps
-    grid = [start + i * dt for i in range(steps)] + [end]  # ends on `end` itself, not beyond it by rounding
+    grid = [start + i * dt for i in range(steps)] + [end]  # ends exactly at `end`: no overshoot from rounding
     states = [x]
     for t, next_t in pairwise(grid):
         x = step(velocity, x, t, next_t, dt)

@@ -1,6 +1,6 @@
-"""What a network may predict, by way of the pair (noise, data); and a diffusion network seen as a straight flow.
+"""Conversions between prediction types, and the view of a diffusion network as a straight flow.
 
-With x_t = alpha * data + sigma * noise, the four predictions are
+Conversions go through the pair (noise, data). With x_t = alpha * data + sigma * noise, the four prediction types are
     velocity      d_alpha * data + d_sigma * noise
     epsilon       noise
     v_prediction  alpha * noise - sigma * data    (the sign of diffusers and of arXiv:2202.00512: not the velocity)
@@ -26,15 +26,18 @@ PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 def to_pair(
     prediction: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType, interpolation: Interpolation
 ) -> tuple[Tensor, Tensor]:
-    """Solve for the pair (noise, data) that x_t and the prediction stand for.
+    """Return the pair (noise, data) that x_t and the prediction determine.
 
-    Well defined everywhere for `v_prediction`, and for `velocity` on the straight, cosine and variance preserving
-    paths. `epsilon` divides by alpha and `sample` by sigma, which multiplies the network's error by 1 / alpha near the
-    noise end and by 1 / sigma near the data end; where the divisor is zero the pair is undetermined: a ValueError.
+    The pair is well defined everywhere for `v_prediction`, and for `velocity` on the straight, cosine and variance
+    preserving paths. `epsilon` divides by alpha and `sample` by sigma. This multiplies the network's error by 1 /
+    alpha near the noise end and by 1 / sigma near the data end.
 
     Args:
         prediction: `(B, ...)`, the shape of x_t.
         t: `(B,)` in [0, 1].
+
+    Raises:
+        ValueError: the divisor is zero, so the pair is undetermined.
     """
     return _solve_pair(prediction, x_t, interpolation.coefficients(t), prediction_type)
 
@@ -63,7 +66,7 @@ def convert_prediction(
     target: PredictionType,
     interpolation: Interpolation,
 ) -> Tensor:
-    """Turn a prediction of type `source` at x_t into the one of type `target`; see `to_pair` for singular ends."""
+    """Convert a prediction at x_t from type `source` to type `target`; see `to_pair` for singular ends."""
     for name in (source, target):
         if name not in PREDICTION_TYPES:
             raise _unknown(name)
@@ -76,17 +79,17 @@ def convert_prediction(
 def match_signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return the time of the straight path with the same signal-to-noise ratio: t = alpha / (alpha + sigma).
 
-    At that time x_t of the straight path is x / (alpha + sigma), for x = alpha * data + sigma * noise.
+    At that time, x_t of the straight path is x / (alpha + sigma), for x = alpha * data + sigma * noise.
     """
     return alpha / (alpha + sigma)
 
 
 @dataclass(frozen=True)
 class DiffusionAsFlow:
-    """A diffusion network (epsilon, v_prediction or sample) seen as the velocity of a straight rectified flow.
+    """View of a diffusion network (epsilon, v_prediction or sample) as the velocity of a straight rectified flow.
 
-    A point x_t of the straight path and a sample of the diffusion path tell the network the same when their
-    signal-to-noise ratios agree (cf. 2-RF++, arXiv:2405.20320, and Diff2Flow, arXiv:2506.02221):
+    A point x_t of the straight path and a sample of the diffusion path carry the same information for the network when
+    their signal-to-noise ratios are equal (cf. 2-RF++, arXiv:2405.20320, and Diff2Flow, arXiv:2506.02221):
 
         timestep = the real timestep with sigma / alpha = (1 - t) / t
         sample   = x_t * (alpha + sigma) = x_t / sqrt(t^2 + (1 - t)^2)
@@ -96,13 +99,13 @@ class DiffusionAsFlow:
         sample, timestep = as_flow.network_input(x_t, t)
         velocity = as_flow.velocity(unet(sample, timestep), x_t, t, "epsilon")
 
-    A schedule stops short of pure noise and of pure data: Stable Diffusion's covers 0.064 < t < 0.972 (sigma = 1 - t
-    up to 0.936). A network knows nothing outside, so there it is asked at its last (or first) timestep, and its answer
-    is read as if sample were at that timestep: the sample is mistaken for a slightly less (more) noisy one.
-    The velocity then points straight from x_t to the data so estimated (towards the noise end), or straight from the
-    noise so estimated to x_t (towards the data end). It is finite on all of [0, 1], continuous in t, and equal to
-    data - noise inside the schedule. Sampling from t = 0 is thus biased as diffusion sampling from pure noise at the
-    last timestep is: by alpha of that timestep, 0.068 for Stable Diffusion.
+    A schedule does not reach pure noise or pure data: Stable Diffusion's covers 0.064 < t < 0.972 (sigma = 1 - t up to
+    0.936). Outside this range, the network is evaluated at its last (or first) timestep, and its prediction is
+    interpreted as if the sample were at that timestep: the sample is treated as slightly less (more) noisy than it is.
+    The velocity then points straight from x_t to the data estimated this way (towards the noise end), or straight from
+    the noise estimated this way to x_t (towards the data end). It is finite on all of [0, 1], continuous in t, and
+    equal to data - noise inside the schedule. Sampling from t = 0 therefore has the same bias as diffusion sampling
+    from pure noise at the last timestep: alpha of that timestep, 0.068 for Stable Diffusion.
 
     Args:
         alphas_cumprod: `(N,)`, see `VariancePreserving`.
@@ -118,7 +121,7 @@ class DiffusionAsFlow:
 
     @cached_property
     def schedule(self) -> VariancePreserving:
-        """The diffusion path itself."""
+        """Return the diffusion path."""
         return VariancePreserving(self.alphas_cumprod)
 
     def _sample(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -126,7 +129,7 @@ class DiffusionAsFlow:
         return (per_example(self.scale_of(t), x_t) * x_t).to(x_t.dtype)
 
     def _angle(self, t: Tensor) -> Tensor:
-        """atan(sigma / alpha), clamped to the schedule: the signal-to-noise ratio the network is told."""
+        """Return atan(sigma / alpha), clamped to the schedule: the signal-to-noise ratio that the network receives."""
         angles = self.schedule.angles.to(t)
         return torch.clamp(torch.atan2(1 - t, t), angles[0], angles[-1])
 
@@ -144,11 +147,11 @@ class DiffusionAsFlow:
         return 1 / torch.hypot(t, 1 - t)
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sample and the timestep, `(B,)`, to give to the diffusion network for x_t at t."""
+        """Return the sample and the timestep, `(B,)`, to pass to the diffusion network for x_t at t."""
         return self._sample(x_t, t), self.timestep_of(t)
 
     def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
-        """Turn the network's prediction for `network_input(x_t, t)` into the velocity data - noise at x_t."""
+        """Convert the network's prediction for `network_input(x_t, t)` to the velocity data - noise at x_t."""
         if prediction_type == "velocity":
             raise ValueError(
                 "Expected a diffusion network's prediction, 'epsilon', 'v_prediction' or 'sample', got 'velocity'. "
@@ -157,10 +160,10 @@ class DiffusionAsFlow:
         sample = self._sample(x_t, t)
         angle = self._angle(t)
         alpha, sigma = angle.cos(), angle.sin()
-        at = Coefficients(alpha, sigma, d_alpha=-sigma, d_sigma=alpha)  # by the angle; no prediction here asks for d_*
+        at = Coefficients(alpha, sigma, d_alpha=-sigma, d_sigma=alpha)  # by the angle; no prediction type uses d_*
         noise, data = _solve_pair(prediction, sample, at, prediction_type)
-        # (data - x_t) / (1 - t) in the noisy half, (x_t - noise) / t in the other: no division by less than 1/2, and
-        # no use of the end that the clamped timestep tells nothing about.
+        # (data - x_t) / (1 - t) in the noisy half, (x_t - noise) / t in the other: never divides by less than 1/2, and
+        # never uses the end that the clamped timestep does not determine.
         weight, late = 1 / torch.maximum(t, 1 - t), t >= 0.5
         zero = torch.zeros_like(t)
         ends = combine(torch.where(late, zero, weight), data, torch.where(late, -weight, zero), noise)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class TimeDensity(ABC):
-    """A distribution on [0, 1]. `sample` uses no other randomness than its generator's."""
+    """Base class of a distribution on [0, 1]. The generator is the only source of randomness of `sample`."""
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw `(count,)` times in [0, 1], float32, on the generator's device."""
+        """Sample `(count,)` times in [0, 1], float32, on the generator's device."""
 
     def density(self, t: Tensor) -> Tensor:
-        """Evaluate the probability density at t, any shape; zero outside [0, 1]."""
+        """Return the probability density at t, any shape; zero outside [0, 1]."""
         raise ValueError(
             f"{self!r} has no density: its probability sits on single points. "
             "To weight by the density, use Uniform, LogitNormal or UShaped."
@@ -27,7 +27,7 @@ class TimeDensity(ABC):
 
 @dataclass(frozen=True)
 class Uniform(TimeDensity):
-    """p(t) = 1: InstaFlow's reflow (arXiv:2309.06380)."""
+    """Uniform density p(t) = 1, used for InstaFlow's reflow (arXiv:2309.06380)."""
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         return _uniform(count, generator).float()
@@ -38,12 +38,13 @@ class Uniform(TimeDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimeDensity):
-    """log(t / (1 - t)) ~ N(mean, std^2), the density of Stable Diffusion 3 (arXiv:2403.03206).
+    """Logit-normal density of Stable Diffusion 3 (arXiv:2403.03206): log(t / (1 - t)) ~ N(mean, std^2).
 
     p(t) = exp(-(logit(t) - mean)^2 / (2 std^2)) / (std sqrt(2 pi) t (1 - t)).
 
     Args:
-        mean: above 0 leans towards data. That paper's time runs the other way: its mean m is mean = -m here.
+        mean: values above 0 favor times near the data. The paper's time runs in the opposite direction: its mean m is
+            mean = -m here.
     """
 
     mean: float = 0.0
@@ -58,7 +59,7 @@ class LogitNormal(TimeDensity):
         return torch.sigmoid(self.mean + self.std * normal)
 
     def density(self, t: Tensor) -> Tensor:
-        inside = (t > 0) & (t < 1)  # at the ends the limit is zero
+        inside = (t > 0) & (t < 1)  # at the ends, the limit is zero
         t = torch.where(inside, t, 0.5)
         deviation = (torch.logit(t) - self.mean) / self.std
         density = torch.exp(-0.5 * deviation.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
@@ -67,13 +68,14 @@ class LogitNormal(TimeDensity):
 
 @dataclass(frozen=True)
 class UShaped(TimeDensity):
-    """p(t) ~ exp(a t) + exp(a (1 - t)): most weight on both ends (2-RF++, arXiv:2405.20320).
+    """U-shaped density p(t) ~ exp(a t) + exp(a (1 - t)): most weight on both ends (2-RF++, arXiv:2405.20320).
 
-    Often quoted as exp(a t) + exp(-a t), which on [0, 1] only rises; the authors' code draws from the symmetric form
-    used here. Normalised, p(t) = a cosh(a (t - 1/2)) / (2 sinh(a / 2)).
+    It is often quoted as exp(a t) + exp(-a t), which only increases on [0, 1]. The authors' code samples from the
+    symmetric form used here. Normalized, p(t) = a cosh(a (t - 1/2)) / (2 sinh(a / 2)).
 
     Args:
-        a: in (0, 100]; 4 in the paper, where p(0) / p(1/2) = cosh(2) = 3.8. Towards 0 it becomes uniform.
+        a: in (0, 100]; 4 in the paper, where p(0) / p(1/2) = cosh(2) = 3.8. The density approaches uniform as a goes
+            to 0.
     """
 
     a: float = 4.0
@@ -83,7 +85,7 @@ class UShaped(TimeDensity):
             raise ValueError(f"Expected a in (0, 100], got {self.a}. For equal weight everywhere use Uniform().")
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        # The inverse of the distribution function F(t) = 1/2 + sinh(a (t - 1/2)) / (2 sinh(a / 2)).
+        # Inverse of the distribution function F(t) = 1/2 + sinh(a (t - 1/2)) / (2 sinh(a / 2)).
         centred = 2 * _uniform(count, generator) - 1
         return (0.5 + torch.asinh(centred * math.sinh(self.a / 2)) / self.a).float().clamp(0, 1)
 
@@ -94,7 +96,7 @@ class UShaped(TimeDensity):
 
 @dataclass(frozen=True)
 class FixedTime(TimeDensity):
-    """Always the same t. Distillation to one step trains at t = 0 alone."""
+    """Constant t. Distillation to one step trains only at t = 0."""
 
     t: float = 0.0
 
@@ -108,7 +110,7 @@ class FixedTime(TimeDensity):
 
 @dataclass(frozen=True)
 class Grid(TimeDensity):
-    """Each of 0, 1/steps, ..., (steps - 1)/steps equally often: the times at which Euler with `steps` steps asks."""
+    """Uniform distribution on 0, 1/steps, ..., (steps - 1)/steps: the times of an Euler grid with `steps` steps."""
 
     steps: int
 

@@ -1,8 +1,8 @@
-"""Refuse models of which weights are missing or left over, where diffusers and transformers only warn.
+"""Refuse models with missing or unexpected weights, where diffusers and transformers only warn.
 
-Both libraries fill missing weights with random numbers and ignore those that they do not know; both can say which, to
-who asks `from_pretrained` for `output_loading_info`. A pipeline loads its parts by itself and does not ask, so for the
-time of a load of ours `from_pretrained` of their base classes asks.
+Both libraries fill missing weights with random numbers and ignore unknown ones. Both report which when
+`from_pretrained` is called with `output_loading_info`. A pipeline loads its components itself and does not pass this
+option. Therefore, while one of our loaders runs, `from_pretrained` of their base classes passes it.
 """
 
 import functools
@@ -19,22 +19,22 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-# Numbers of positions, which older releases of transformers saved with CLIP models; not weights.
+# Position indices that older releases of transformers saved with CLIP models; not weights.
 _NOT_WEIGHTS = re.compile(r"(^|\.)position_ids$")
-# The libraries' warnings of what is an error here.
+# The warnings of the libraries about conditions that are errors here.
 _REPORT = re.compile("LOAD REPORT|Some weights of|TRAIN this model")
-# the libraries' warnings of what is an error here
+# Options of `from_pretrained` that locate a file on the Hub.
 _HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _active: ContextVar[bool] = ContextVar("complete_components", default=False)
 
 
 @contextmanager
 def complete_components() -> Iterator[None]:
-    """Let every model that `from_pretrained` loads inside, in this thread, be complete or an error.
+    """Raise an error for every incomplete model that `from_pretrained` loads inside this context, in this thread.
 
     Raises:
-        ValueError: weights of a model are missing or unexpected, or its folder holds an adapter's config, by which
-            transformers would load another model in its place.
+        ValueError: weights of a model are missing or unexpected, or its folder contains an adapter's config, which
+            would make transformers load another model in its place.
     """
     _install()
     token = _active.set(True)
@@ -57,7 +57,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `from_pretrained` of a base class; outside of `complete_components` it does what it did."""
+    """Wrap `from_pretrained` of a base class; outside of `complete_components` its behavior is unchanged."""
 
     @functools.wraps(load)
     def from_pretrained(cls: type[Any], source: Any, *args: Any, **options: Any) -> Any:
@@ -85,7 +85,7 @@ def _require_complete(name: str, model_class: type[Any], info: dict[str, Any]) -
 
 
 def require_weights(pipeline: Any, source: Any) -> None:
-    """Raise a ValueError if a part of a pipeline has weights that were not in the file it was loaded from."""
+    """Raise a ValueError if a component of a pipeline has weights that were not in the file it was loaded from."""
     for name, part in pipeline.components.items():
         weights = part.named_parameters() if isinstance(part, Module) else ()
         if missing := [key for key, weight in weights if weight.is_meta]:

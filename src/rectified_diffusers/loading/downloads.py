@@ -1,4 +1,4 @@
-"""Compare what is downloaded from the Hub with its hash, and delete what is damaged or unfinished."""
+"""Verify the hashes of downloads from the Hub, and delete damaged or unfinished files."""
 
 import hashlib
 import os
@@ -17,13 +17,14 @@ _CHUNK = 1 << 20
 
 @contextmanager
 def checked_downloads(source: Any, cache_dir: str | Path | None = None) -> Iterator[None]:
-    """Compare what is fetched from the Hub inside with its hash, however that ends; a damaged file is deleted.
+    """Verify the hash of every file downloaded from the Hub inside this context; delete damaged files.
 
-    The Hub's client compares lengths. A file of the right length with wrong bytes is found here, by the hash that the
-    cache names it with, once, after its download.
+    The check also runs if the context ends with an error. The Hub's client compares only lengths. This check also
+    finds a file of the right length with wrong bytes: it compares the file once, after its download, with the hash
+    that is its name in the cache.
 
     Args:
-        source: Hub id; of a path, or of what has been read already, there is nothing to compare.
+        source: Hub id; for a path, or for data that is already in memory, nothing is checked.
     """
     repository = source if isinstance(source, str) else ""
     before = blobs_of(repository, cache_dir)
@@ -34,14 +35,14 @@ def checked_downloads(source: Any, cache_dir: str | Path | None = None) -> Itera
 
 
 def forget_unfinished(error: Exception, source: str | os.PathLike[str], cache_dir: str | Path | None) -> None:
-    """Delete unfinished downloads after one of a wrong length, from which huggingface_hub before 1.0 would go on."""
+    """Delete unfinished downloads after one of a wrong length; huggingface_hub before 1.0 would resume them."""
     if "Consistency check failed" in str(error):
         for unfinished in blob_folder(source, cache_dir).glob("*.incomplete"):
             unfinished.unlink()
 
 
 def blob_folder(source: str | os.PathLike[str], cache_dir: str | Path | None) -> Path:
-    """Return where the Hub's cache keeps the files of a repository; of a path, a folder that does not exist."""
+    """Return the folder of a repository's files in the Hub's cache; for a path, a folder that does not exist."""
     try:
         name = repo_folder_name(repo_id=str(source), repo_type="model")
     except errors.HFValidationError:
@@ -50,16 +51,16 @@ def blob_folder(source: str | os.PathLike[str], cache_dir: str | Path | None) ->
 
 
 def blobs_of(source: str | os.PathLike[str], cache_dir: str | Path | None) -> dict[Path, int]:
-    """List the files of a repository in the Hub's cache, which are named by their hashes, with their times."""
+    """Return a repository's files in the Hub's cache, which are named by their hashes, with modification times."""
     folder = blob_folder(source, cache_dir)
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     return {file: file.stat().st_mtime_ns for file in files if _HASH.fullmatch(file.name)}
 
 
 def verify_downloads(source: str | os.PathLike[str], cache_dir: str | Path | None, before: Mapping[Path, int]) -> None:
-    """Compare the files that came into the Hub's cache with their names; a damaged one is deleted.
+    """Verify the hashes of new files in the Hub's cache against their names; delete a damaged file and raise.
 
-    What is kept outside git is named by its sha256, and what is in git by git's hash of it.
+    Files stored outside git are named by their sha256, files in git by their git hash.
     """
     for blob, modified in blobs_of(source, cache_dir).items():
         if before.get(blob) == modified or (got := _hash_of(blob)) == blob.name:

@@ -1,4 +1,4 @@
-"""Say what to do where loading a model fails: errors that name the file, the cause and the remedy."""
+"""Explain why loading a model failed: errors that name the file, the cause and the remedy."""
 
 import json
 import os
@@ -23,18 +23,18 @@ _CONVERT = (
     "Pickles can run code when they are opened. Convert it once, if you trust it, with diffusers' own loader: "
     "diffusers.DiffusionPipeline.from_pretrained({source!r}).save_pretrained(new_folder)"
 )
-# The exceptions of the library with which huggingface_hub speaks HTTP: requests, httpx or a successor, by its age.
+# Exceptions of the HTTP library of huggingface_hub: requests, httpx or a successor, depending on its release.
 _NETWORK: Any = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
 )
-# What diffusers and transformers raise at a config whose values are of wrong types.
+# What diffusers and transformers raise for a config whose values have wrong types.
 _WRONG_TYPES: Any = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
 if hasattr(errors, "StrictDataclassError"):  # of huggingface_hub, since 0.31
     _WRONG_TYPES = (*_WRONG_TYPES, errors.StrictDataclassError)
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Name the dtype as `from_pretrained` of this diffusers release wants it: 0.40 renamed `torch_dtype`."""
+    """Return the dtype as the `from_pretrained` option of this diffusers release: 0.40 renamed `torch_dtype`."""
     release = tuple(int(part) for part in diffusers.__version__.split(".")[:2])
     return {"dtype" if release >= (0, 40) else "torch_dtype": dtype}
 
@@ -46,12 +46,12 @@ def remedies(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
 ) -> Iterator[None]:
-    """Check what `from_pretrained(source, ...)`, run inside, downloads and loads, and say what to do where it fails.
+    """Check what `from_pretrained(source, ...)` downloads and loads in this context; explain the remedy on failure.
 
     Raises:
         ValueError: weights of a model are missing or unexpected, no weights are stored under the variant, a config has
-            values of wrong types, or an index of shards leaves the folder.
-        OSError: a safetensors file is cut off or has no valid header, or a download has the wrong hash; the weights
+            values of wrong types, or an index of shards points outside the folder.
+        OSError: a safetensors file is truncated or has no valid header, or a download has the wrong hash; the weights
             are pickles; the Hub cannot be reached.
     """
     before = blobs_of(source, cache_dir)
@@ -62,10 +62,10 @@ def remedies(
         verify_downloads(source, cache_dir, before)
         _check_indexes(folder)
     except (LocalEntryNotFoundError, *_NETWORK) as error:
-        is_missing = isinstance(error, LocalEntryNotFoundError)  # offline by choice, or since the Hub did not answer
+        is_missing = isinstance(error, LocalEntryNotFoundError)  # offline by choice, or as the Hub did not answer
         causes = [cause for cause in _chain(error) if isinstance(cause, _NETWORK) and cause is not error]
         if not causes if is_missing else isinstance(error, OSError) and str(source) in str(error):
-            raise  # the Hub's own answers say what to do
+            raise  # the Hub's own error messages explain the remedy
         cause = causes[0] if is_missing else error
         raise ConnectionError(
             f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Nothing "
@@ -100,7 +100,10 @@ def remedies(
 
 
 def _explain_absence(error: Exception, source: str | os.PathLike[str]) -> None:
-    """Raise what is to be done if no Hub answered, where diffusers speaks of a stack trace and of an argument."""
+    """Raise an error with the remedy if no Hub answered.
+
+    diffusers' own message refers to a stack trace and an argument.
+    """
     for cause in _chain(error):
         if isinstance(cause, (*_NETWORK, OfflineModeIsEnabled)) and not isinstance(cause, HfHubHTTPError):
             raise ConnectionError(
@@ -110,13 +113,13 @@ def _explain_absence(error: Exception, source: str | os.PathLike[str]) -> None:
 
 
 def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Path) -> None:
-    """Raise what is to be done if damaged files or pickles are the cause of an error."""
+    """Raise an error with the remedy if damaged files or pickles caused the error."""
     for file in (folder / "model_index.json", *sorted(folder.glob("*/*config.json"))):
         if file.is_file() and not is_json_object(file):
             raise ValueError(f"{file} is no JSON object, as every config is. Download or save it again.") from error
     if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
         for file, damage in _damaged_files(folder):
-            # In the Hub's cache a snapshot holds links: as long as the file itself is there, it is used again.
+            # In the Hub's cache a snapshot contains links: as long as the file itself exists, it is used again.
             raise OSError(
                 f"{file} cannot be read: {damage}. The file was damaged or not written whole. Delete "
                 f"{os.path.realpath(file)} and load again (from the Hub, the file is fetched anew; "
@@ -124,7 +127,7 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
             ) from error
     if "safetensors" not in str(error):
         return
-    listed = "necessary `safetensors` weights" in str(error)  # of a repository on the Hub, of which nothing is here
+    listed = "necessary `safetensors` weights" in str(error)  # of a repository on the Hub with no local files
     pickles = re.findall(r"[\w./-]+\.(?:bin|ckpt|pth?|pkl)\b", str(error)) if listed else []
     pickles += [str(pickle) for part in (folder, *folder.glob("*")) if (pickle := only_pickles(part))]
     if pickles:
@@ -135,7 +138,7 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
 
 
 def _explain_redirects(error: BaseException, source: str | os.PathLike[str]) -> None:
-    """Raise what is to be done where huggingface_hub before 1.0 followed redirects until Python stopped it."""
+    """Raise an error with the remedy if huggingface_hub before 1.0 followed redirects until Python stopped it."""
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, RecursionError) else []
     if any(frame.name == "_request_wrapper" for frame in frames):
         raise ConnectionError(
@@ -144,7 +147,7 @@ def _explain_redirects(error: BaseException, source: str | os.PathLike[str]) -> 
 
 
 def _check_indexes(folder: Path) -> None:
-    """Refuse an index of shards by which diffusers went out of the folder: it joins whatever name it finds there."""
+    """Refuse an index of shards that points outside the folder: diffusers joins any name in it to the path."""
     for index in sorted(folder.glob("*/*.index*.json")):
         for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
             if Path(shard).name != shard:
@@ -155,25 +158,25 @@ def _check_indexes(folder: Path) -> None:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Give an error and what it came from."""
+    """Yield an error and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _folder_of(source: str | os.PathLike[str], cache_dir: str | Path | None, revision: str | None) -> Path:
-    """Find where a checkpoint lies: the folder itself, or its snapshot in the Hub's cache."""
+    """Return the folder of a checkpoint: the source itself, or its snapshot in the Hub's cache."""
     if os.path.isdir(source):
         return Path(source)
     try:
         index = try_to_load_from_cache(str(source), "model_index.json", cache_dir=cache_dir, revision=revision)
-    except errors.HFValidationError:  # a path that is not there
+    except errors.HFValidationError:  # a path that does not exist
         index = None
     return Path(index).parent if isinstance(index, str) else Path(str(source))
 
 
 def _damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
-    """Find the safetensors files whose header cannot be read or does not fit their length."""
+    """Yield the safetensors files whose header cannot be read or does not match their length, each with its error."""
     for file in sorted(folder.rglob("*.safetensors")):
         try:
             with safe_open(file, framework="pt"):

@@ -1,4 +1,4 @@
-"""LoRA, where diffusers needs help: models that have one attached, and files in the layout of kohya and CivitAI."""
+"""LoRA fixes and checks for diffusers: models with a LoRA attached, and files in the layout of kohya and CivitAI."""
 
 import math
 import re
@@ -11,28 +11,28 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-MAX_RANK = 4096  # no layer of Stable Diffusion or SDXL has a product of a higher rank than 1280
+MAX_RANK = 4096  # no layer of Stable Diffusion or SDXL has a product of rank above 1280
 _FACTOR = re.compile(
     r"(?P<layer>.+?)(?P<kind>[._]lora(?:_linear_layer)?[._])(?P<side>A|B|down|up)(?P<end>(?:\.\w+)?\.weight)"
 )
 _OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
-# What diffusers, PEFT and torch raise at a LoRA that is not for this model, by way of its keys and shapes.
+# What diffusers, PEFT and torch raise for a LoRA whose keys and shapes do not fit the model.
 _UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 _AGAIN = "The file is damaged or no LoRA: download it again."
-_OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # of a text encoder; the U-Net's are attn1 and attn2
+_OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # text encoder; the U-Net's are attn1 and attn2
 
 
 def cannot_be_saved(model: nn.Module) -> bool:
-    """Tell whether a LoRA in a model, active or not, makes its `save_pretrained` write what cannot be loaded.
+    """Return whether a LoRA in a model, active or not, makes `save_pretrained` write files that cannot be loaded.
 
-    The layers of a LoRA rename the weights, and the loader takes the old names for missing. transformers saves the
-    LoRA with a path to the model it belongs to instead, out of the folder, which we do not follow.
+    The layers of a LoRA rename the weights, so the loader reports the old names as missing. transformers instead saves
+    the LoRA with a path to its base model, outside the folder, which we do not follow.
     """
     return any(name.endswith(".base_layer") for name, _ in model.named_modules())
 
 
 def refuse_lora(names: Iterable[str], whose: str) -> None:
-    """Refuse the weights of a model with a LoRA attached, which go by other names and would count without it."""
+    """Refuse the weights of a model with a LoRA attached: they have other names, and the LoRA would be ignored."""
     renamed = next((name for name in names if ".base_layer." in name), None)
     if renamed is not None:
         raise ValueError(
@@ -44,20 +44,20 @@ def refuse_lora(names: Iterable[str], whose: str) -> None:
 def mend_kohya(
     weights: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Give the same LoRA, up * down * alpha / rank in every layer, as diffusers 0.38 to 0.42 reads it right.
+    """Return the same LoRA (up * down * alpha / rank in every layer) as diffusers 0.38 to 0.42 reads it correctly.
 
-    - It hands the alphas that differ from the commonest one to PEFT under names that PEFT does not know, for attention
-      layers and the text encoder, which then get the commonest alpha. So all get that, and `up` is multiplied by
-      alpha / commonest, in float32. A layer without an alpha has its rank for one.
-    - It knows the text encoder's attention layers in this naming only if there is a `to_out` among them.
+    - For attention layers and the text encoder, diffusers passes alphas that differ from the most common one to PEFT
+      under names that PEFT does not know. These layers then get the most common alpha. Here all layers get that alpha,
+      and `up` is multiplied by alpha / commonest, in float32. A layer without an alpha uses its rank as alpha.
+    - diffusers recognizes the text encoder's attention layers in this naming only if a `to_out` is among them.
 
     Args:
         weights: as `lora_state_dict` converts a kohya file: `unet.<layer>.lora.down.weight` and so on.
-        alphas: as it gives them: `unet.<layer>.alpha`.
+        alphas: as `lora_state_dict` returns them: `unet.<layer>.alpha`.
     """
     downs = {f"{key.split('.lora.')[0]}.alpha": key for key in weights if key.endswith(".down.weight")}
     levelled = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
-    if not levelled or not alphas.keys() <= levelled.keys():  # another layout: nothing that we know to mend
+    if not levelled or not alphas.keys() <= levelled.keys():  # another layout: no known fix applies
         return dict(weights), dict(alphas)
     ((commonest, _),) = Counter(levelled.values()).most_common(1)
     ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in levelled.items() if alpha != commonest}
@@ -69,12 +69,12 @@ def mend_kohya(
 def check_lora(
     weights: Mapping[str, Any], alphas: Mapping[str, Any] | None, metadata: Mapping[str, Any] | None
 ) -> None:
-    """Refuse a LoRA that no training makes: NaN, ranks that differ or are huge, halves of a product, no weights.
+    """Refuse a LoRA that no training produces: NaN, unequal or huge ranks, half of a product, no weights.
 
     Args:
-        weights: by name, in any layout; a pair of factors is told by the names that the layouts share.
-        alphas: of layers, where the file has them by themselves.
-        metadata: settings of PEFT, where the file has them: `unet.r` and so on.
+        weights: by name, in any layout; a pair of factors is recognized by the names that the layouts share.
+        alphas: of layers, if the file stores them separately.
+        metadata: settings of PEFT, if the file has them: `unet.r` and so on.
 
     Raises:
         ValueError: with the name of what is wrong.
@@ -103,7 +103,7 @@ def check_lora(
 
 
 def check_factor(name: str, tensor: Tensor) -> None:
-    """Refuse one tensor of a LoRA file for its values or its rank."""
+    """Refuse one tensor of a LoRA file if its values or its rank are invalid."""
     if not isinstance(tensor, Tensor) or (tensor.ndim and not tensor.is_floating_point()):
         kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ValueError(f"The LoRA holds {kind} in {name!r}, expected a tensor of floating point. {_AGAIN}")
@@ -120,9 +120,9 @@ def check_factor(name: str, tensor: Tensor) -> None:
 
 
 def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> None:
-    """Refuse factors for layers that a model does not have, or has in another size.
+    """Refuse factors for layers that a model does not have or that have another size in it.
 
-    Names of older layouts are left to PEFT, which judges them on the way.
+    Names of older layouts are left to PEFT, which checks them when it loads them.
     """
     layers = {name.removesuffix(".base_layer"): layer for name, layer in model.named_modules()}
     for name, tensor in weights.items():
@@ -130,7 +130,7 @@ def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> 
         if found is None or found["kind"][0] == "_" or not name.startswith(f"{prefix}."):
             continue
         wanted = found["layer"].removeprefix(f"{prefix}.")
-        # Transformers 5 has a text encoder's layers without `text_model.`; a StackedUNet's conv_out is in its second.
+        # Transformers 5 has no `text_model.` in a text encoder's layer names; a StackedUNet's conv_out is in `second`.
         known = (wanted, wanted.removeprefix("text_model."), f"text_model.{wanted}", f"second.{wanted}")
         layer: Any = next((layers[each] for each in known if each in layers), None)
         if layer is None:
@@ -149,10 +149,10 @@ def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> 
 
 @contextmanager
 def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
-    """Leave a pipeline as it was if the LoRA loaded inside does not fit it, and refuse one that none of it takes.
+    """Restore the pipeline if the LoRA loaded inside does not fit it, and refuse a LoRA that applies to no component.
 
     Raises:
-        ValueError: in place of whatever diffusers and PEFT raise at weights that do not fit.
+        ValueError: instead of whatever diffusers and PEFT raise for weights that do not fit.
     """
     before = _adapters(pipeline)
     try:
@@ -166,18 +166,18 @@ def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
             pipeline.delete_adapters(sorted(added))
         if not before:
             pipeline.unload_lora_weights()
-        is_key = isinstance(error, (KeyError, IndexError))  # whose text is the key alone
+        is_key = isinstance(error, (KeyError, IndexError))  # whose text is only the key
         reason = repr(error) if is_key else " ".join(str(error).split())
         raise ValueError(f"The LoRA cannot be loaded into {type(pipeline).__name__}: {reason}") from error
 
 
 def _adapters(pipeline: Any) -> set[tuple[str, str]]:
-    """Give the component and the name of each adapter that is attached."""
+    """Return the component and the name of each attached adapter."""
     return {(part, name) for part, names in pipeline.get_list_adapters().items() for name in names}
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Give the numbers in a JSON value by their paths; those of a rank_pattern end in `.r` too."""
+    """Yield the numbers in a JSON value with their paths; paths of a rank_pattern end in `.r` too."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             ranks = key == "rank_pattern" or key.endswith(".rank_pattern")
@@ -192,7 +192,7 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def refuse_any_lora(pipeline: Any) -> None:
-    """Raise if a part carries a LoRA: neither kind of export can keep it apart from the weights."""
+    """Raise if a component carries a LoRA: neither kind of export can keep it separate from the weights."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             try:

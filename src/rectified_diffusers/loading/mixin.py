@@ -1,4 +1,4 @@
-"""What a pipeline loads from strangers, LoRAs, single files, words and IP-Adapters: safetensors alone, checked."""
+"""Load third-party files safely (LoRAs, single files, textual inversions, IP-Adapters): only safetensors, checked."""
 
 import os
 from collections.abc import Iterator
@@ -25,19 +25,19 @@ _ENCODER = "transformers.CLIPVisionModelWithProjection.from_pretrained(folder).s
 
 
 class SafetensorsLoaders(DiffusionPipeline):
-    """The loaders of a diffusers pipeline, with pickles refused unopened and LoRAs checked before they are attached.
+    """Loaders of a diffusers pipeline that refuse pickles without opening them and check LoRAs before attaching them.
 
-    Names and defaults of the arguments are diffusers'.
+    The names and defaults of the arguments are those of diffusers.
     """
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load one .safetensors file as diffusers does; a .ckpt, or a file that lacks weights, is refused."""
+        """Load one .safetensors file as diffusers does; refuse a .ckpt, or a file with missing weights."""
         refuse_pickle(pretrained_model_link_or_path, _MODEL)
         stock: Any = super()
         try:
             pipeline = stock.from_single_file(pretrained_model_link_or_path, **kwargs)
-        except NotImplementedError as error:  # torch cannot move what diffusers found no weights for
+        except NotImplementedError as error:  # torch cannot move weights that diffusers did not find
             raise ValueError(
                 f"{pretrained_model_link_or_path} lacks weights of the U-Net or of the VAE, expected a complete model "
                 "in one file. Download it again, or load the folder that it was made from."
@@ -52,7 +52,7 @@ class SafetensorsLoaders(DiffusionPipeline):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA as diffusers does; one that does not fit or is damaged is a ValueError and changes nothing."""
+        """Load a LoRA as diffusers does; an unfit or damaged one raises a ValueError and changes nothing."""
         stock: Any = super()
         load = stock.load_lora_weights
         with attaching(self, hotswap):
@@ -60,7 +60,7 @@ class SafetensorsLoaders(DiffusionPipeline):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Read a LoRA as diffusers does, check its values, and mend what becomes of a file in kohya's layout."""
+        """Read a LoRA as diffusers does, check its values, and fix the conversion of a file in kohya's layout."""
         source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
         kwargs = safetensors_only(kwargs)
         refuse_pickle(name, _TENSORS)
@@ -78,7 +78,7 @@ class SafetensorsLoaders(DiffusionPipeline):
 
     @classmethod
     def load_lora_into_unet(cls, state_dict: Any, network_alphas: Any, unet: Any, *args: Any, **kwargs: Any) -> None:
-        """Put a LoRA onto the U-Net, once its layers and their sizes are known to be those of the U-Net."""
+        """Load a LoRA into the U-Net after checking that its layers and their sizes match."""
         check_fits(state_dict, "unet", unet)
         stock: Any = super()
         stock.load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
@@ -93,13 +93,13 @@ class SafetensorsLoaders(DiffusionPipeline):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Put a LoRA onto a text encoder, likewise."""
+        """Load a LoRA into a text encoder after the same checks."""
         check_fits(state_dict, prefix or "text_encoder", text_encoder)
         stock: Any = super()
         stock.load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, *args, **kwargs)
 
     def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
-        """Load learned words as diffusers does, from .safetensors or tensors; a .bin or .pt is refused."""
+        """Load textual inversion embeddings as diffusers does, from .safetensors or tensors; refuse a .bin or .pt."""
         refuse_pickle(kwargs.get("weight_name"), _WORD)
         for source in _each(pretrained_model_name_or_path):
             if isinstance(source, (str, os.PathLike)):
@@ -118,16 +118,16 @@ class SafetensorsLoaders(DiffusionPipeline):
         image_encoder_folder: str | None = "image_encoder",
         **kwargs: Any,
     ) -> None:
-        """Load IP-Adapters as diffusers does, from .safetensors or tensors; a .bin is refused."""
+        """Load IP-Adapters as diffusers does, from .safetensors or tensors; refuse a .bin."""
         sources, folders = _each(pretrained_model_name_or_path_or_dict), _each(subfolder)
         for source in sources:
-            if not isinstance(source, (str, os.PathLike)):  # tensors, whose name is not read
+            if not isinstance(source, (str, os.PathLike)):  # tensors, for which the name is not read
                 continue
             for name in _each(weight_name):
                 refuse_pickle(name, _ADAPTER)
             if image_encoder_folder is not None:
                 for folder in folders:
-                    # As diffusers has it: a bare name is beside the weights, a path begins at the root.
+                    # As in diffusers: a bare name is next to the weights, a path starts at the root.
                     beside = "" if "/" in image_encoder_folder else folder or ""
                     refuse_folder_of_pickles(Path(source, beside, image_encoder_folder), _ENCODER)
         stock: Any = super()

@@ -14,7 +14,7 @@ _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the options of a loader of diffusers with which it opens no pickle, or refuse those that ask for one."""
+    """Return loader options with which diffusers opens no pickle; refuse options that request one."""
     if options.get("use_safetensors") is False:
         raise ValueError(
             "use_safetensors=False asks for pickles, which can run code when they are opened; leave it out. "
@@ -24,10 +24,10 @@ def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_pickle(source: Any, conversion: str) -> None:
-    """Refuse the name of a file that is not safetensors; what is no text or path, such as tensors, has been read.
+    """Refuse a file name that is not safetensors. Anything but a text or path, such as tensors, is already in memory.
 
     Args:
-        conversion: what makes a safetensors file of it.
+        conversion: how to convert the file to safetensors.
     """
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source).endswith(".safetensors"):
         raise ValueError(
@@ -37,7 +37,7 @@ def refuse_pickle(source: Any, conversion: str) -> None:
 
 
 def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
-    """Refuse a local folder that has weights as pickles and none in safetensors."""
+    """Refuse a local folder whose only weights are pickles."""
     if folder.is_dir() and (pickle := only_pickles(folder)):
         refuse_pickle(pickle, conversion)
 
@@ -45,17 +45,17 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
 def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
     """Refuse a local folder whose model index names classes of libraries that diffusers would import for it.
 
-    diffusers before 0.40 imports whatever an index names. Allowed are the libraries that it knows, the modules of its
-    pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own gate does the same.
+    diffusers before 0.40 imports whatever an index names. Allowed are the libraries known to diffusers, the modules of
+    its pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own check does the same.
 
     Args:
-        replaced: classes that are never loaded from where the index says, since others take their place.
+        replaced: classes that are never loaded from where the index says, because others replace them.
 
     Raises:
-        ValueError: a part is of another library.
+        ValueError: a component is from another library.
     """
     index = Path(source, "model_index.json")
-    if not index.is_file() or not is_json_object(index):  # the latter is explained where loading fails
+    if not index.is_file() or not is_json_object(index):  # a damaged index is explained where loading fails
         return
     for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
         if name.startswith("_") or not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
@@ -78,7 +78,7 @@ def is_json_object(file: Path) -> bool:
 
 
 def only_pickles(folder: Path) -> Path | None:
-    """Give a pickle of a folder that has weights in no other format."""
+    """Return a pickle of a folder that has weights in no other format, or None."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     if any(file.suffix == ".safetensors" for file in files):
         return None

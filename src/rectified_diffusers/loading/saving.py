@@ -1,8 +1,8 @@
-"""Save a pipeline so that every supported release of transformers, 4 and 5, reads it alike.
+"""Save a pipeline in a form that every supported release of transformers, 4 and 5, reads identically.
 
-transformers 5 writes two things that version 4 cannot read: CLIP models without a level of their module names, which
-version 4 replaces by random weights with a warning, and tokenizers as `tokenizer.json` alone. Both versions read the
-older form, so that is what a saved folder holds.
+transformers 5 writes two things that version 4 cannot read. CLIP models lack one level of their module names; version
+4 replaces these weights with random ones and warns. Tokenizers are only a `tokenizer.json`. Both versions read the
+older form, so a saved folder uses that.
 """
 
 import json
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-# The module names of transformers 4: a class of CLIP's, the prefix of the weights concerned, and what it becomes.
+# Module names of transformers 4: a CLIP class, the prefix of its affected weights, and the older prefix.
 _CLIP_PREFIXES = {
     "CLIPTextModel": ("", "text_model."),
     "CLIPVisionModel": ("", "vision_model."),
@@ -25,15 +25,15 @@ _CLIP_PREFIXES = {
 
 
 def save_pipeline(pipeline: Any, folder: str | Path, **options: Any) -> None:
-    """Save any diffusers pipeline by its `save_pretrained`, in a form that transformers 4 and 5 read alike."""
+    """Save any diffusers pipeline with its `save_pretrained`, in a form that transformers 4 and 5 read identically."""
     pipeline.save_pretrained(folder, **options)
     make_readable(Path(folder))
 
 
 def make_readable(folder: Path) -> None:
-    """Rewrite what transformers 5 saved in a pipeline's folder so that transformers 4 reads it too.
+    """Rewrite what transformers 5 saved in a pipeline's folder so that transformers 4 can read it too.
 
-    Weights keep their values, tokenizers their ids. A folder that is in this form already is left as it is.
+    Weights keep their values, tokenizers their ids. A folder already in this form is left unchanged.
     """
     for config in sorted(folder.glob("*/config.json")):
         for architecture in json.loads(config.read_text(encoding="utf-8")).get("architectures") or []:
@@ -47,7 +47,7 @@ def make_readable(folder: Path) -> None:
 
 
 def _rename_weights(folder: Path, prefix: str, older: str) -> None:
-    """Put `older` in the place of `prefix` in the names of weights, in all safetensors files and indexes of shards."""
+    """Replace `prefix` with `older` in the names of weights, in all safetensors files and indexes of shards."""
 
     def rename(name: str) -> str:
         return older + name.removeprefix(prefix) if name.startswith(prefix) and not name.startswith(older) else name
@@ -59,7 +59,7 @@ def _rename_weights(folder: Path, prefix: str, older: str) -> None:
             tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
             renamed = file.with_name(
                 f"renamed-{file.name}"
-            )  # the tensors may be read from the file as they are written
+            )  # the tensors may be read from the file while it is written
             save_file(tensors, renamed, metadata=metadata)
             shutil.copymode(file, renamed)
             renamed.replace(file)
@@ -70,7 +70,7 @@ def _rename_weights(folder: Path, prefix: str, older: str) -> None:
 
 
 def _write_vocabulary(tokenizer: Path) -> None:
-    """Write vocab.json, merges.txt and added_tokens.json beside the tokenizer.json of a byte-pair encoding."""
+    """Write vocab.json, merges.txt and added_tokens.json next to the tokenizer.json of a byte-pair encoding."""
     content = json.loads(tokenizer.read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE" or (tokenizer.parent / "vocab.json").is_file():
@@ -86,9 +86,9 @@ def _write_vocabulary(tokenizer: Path) -> None:
 
 
 def _name_fast_tokenizers(index: Path) -> None:
-    """Name the fast class in model_index.json for tokenizers that have a tokenizer.json and no vocabulary beside it.
+    """Name the fast class in model_index.json for tokenizers that have a tokenizer.json but no vocabulary file.
 
-    transformers 5 has one class under both names; the one without Fast wants other files in version 4.
+    transformers 5 has one class under both names. In version 4, the class without Fast needs other files.
     """
     content = json.loads(index.read_text(encoding="utf-8"))
     changed = False

@@ -1,9 +1,9 @@
-"""What a pipeline's network is told, and how its answer is read: one adapter per family of diffusers pipelines.
+"""Adapters for the networks of diffusers pipelines, one per family: which inputs they take, and what they predict.
 
-Time, sign and layout of other conventions are translated here and nowhere else. A network of a flow gives our velocity
-data - noise up to a sign, at the flow time t, 0 noise and 1 data:
+Only this module converts between conventions of time, sign and layout. A flow network predicts our velocity data -
+noise up to a sign, at the flow time t, 0 noise and 1 data:
 
-| family | latents | time | answer of its flow | prompt |
+| family | latents | time | prediction of its flow | prompt |
 |---|---|---|---|---|
 | Stable Diffusion 1, 2 | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | embeddings |
 | Stable Diffusion XL | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | two encoders', pooled; six sizes |
@@ -29,21 +29,21 @@ from rectified_diffusers.models.latents import pack, unpack
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, VelocityDirection, time_to_timestep
 
 Conditioning = dict[str, Tensor]
-"""What prompts become: tensors by name, of B rows each, the same for every time and every size of picture."""
+"""Encoded prompts: tensors by name, of B rows each, independent of the time and the image size."""
 
 Network = Callable[..., Any]
 """A pipeline's U-Net or transformer, or a wrapper that trains it."""
 
 
 class Denoiser(ABC):
-    """How to ask the network of one family of pipelines. Make it with `Denoiser.of`.
+    """Base class of the adapters for the networks of one pipeline family. Create one with `Denoiser.of`.
 
-    The network itself is an argument of the calls, as one in training is a copy of the pipeline's, wrapped for several
-    processes.
+    The network is an argument of the methods, because during training it is a copy of the pipeline's network, wrapped
+    for several processes.
 
     Args:
-        pipeline: tells sign and time of its flow, and encodes prompts; it is not changed.
-        guidance: of a network that takes guidance as an input (FLUX.1-dev); of no effect on others.
+        pipeline: defines sign and time of its flow, and encodes prompts; it is not changed.
+        guidance: for a network that takes guidance as an input (FLUX.1-dev); no effect on others.
     """
 
     component: ClassVar[str] = "unet"
@@ -55,7 +55,7 @@ class Denoiser(ABC):
 
     @staticmethod
     def of(pipeline: Any, guidance: float = 1.0) -> "Denoiser":
-        """Find the adapter of a text-to-image pipeline; a pipeline of another family raises a `TypeError`."""
+        """Return the adapter for a text-to-image pipeline; a pipeline of another family raises a `TypeError`."""
         for pipeline_class, denoiser_class in _FAMILIES.items():
             if isinstance(pipeline, pipeline_class):
                 return denoiser_class(pipeline, guidance)
@@ -67,30 +67,30 @@ class Denoiser(ABC):
 
     @property
     def network(self) -> Any:
-        """The pipeline's own network."""
+        """Return the pipeline's own network."""
         return getattr(self.pipeline, self.component)
 
     @property
     def direction(self) -> VelocityDirection:
-        """What the network's flow predicts: "data" for data - noise, "noise" for noise - data.
+        """Return what the network's flow predicts: "data" for data - noise, "noise" for noise - data.
 
-        A diffusion network has no flow yet. Made into one it gets our direction, as InstaFlow did.
+        A diffusion network has no flow yet. When it is turned into one, it gets our direction, as InstaFlow did.
         """
         scheduler = self.pipeline.scheduler
         if isinstance(scheduler, RectifiedFlowEulerScheduler):
             return scheduler.config["velocity_direction"]
-        # diffusers' DPM-Solver++ and others become flow schedulers by this setting, with its sign.
+        # This setting turns diffusers' DPM-Solver++ and others into flow schedulers, with its sign.
         return "noise" if scheduler.config.get("use_flow_sigmas") else self.direction_of_flow
 
     @property
     def num_train_timesteps(self) -> int:
-        """The timestep at t = 0."""
+        """Return the timestep at t = 0."""
         scheduler = self.pipeline.scheduler
         flow = isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction_of_flow == "noise"
         return scheduler.config["num_train_timesteps"] if flow else 1000
 
     def diffusion(self) -> tuple[DiffusionAsFlow, PredictionType] | None:
-        """Give the view of a diffusion network as a flow and what it predicts; None if it is a flow."""
+        """Return the view of a diffusion network as a flow and its prediction type; None if the network is a flow."""
         scheduler = self.pipeline.scheduler
         if isinstance(scheduler, RectifiedFlowEulerScheduler) or scheduler.config.get("use_flow_sigmas"):
             return None
@@ -105,21 +105,24 @@ class Denoiser(ABC):
         )
 
     def velocity(self, network: Network, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Give the velocity data - noise of a flow's network at x_t `(B, C, H, W)` and t `(B,)`."""
+        """Return the velocity data - noise predicted by a flow network at x_t `(B, C, H, W)` and t `(B,)`."""
         answer = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
         return answer if self.direction == "data" else -answer
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        """Run the text encoders; the empty prompt becomes what guidance steers away from."""
+        """Return the conditioning of prompts. Guidance steers away from that of the empty prompt.
+
+        This runs the text encoders.
+        """
 
     @abstractmethod
     def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Give the network's answer, in its own sign, to a sample `(B, C, H, W)` at timesteps `(B,)` in [0, 1000]."""
+        """Return the network's prediction, in its own sign, at `(B, C, H, W)` and timesteps `(B,)` in [0, 1000]."""
 
 
 class StableDiffusionDenoiser(Denoiser):
-    """Stable Diffusion 1 and 2, and all of ours of that shape, the StackedUNet among them."""
+    """Adapter for Stable Diffusion 1 and 2, and all of our models of that architecture, including the StackedUNet."""
 
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
@@ -129,7 +132,7 @@ class StableDiffusionDenoiser(Denoiser):
 
 
 class StableDiffusionXLDenoiser(Denoiser):
-    """Stable Diffusion XL: the picture is said to be of its own size, uncropped, as its pipeline says by default."""
+    """Adapter for Stable Diffusion XL. Size conditioning: the image's own size, uncropped, as in its pipeline."""
 
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
@@ -145,7 +148,7 @@ class StableDiffusionXLDenoiser(Denoiser):
         size = [pixels * factor for pixels in sample.shape[-2:]]
         sizes = torch.tensor(
             [*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device
-        )  # original, corner, target
+        )  # original size, crop corner, target size
         return network(
             sample,
             timestep,
@@ -156,7 +159,7 @@ class StableDiffusionXLDenoiser(Denoiser):
 
 
 class StableDiffusion3Denoiser(Denoiser):
-    """Stable Diffusion 3 and 3.5."""
+    """Adapter for Stable Diffusion 3 and 3.5."""
 
     component = "transformer"
     direction_of_flow = "noise"
@@ -172,7 +175,7 @@ class StableDiffusion3Denoiser(Denoiser):
 
 
 class FluxDenoiser(Denoiser):
-    """FLUX.1: squares of 2 x 2 latents are tokens. Guidance is an input of dev's network; schnell has none."""
+    """Adapter for FLUX.1: tokens are 2 x 2 squares of latents. The network of dev takes guidance, schnell's not."""
 
     component = "transformer"
     direction_of_flow = "noise"

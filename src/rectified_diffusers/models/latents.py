@@ -1,4 +1,4 @@
-"""Latents of a pipeline: their shape, packing into tokens, and the way between pixels and VAE-scaled latents."""
+"""Latents of a pipeline: shape, packing into tokens, and conversion between pixels and VAE-scaled latents."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 def packs_latents(pipeline: Any) -> bool:
-    """Tell whether a pipeline takes and gives latents as tokens of 2 x 2 squares."""
+    """Return whether a pipeline takes and returns latents as tokens of 2 x 2 squares."""
     return isinstance(pipeline, FluxPipeline)
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Turn latents `(B, C, H, W)` into Flux's tokens `(B, H W / 4, 4 C)`, squares of 2 x 2 row by row."""
+    """Convert latents `(B, C, H, W)` to Flux's tokens `(B, H W / 4, 4 C)`, squares of 2 x 2 row by row."""
     return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Turn Flux's tokens back into latents `(B, C, height, width)`."""
+    """Convert Flux's tokens back to latents `(B, C, height, width)`."""
     return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
@@ -31,21 +31,21 @@ def network_of(pipeline: Any) -> Any:
 
 
 def latent_channels(pipeline: Any) -> int:
-    """Give the channels of a pipeline's latents."""
+    """Return the number of channels of a pipeline's latents."""
     channels = network_of(pipeline).config["in_channels"]
     return channels // 4 if packs_latents(pipeline) else channels
 
 
 def latent_shape(pipeline: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """Give channels, height and width of a pipeline's latents, at a size in pixels or at its default size.
+    """Return channels, height and width of a pipeline's latents, for a size in pixels or for its default size.
 
-    Any pipeline with a U-Net or a transformer will do whose latents are `(B, C, H, W)`, or Flux's.
+    Works for any pipeline with a U-Net or a transformer whose latents are `(B, C, H, W)` or Flux's.
     """
     network = network_of(pipeline)
     own = pipeline.default_sample_size if packs_latents(pipeline) else network.config.get("sample_size")
     own_height, own_width = own if isinstance(own, (list, tuple)) else (own, own)
     factor = pipeline.vae_scale_factor
-    # A transformer's patches tile the latents; a U-Net pads.
+    # A transformer's patches must tile the latents; a U-Net pads.
     multiple = factor * (2 if packs_latents(pipeline) else network.config.get("patch_size") or 1)
     sizes: list[int] = []
     for name, pixels, default in (("height", height, own_height), ("width", width, own_width)):
@@ -58,7 +58,7 @@ def latent_shape(pipeline: Any, height: int | None = None, width: int | None = N
 
 
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Encode pixels `(B, 3, H, W)` in [-1, 1] into the mean of the VAE's latents, scaled, in its dtype."""
+    """Encode pixels `(B, 3, H, W)` in [-1, 1] to the mean of the VAE's latents, scaled, in its dtype."""
     latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
     return (latents - vae_shift(vae)) * vae.config.scaling_factor
 

@@ -1,4 +1,4 @@
-"""A `DiffusionVelocityUNet` at the noise end as a plain U-Net, so that what is distilled from it is one."""
+"""Conversion of a `DiffusionVelocityUNet` at the noise end to a plain U-Net, so that its distillation is plain too."""
 
 import math
 from typing import Any
@@ -13,13 +13,14 @@ from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 @torch.no_grad()
 def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
-    """Make a plain U-Net whose velocity at t = 0 is nearly the given one's: where a distillation begins.
+    """Return a plain U-Net whose velocity at t = 0 is close to that of `unet`: the initialization of a distillation.
 
-    At t = 0 that velocity is a * prediction + b * x, with constants of the schedule. The last convolution takes a into
-    its weights. Nothing in a U-Net leads x past its layers, so some channels of the last block are given to it, the
-    groups of `conv_norm_out` that matter least to `conv_out`: `conv_shortcut` finds x in what `conv_in` made of it,
-    writes it as x and -x, and silu(z) - silu(-z) = z takes it past the activation. What remains different is for the
-    training to mend: what those channels said, and that a norm divides x by its own root mean square in place of 1.
+    At t = 0 that velocity is a * prediction + b * x, with constants of the schedule. The weights of the last
+    convolution absorb a. A U-Net has no path for x around its layers, so some channels of the last block are reserved
+    for it: the groups of `conv_norm_out` that contribute least to `conv_out`. `conv_shortcut` recovers x from the
+    output of `conv_in` and writes it as x and -x, and silu(z) - silu(-z) = z carries it through the activation.
+    Training must correct the remaining differences: the lost content of those channels, and that a norm divides x by
+    its own root mean square instead of 1.
 
     Args:
         unet: of a diffusion model that predicts v or the sample, or of a flow that was trained from one.
@@ -29,8 +30,8 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
 
     Raises:
         TypeError: for another class of U-Net.
-        ValueError: if it predicts epsilon, of which and of x the velocity is a small difference; or if its last block
-            is not made as Stable Diffusion's is, or its first layer too narrow to find x again.
+        ValueError: if it predicts epsilon, because the velocity is then a small difference of epsilon and x; or if its
+            last block is not built like Stable Diffusion's, or its first layer is too narrow to recover x.
     """
     if type(unet) is not DiffusionVelocityUNet:
         raise TypeError(
@@ -53,14 +54,14 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
 
 
 def _at_the_noise_end(unet: DiffusionVelocityUNet) -> tuple[float, float, float]:
-    """Give a and b of velocity = a * prediction + b * x at t = 0, and the diffusion's timestep there."""
+    """Return a and b of velocity = a * prediction + b * x at t = 0, and the diffusion's timestep there."""
     inner, zero, one = unet.inner, torch.zeros(1, 1), torch.ones(1, 1)
     ask = lambda prediction, x: inner.as_flow.velocity(prediction, x, zero[0], inner.prediction_type).item()  # noqa: E731
     return ask(one, zero), ask(zero, one), inner.as_flow.timestep_of(zero[0]).item()
 
 
 def _shift_time(unet: Any, shift: float) -> None:
-    """Let the U-Net take a timestep for one that is less by a shift: a turn of the sines that its first layer sees."""
+    """Shift the time that the U-Net sees down by `shift`: a rotation of the sines in its first layer's input."""
     weight, order = unet.time_embedding.linear_1.weight, -1 if unet.config["flip_sin_to_cos"] else 1
     sin, cos = unet.time_proj(torch.tensor([shift], device=weight.device))[0].to(weight).chunk(2)[::order]
     of_sin, of_cos = weight.chunk(2, dim=1)[::order]
@@ -69,7 +70,7 @@ def _shift_time(unet: Any, shift: float) -> None:
 
 
 def _lead_past(unet: Any, factor: float) -> None:
-    """Add factor * x, of a standard normal x, to what the U-Net answers, by channels of its last block."""
+    """Add factor * x, for a standard normal x, to the output of the U-Net, using channels of its last block."""
     block, norm, latents = unet.up_blocks[-1], unet.conv_norm_out, unet.config["in_channels"]
     last = block.resnets[-1]
     if norm is None or not isinstance(unet.conv_act, nn.SiLU) or last.conv_shortcut is None:
@@ -80,7 +81,7 @@ def _lead_past(unet: Any, factor: float) -> None:
         )
     channels, pairs = _freed(unet, latents)
     find, offset = _found_again(unet.conv_in)
-    attention = list(getattr(block, "attentions", []))[-1:]  # what comes after the last layer, if there is any
+    attention = list(getattr(block, "attentions", []))[-1:]  # what follows the last layer, if anything
     for layer in (last.conv2, last.conv_shortcut, *(one.proj_out for one in attention)):
         layer.weight[channels] = 0
         layer.bias[channels] = 0
@@ -90,7 +91,7 @@ def _lead_past(unet: Any, factor: float) -> None:
     center, width = unet.conv_out.kernel_size[0] // 2, find.shape[1]
     for sign, of_latents in zip((1, -1), pairs.T, strict=True):
         scale = sign * last.output_scale_factor
-        last.conv_shortcut.weight[of_latents, -width:, 0, 0] = scale * find  # its input ends in what conv_in made
+        last.conv_shortcut.weight[of_latents, -width:, 0, 0] = scale * find  # its input ends with conv_in's output
         last.conv_shortcut.bias[of_latents] = scale * offset
         unet.conv_out.weight[range(latents), of_latents, center, center] = sign * factor
     size = norm.num_channels // norm.num_groups
@@ -100,7 +101,7 @@ def _lead_past(unet: Any, factor: float) -> None:
 
 
 def _freed(unet: Any, count: int) -> tuple[Tensor, Tensor]:
-    """Give the channels of the groups that matter least, and among them pairs `(count, 2)`, each within a group."""
+    """Return the channels of the least important groups, and pairs `(count, 2)` of them, each within one group."""
     norm = unet.conv_norm_out
     size = norm.num_channels // norm.num_groups
     groups = math.ceil(count / (size // 2)) if size > 1 else norm.num_channels
@@ -115,7 +116,7 @@ def _freed(unet: Any, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _found_again(conv_in: Any) -> tuple[Tensor, Tensor]:
-    """Give the weights `(C, channels)` and offsets `(C,)` that make x of what the first convolution made of it."""
+    """Return weights `(C, channels)` and offsets `(C,)` that recover x from the output of the first convolution."""
     seen = conv_in.weight.double().flatten(1)  # each channel is a sum of a window's values
     if torch.linalg.matrix_rank(seen) < seen.shape[1]:
         raise ValueError(

@@ -16,31 +16,33 @@ logger = logging.getLogger(__name__)
 
 SECOND = "second."
 
-# Before diffusers 0.37 this table has no default, and `set_adapters` fails for a class that is not in it.
+# Before diffusers 0.37, this table has no default, and `set_adapters` fails for a class that is not in it.
 _expand_scales = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
 diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING.setdefault("StackedUNet", _expand_scales)
 
 
 class StackedUNet(UNet2DConditionModel):
-    """A U-Net whose last features go on into a second one, InstaFlow-1.7B's network (arXiv:2309.06380).
+    """A U-Net whose last features feed a second one: the network of InstaFlow-1.7B (arXiv:2309.06380).
 
     features = first(x_t, t, text) without conv_norm_out, conv_act and conv_out; v = second(features, t, text) without
-    conv_in, of which they take the place: they are the second U-Net's first skip connection as well. No weights are
-    shared. With the blocks of Stable Diffusion 1.5 it has 1,719,017,924 parameters.
+    conv_in. The features replace the output of that conv_in and are also the second U-Net's first skip connection. No
+    weights are shared. With the blocks of Stable Diffusion 1.5 it has 1,719,017,924 parameters.
 
-    The first U-Net is this model itself, so that whatever reads a U-Net's config and layers reads the half that sees
-    the latents; the other one is its submodule `second`. Save, load, LoRA, attention processors and gradient
-    checkpointing are diffusers' and reach both. What was made for a plain U-Net is met like this:
+    The first U-Net is this model itself, so that code that reads a U-Net's config and layers reads the half that
+    receives the latents. The other one is its submodule `second`. Save, load, LoRA, attention processors and gradient
+    checkpointing are diffusers' and cover both. Extensions made for a plain U-Net are handled as follows:
 
-    - a LoRA goes onto both halves (one that names a layer of `second` is taken as it is), as do FreeU and a `scale`;
+    - a LoRA is applied to both halves (one that names a layer of `second` is loaded unchanged), as are FreeU and a
+      `scale`;
     - the residuals of a ControlNet or a T2I-Adapter go into the first half: a ControlNet is a copy of its encoder;
     - an IP-Adapter is refused.
 
     Args: those of `UNet2DConditionModel`, for both halves, and
-        diffusion_schedule: of a stack whose answer is a diffusion's prediction, which becomes a velocity outside its
-            layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. What the second half, new to
-            its features, does wrong is multiplied there if it predicts epsilon, by 1 / alpha at the noise: easier to
-            begin a stack with are a U-Net that predicts v, and one whose flow was begun from bare weights.
+        diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity outside
+            its layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. If the stack predicts
+            epsilon, the conversion multiplies the errors of the second half, which is new to its features, by 1 /
+            alpha at the noise. Easier initializations for a stack are a U-Net that predicts v, and one whose flow was
+            initialized from bare weights.
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
@@ -53,7 +55,7 @@ class StackedUNet(UNet2DConditionModel):
         features = self.config["block_out_channels"][0]
         self.second: Any = UNet2DConditionModel(**{**config, "in_channels": features, "center_input_sample": False})
         self.conv_norm_out = self.conv_act = None  # the U-Net's forward skips a norm that is None
-        # Functions, not nn.Identity: a LoRA for layers called conv_in would be put onto a module of that name.
+        # Functions, not nn.Identity: a LoRA for layers called conv_in would be attached to a module of that name.
         del self.conv_out, self.second.conv_in
         self.conv_out, self.second.conv_in = _pass_on, _pass_on
         self.inner: DiffusionInside | None = None
@@ -63,12 +65,12 @@ class StackedUNet(UNet2DConditionModel):
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, second: UNet2DConditionModel | None = None) -> Self:
-        """Stack copies of a U-Net; it needs training, as nothing has taught the second half to read features.
+        """Stack copies of a U-Net. The result needs training: the second half has not learned to read features.
 
         Args:
-            unet: first half, whose output layers are left out; dtypes and devices are kept.
-            second: second half, of the same shape, whose conv_in is left out; `unet` again if not given. The paper
-                does not say how its second half started; `UNet2DConditionModel.from_config(unet.config)` is random.
+            unet: first half, without its output layers; dtypes and devices are kept.
+            second: second half, of the same shape, without its conv_in; defaults to `unet`. The paper does not say how
+                its second half was initialized; `UNet2DConditionModel.from_config(unet.config)` is random.
         """
         second = unet if second is None else second
         for given in (unet, second):
@@ -88,7 +90,7 @@ class StackedUNet(UNet2DConditionModel):
         removed = ("conv_norm_out.", "conv_out.", SECOND + "conv_in.")
         weights = {name: weight.clone() for name, weight in weights.items() if not name.startswith(removed)}
         _require_equal_shapes(stacked.state_dict(), weights)
-        stacked.load_state_dict(weights, assign=True)  # with the dtypes and devices that they have
+        stacked.load_state_dict(weights, assign=True)  # keep their dtypes and devices
         return stacked.train(unet.training)
 
     def forward(
@@ -107,13 +109,13 @@ class StackedUNet(UNet2DConditionModel):
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Run both halves on x_t at one time and one text; the arguments are those of `UNet2DConditionModel`.
+        """Run both halves on x_t with the same time and text; the arguments are those of `UNet2DConditionModel`.
 
         Args:
-            sample: x_t, `(B, C, H, W)`; the result has its shape, but for the number of channels.
+            sample: x_t, `(B, C, H, W)`; the result has its shape, except for the number of channels.
             timestep: in [0, 1000], scalar or `(B,)`.
             encoder_hidden_states: text embeddings, `(B, tokens, cross_attention_dim)`.
-            down_block_additional_residuals: a ControlNet's, like the two that follow for the first half alone.
+            down_block_additional_residuals: from a ControlNet; like the two that follow, only for the first half.
         """
         conditions: dict[str, Any] = {
             "class_labels": class_labels,
@@ -146,11 +148,11 @@ class StackedUNet(UNet2DConditionModel):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA for the stack, or one for a plain U-Net onto both halves; pipelines call this with tensors.
+        """Load a LoRA for the stack, or one for a plain U-Net into both halves; pipelines call this with tensors.
 
         Args:
             pretrained_model_name_or_path_or_dict: weights by name, in any of diffusers' formats.
-            prefix: of the names that are for this model, "unet" in a pipeline's files.
+            prefix: of the names for this model, "unet" in a pipeline's files.
             hotswap: replace the weights of a loaded adapter of the same name.
             kwargs: diffusers' own, passed on.
         """
@@ -170,12 +172,12 @@ class StackedUNet(UNet2DConditionModel):
         super().load_lora_adapter(dict(weights), hotswap=hotswap, **{**kwargs, "prefix": prefix})
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Turn FreeU (arXiv:2309.11497) on in both halves."""
+        """Enable FreeU (arXiv:2309.11497) in both halves."""
         super().enable_freeu(s1, s2, b1, b2)
         self.second.enable_freeu(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        """Turn FreeU off in both halves."""
+        """Disable FreeU in both halves."""
         super().disable_freeu()
         self.second.disable_freeu()
 
@@ -194,7 +196,7 @@ def _pass_on(features: Tensor) -> Tensor:
 
 
 def _require_equal_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raise a `ValueError` for the first weight that the stack lacks, or that has another shape in it."""
+    """Raise a `ValueError` for the first weight that is missing from the stack or has another shape in it."""
     for name in sorted({*expected, *found}):
         shapes = [tuple(weights[name].shape) if name in weights else None for weights in (expected, found)]
         if shapes[0] != shapes[1]:
@@ -205,9 +207,9 @@ def _require_equal_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Te
 
 
 def _onto_both(entries: Mapping[str, Any], start: str) -> dict[str, Any]:
-    """Give the weights, alphas or metadata of a plain U-Net's LoRA with those of the second half added.
+    """Return the weights, alphas or metadata of a plain U-Net's LoRA with those of the second half added.
 
-    `start` is what the names begin with, "unet." in a pipeline's files; other names are kept as they are.
+    `start` is the prefix of the names, "unet." in a pipeline's files; other names are kept unchanged.
     """
     both: dict[str, Any] = {}
     for key, value in entries.items():
@@ -217,7 +219,7 @@ def _onto_both(entries: Mapping[str, Any], start: str) -> dict[str, Any]:
         name = key.removeprefix(start)
         if name in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
             both[key] = {**value, **{f"^{SECOND}{layer.removeprefix('^')}": entry for layer, entry in value.items()}}
-        elif isinstance(value, Tensor):  # copied, as peft's hotswap exchanges a tensor's content with the old one's
+        elif isinstance(value, Tensor):  # copied: peft's hotswap writes into the old tensors
             both.update({start + half: value.clone() for half in _halves_with(name)})
         elif name.endswith(".alpha"):
             both.update({start + half: value for half in _halves_with(name)})
@@ -227,7 +229,7 @@ def _onto_both(entries: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 
 def _halves_with(name: str) -> Iterator[str]:
-    """Give the names in the stack of a plain U-Net's layer; conv_in and conv_out are there once."""
+    """Yield the names in the stack of a plain U-Net's layer; conv_in and conv_out exist only once."""
     if not name.startswith("conv_out."):
         yield name
     if not name.startswith("conv_in."):

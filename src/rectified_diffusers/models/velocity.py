@@ -1,4 +1,4 @@
-"""The velocity of a pipeline, data - noise at (x_t, t, conditioning), flow or diffusion, with or without guidance."""
+"""The velocity of a pipeline, data - noise at (x_t, t, conditioning): flow or diffusion, with or without guidance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 @dataclass(frozen=True)
 class PipelineVelocity:
-    """The velocity v(x, t) of a pipeline's network for given prompts and guidance. Make it with `PipelineVelocity.of`.
+    """Velocity v(x, t) of a pipeline's network for given prompts and guidance. Create it with `PipelineVelocity.of`.
 
-    Guidance is v_null + w * (v_text - v_null) when w > 1, otherwise one forward pass. Flux' network is given w as an
-    input, or has no use for it. A diffusion network is viewed as a straight flow through equal signal-to-noise
-    ratios (`DiffusionAsFlow`); its schedule stops short of pure noise, so that its flow begins at `start` > 0, with
-    what its sampler begins with: noise as sample of the last timestep.
+    Guidance is v_null + w * (v_text - v_null) when w > 1, otherwise one forward pass. Flux's network receives w as an
+    input, or does not use it. A diffusion network is viewed as a straight flow through equal signal-to-noise ratios
+    (`DiffusionAsFlow`). Its schedule does not reach pure noise, so its flow starts at `start` > 0, with the initial
+    state of its sampler: noise as the sample of the last timestep.
 
     Attributes:
-        denoiser: knows how the pipeline's network is asked.
-        conditioning: of the prompts, B rows; 2B with those of the empty prompt first, for guidance.
-        guidance_scale: w, 1 where it takes no second pass.
+        denoiser: adapter for the pipeline's network.
+        conditioning: of the prompts, B rows; with guidance 2B rows, those of the empty prompt first.
+        guidance_scale: w, 1 where it needs no second pass.
         as_flow: the view of a diffusion model; None for a model that predicts the velocity.
         prediction_type: of a diffusion model.
     """
@@ -37,7 +37,7 @@ class PipelineVelocity:
 
     @classmethod
     def of(cls, pipeline: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> "PipelineVelocity":
-        """Bind a text-to-image pipeline of a family that `Denoiser.of` knows, flow or diffusion, to prompts."""
+        """Bind a text-to-image pipeline, flow or diffusion, of a family known to `Denoiser.of`, to prompts."""
         denoiser = Denoiser.of(pipeline, guidance_scale)
         as_flow, prediction_type = denoiser.diffusion() or (None, "velocity")
         guided = guidance_scale > 1 and denoiser.guides_by_two_passes
@@ -50,26 +50,26 @@ class PipelineVelocity:
 
     @property
     def start(self) -> float:
-        """Flow time at which the model's own range begins; 0 for a flow model."""
+        """Return the flow time at which the model's own range starts; 0 for a flow model."""
         if self.as_flow is None:
             return 0.0
         last_timestep = torch.tensor([len(self.as_flow.alphas_cumprod) - 1.0], dtype=torch.float64)
         return self.as_flow.time_of(last_timestep).item()
 
     def state_at_start(self, noise: Tensor) -> Tensor:
-        """Turn noise of unit variance `(B, ...)` into the state of the straight flow at `start`."""
+        """Convert noise of unit variance `(B, ...)` to the state of the straight flow at `start`."""
         if self.as_flow is None:
             return noise
         return noise / self.as_flow.scale_of(torch.tensor(self.start)).to(noise)
 
     def noise_at_start(self, state: Tensor) -> Tensor:
-        """Turn the state of the straight flow at `start` into noise of unit variance: `state_at_start` undone."""
+        """Convert the state of the straight flow at `start` to unit-variance noise: inverts `state_at_start`."""
         if self.as_flow is None:
             return state
         return state * self.as_flow.scale_of(torch.tensor(self.start)).to(state)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity data - noise at x `(B, C, H, W)` and t `(B,)`, after guidance."""
+        """Return the velocity data - noise at x `(B, C, H, W)` and t `(B,)`, after guidance."""
         if self.as_flow is None:
             answer = self._predict(x, time_to_timestep(t, self.denoiser.num_train_timesteps))
             return answer if self.denoiser.direction == "data" else -answer

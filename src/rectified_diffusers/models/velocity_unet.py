@@ -1,4 +1,4 @@
-"""A diffusion U-Net that is a velocity model before any training, by matching signal-to-noise ratios."""
+"""A diffusion U-Net that is a velocity model without any training, by matching signal-to-noise ratios."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing_extensions import Self
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
 from rectified_diffusers.pipelines.scheduler import timestep_to_time
 
-# What decides alphas_cumprod, under the names of diffusers' schedulers; DDIM's class can follow all of it.
+# The settings that determine alphas_cumprod, as named by diffusers' schedulers; DDIM's class supports all of them.
 _SCHEDULE = (
     "num_train_timesteps",
     "beta_start",
@@ -24,45 +24,47 @@ _SCHEDULE = (
     "rescale_betas_zero_snr",
 )
 
-# Before diffusers 0.37 this table has no default, and `set_adapters` fails for a class that is not in it.
+# Before diffusers 0.37, this table has no default, and `set_adapters` fails for a class that is not in it.
 _expand_scales = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
 diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING.setdefault("DiffusionVelocityUNet", _expand_scales)
 
 
 class DiffusionVelocityUNet(UNet2DConditionModel):
-    """A U-Net of diffusion inside, a velocity data - noise outside (cf. arXiv:2405.20320, arXiv:2506.02221).
+    """A diffusion U-Net inside, a velocity data - noise outside (cf. arXiv:2405.20320, arXiv:2506.02221).
 
-    Each call scales x_t and moves the time to where the diffusion has the same signal-to-noise ratio, asks the U-Net
-    there, and turns its epsilon, v or sample into the velocity; the formulas are `DiffusionAsFlow`'s. With the weights
-    of a diffusion model it therefore is that model's flow, up to the ends that its schedule does not reach. A
-    reflow that starts from it need not unlearn epsilon, which one that starts from the bare weights must.
+    Each call scales x_t and shifts the time to where the diffusion has the same signal-to-noise ratio, evaluates the
+    U-Net there, and converts its epsilon, v or sample to the velocity; the formulas are those of `DiffusionAsFlow`.
+    With the weights of a diffusion model it is therefore that model's flow, except for the ends that its schedule does
+    not reach. A reflow initialized with it need not unlearn epsilon, unlike one initialized with the bare weights.
 
-    Names and shapes of the weights are those of the plain U-Net, so that LoRAs, weight deltas, IP-Adapters and
-    textual inversion of the diffusion model meet what they were made for. Limits:
+    Names and shapes of the weights are those of the plain U-Net, so that LoRAs, weight deltas, IP-Adapters and textual
+    inversion of the diffusion model fit. Limits:
 
-    - A ControlNet or T2I-Adapter is called by the pipeline and sees x_t and the flow's timestep, not what this U-Net
-      makes of them: one of diffusion is told another time and a sample too small by up to sqrt(2), and steers worse.
-    - Its answer is more than its last layer's: `export_diffusers`, which turns the sign of that layer, refuses it.
+    - A ControlNet or T2I-Adapter is called by the pipeline and receives x_t and the flow's timestep, not the inputs of
+      the inner U-Net. One made for diffusion is given a different time and a sample too small by up to sqrt(2), and
+      controls less well.
+    - Its output is not just that of its last layer: `export_diffusers`, which flips the sign of that layer, refuses
+      it.
     - U-Nets that take more than latents (inpainting with 9 channels) are refused.
 
     Args: those of `UNet2DConditionModel`, and
-        diffusion_schedule: `prediction_type` and what decides alphas_cumprod, under the names of diffusers'
-            schedulers. `from_unet` reads it off a scheduler.
+        diffusion_schedule: `prediction_type` and the settings that determine alphas_cumprod, as named by diffusers'
+            schedulers. `from_unet` reads it from a scheduler.
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
-        _require_schedule(diffusion_schedule)  # before a network of a billion weights is made for nothing
+        _require_schedule(diffusion_schedule)  # before allocating a network of a billion weights for nothing
         super().__init__(**config)
         self.register_to_config(diffusion_schedule=diffusion_schedule)
         self.inner = DiffusionInside(self.config)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, scheduler: Any) -> Self:
-        """Turn a diffusion U-Net into its velocity; weights are copied, dtypes and devices kept.
+        """Convert a diffusion U-Net to its velocity; weights are copied, dtypes and devices kept.
 
         Args:
-            unet: predicts what the scheduler says it does.
-            scheduler: a diffusion scheduler of diffusers, whose `alphas_cumprod` and `prediction_type` count.
+            unet: predicts what the scheduler's config says.
+            scheduler: a diffusion scheduler of diffusers; its `alphas_cumprod` and `prediction_type` are used.
         """
         if type(unet) is not UNet2DConditionModel:
             raise TypeError(
@@ -84,7 +86,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Give the velocity at x_t; all other arguments are those of `UNet2DConditionModel` and go to it unchanged.
+        """Return the velocity at x_t; all other arguments are passed unchanged to `UNet2DConditionModel`.
 
         Args:
             sample: x_t of the straight path, `(B, C, H, W)`; the result has its shape and dtype.
@@ -101,7 +103,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
 
 
 class DiffusionInside:
-    """What turns the answer of a diffusion network into a velocity, by the `diffusion_schedule` of its config."""
+    """Converter of a diffusion network's prediction to a velocity, using the `diffusion_schedule` of its config."""
 
     def __init__(self, config: Any) -> None:
         schedule = config["diffusion_schedule"]
@@ -122,23 +124,23 @@ class DiffusionInside:
     def velocity(
         self, ask: Callable[[Tensor, Tensor], Tensor], sample: Tensor, timestep: Tensor | float | int
     ) -> Tensor:
-        """Give the velocity at x_t, with its shape and dtype.
+        """Return the velocity at x_t, with its shape and dtype.
 
         Args:
-            ask: gives the network's prediction for its own sample `(B, C, H, W)` and timesteps `(B,)`.
+            ask: returns the network's prediction for its own sample `(B, C, H, W)` and timesteps `(B,)`.
             sample: x_t of the straight path, `(B, C, H, W)`.
             timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
         """
         precise = torch.promote_types(sample.dtype, torch.float32)
         t = timestep_to_time(torch.as_tensor(timestep, dtype=precise, device=sample.device)).expand(len(sample))
         prediction = ask(*self.as_flow.network_input(sample, t))
-        # Towards noise epsilon is divided by alpha, 0.068 at the end: not in half precision.
+        # Near the noise end, epsilon is divided by alpha, 0.068 at the end: not in half precision.
         velocity = self.as_flow.velocity(prediction.to(precise), sample.to(precise), t, self.prediction_type)
         return velocity.to(sample.dtype)
 
 
 def _signature() -> inspect.Signature:
-    """Give the arguments of the plain U-Net and our own: the loader reads the names in a config off a signature."""
+    """Return the plain U-Net's arguments and our own: the loader takes the names in a config from a signature."""
     parameters = list(inspect.signature(UNet2DConditionModel.__init__).parameters.values())
     own = inspect.signature(DiffusionVelocityUNet.__init__).parameters["diffusion_schedule"]
     return inspect.Signature([*parameters, own])
@@ -161,7 +163,7 @@ def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
 
 
 def _read_schedule(scheduler: Any) -> dict[str, Any]:
-    """Read off a scheduler's config what makes its alphas_cumprod, and check that it does."""
+    """Return the settings in a scheduler's config that determine its alphas_cumprod, after checking that they do."""
     config, wanted = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
     kind = config.get("prediction_type")
     if wanted is None or kind not in ("epsilon", "v_prediction", "sample") or config.get("use_flow_sigmas"):
@@ -173,7 +175,7 @@ def _read_schedule(scheduler: Any) -> dict[str, Any]:
     schedule = {name: config[name] for name in _SCHEDULE if config.get(name) is not None}
     if "trained_betas" in schedule:
         schedule["trained_betas"] = torch.as_tensor(schedule["trained_betas"]).tolist()
-    # Some schedulers put 2^-24 in the place of an exact 0 at the end.
+    # Some schedulers replace an exact 0 at the end with 2^-24.
     if not torch.allclose(_alphas_cumprod(schedule), wanted.cpu(), rtol=1e-4, atol=1e-6):
         raise ValueError(
             f"The config of the {type(scheduler).__name__} does not give its alphas_cumprod, so that they cannot be "

@@ -1,4 +1,4 @@
-"""Make a Stable Diffusion pipeline sample a rectified flow: our scheduler, one step by default, all else inherited."""
+"""Mixins for rectified flow in Stable Diffusion pipelines: our scheduler, one step by default, the rest inherited."""
 
 import functools
 import inspect
@@ -34,10 +34,10 @@ R = TypeVar("R")
 
 
 def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
-    """Give a pipeline's `__call__` with one step and no guidance as defaults; the body and all else stay diffusers'.
+    """Return a pipeline's `__call__` with one step and no guidance as defaults; the rest is diffusers' own.
 
-    Stable Diffusion's own, 50 steps and guidance 7.5, waste time on a rectified flow and burn its colours. The
-    signature stays spelled out, with the new defaults in it: diffusers and its tests inspect it.
+    Stable Diffusion's defaults, 50 steps and guidance 7.5, waste time on a rectified flow and oversaturate colors. The
+    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it.
     """
     signature = inspect.signature(call)
     defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -59,7 +59,7 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def _check_call(given: dict[str, Any]) -> None:
-    """Check what diffusers would draw from without a word, or refuse with an error of torch."""
+    """Check arguments that diffusers would silently accept, or refuse with an error from torch."""
     prompt, embeds, latents = (given.get(name) for name in ("prompt", "prompt_embeds", "latents"))
     unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
     if unknown:
@@ -69,7 +69,7 @@ def _check_call(given: dict[str, Any]) -> None:
     require_number("guidance_scale", given["guidance_scale"])
     if copies is not None:
         require_count("num_images_per_prompt", copies)
-    if isinstance(prompt, list):  # anything else is checked by diffusers
+    if isinstance(prompt, list):  # diffusers checks anything else
         require_texts("prompt", prompt)
     if embeds is not None:
         require_finite("prompt_embeds", embeds)
@@ -86,25 +86,26 @@ def _check_call(given: dict[str, Any]) -> None:
 class RectifiedFlowMixin(SafetensorsLoaders):
     """Make a diffusers pipeline sample a rectified flow, whatever scheduler its checkpoint was saved with.
 
-    A scheduler reaches a pipeline in three ways, and each is met where it can be told from the others:
+    A scheduler reaches a pipeline in three ways. Each is handled where it can be distinguished from the others:
 
     - *stored*: the published InstaFlow checkpoints name PNDMScheduler, which samples a velocity as if it were noise.
-      The loader asks `extract_init_dict` what a checkpoint names; there it becomes ours, with a message at info level.
-    - *carried over* by `from_pipe` from another pipeline: becomes ours likewise.
-    - *passed* to the constructor or a loader, or assigned: nobody but the caller can have chosen it, so anything that
-      is not ours is an error. `None` asks for the default.
+      The loader calls `extract_init_dict` for the components of a checkpoint. There it is replaced with ours, with a
+      message at info level.
+    - *carried over* by `from_pipe` from another pipeline: replaced with ours as well.
+    - *passed* to the constructor or a loader, or assigned: only the caller can have chosen it, so anything that is not
+      ours is an error. `None` selects the default.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
-        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that say what to do.
+        """Load a checkpoint as `DiffusionPipeline.from_pretrained` does, with errors that explain the remedy.
 
-        Unasked, every part is loaded in float32: transformers 5 would take a half precision text encoder as it is
-        stored, beside diffusers' U-Net in float32. Weights are read from safetensors alone: pickles are refused.
+        Loads in float32 by default: transformers 5 would otherwise load a half-precision text encoder as stored, next
+        to diffusers' U-Net in float32. Weights are read only from safetensors; pickles are refused.
         """
         kwargs = safetensors_only(kwargs)
         if not kwargs.get("trust_remote_code"):
-            # A portable save ships our scheduler's source; extract_init_dict takes the class that is here.
+            # A portable save contains our scheduler's source; extract_init_dict uses the installed class instead.
             refuse_foreign_code(pretrained_model_name_or_path, replaced=[RectifiedFlowEulerScheduler.__name__])
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs |= dtype_option(torch.float32)
@@ -117,12 +118,12 @@ class RectifiedFlowMixin(SafetensorsLoaders):
     def extract_init_dict(
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Read a checkpoint's list of components, with our scheduler in place of a stored diffusion scheduler."""
+        """Read a checkpoint's list of components, and replace a stored diffusion scheduler with ours."""
         library, class_name = config_dict.get("scheduler") or (None, "")
         ours = RectifiedFlowEulerScheduler.__name__
-        if class_name == ours:  # a portable save names the source that it ships, which is not needed here
+        if class_name == ours:  # a portable save names its own copy of the source, which is not needed here
             config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
-        # A stored flow scheduler is left alone, so that __setattr__ refuses it: its models predict noise - data.
+        # A stored flow scheduler is kept, so that __setattr__ refuses it: its models predict noise - data.
         if library == "diffusers" and not class_name.startswith("FlowMatch"):
             logger.info("The checkpoint's %s is a diffusion scheduler; %s takes its place.", class_name, ours)
             config_dict = {**config_dict, "scheduler": ["rectified_diffusers", ours]}
@@ -130,26 +131,26 @@ class RectifiedFlowMixin(SafetensorsLoaders):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
-        """Build this pipeline on another's components; a diffusion scheduler among them is replaced by ours."""
+        """Build this pipeline from another one's components; replace a diffusion scheduler with ours."""
         theirs: Any = pipeline.components.get("scheduler")
         if "scheduler" not in kwargs and not isinstance(theirs, RectifiedFlowEulerScheduler):
-            # By its config: our scheduler from a portable save keeps its settings, and a flow's is refused.
+            # From its config: our scheduler from a portable save keeps its settings, and a flow scheduler is refused.
             ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
             logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
             kwargs["scheduler"] = ours
         if isinstance(unet := pipeline.components.get("unet"), UNet2DConditionModel):
-            kwargs.setdefault("unet", unet)  # diffusers carries over only what has the very class of the annotation
+            kwargs.setdefault("unet", unet)  # diffusers carries over only components of exactly the annotated class
         made: Any = super().from_pipe(pipeline, **kwargs)
         return made
 
     def register_modules(self, **kwargs: Any) -> None:
-        """Take in the components; `scheduler=None` is given the default scheduler."""
+        """Register the components; `scheduler=None` selects the default scheduler."""
         if "scheduler" in kwargs and kwargs["scheduler"] is None:
             kwargs["scheduler"] = RectifiedFlowEulerScheduler()
         super().register_modules(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Construction ends here too, so that `pipeline.scheduler = ...` and `scheduler=...` are one check.
+        # Construction ends here too, so this check covers both `pipeline.scheduler = ...` and `scheduler=...`.
         is_ours = isinstance(value, RectifiedFlowEulerScheduler)
         if name == "scheduler" and isinstance(value, SchedulerMixin) and not is_ours:
             raise ValueError(
@@ -176,14 +177,14 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         make_readable(Path(save_directory))
-        if push_to_hub:  # which saves once more, into a folder of its own
+        if push_to_hub:  # saves once more, to its own folder
             options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
 
 
 @contextmanager
 def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
-    """Let a CLIP text model answer from `clip_skip` layers before its last one, through its final norm."""
+    """Make a CLIP text model return the output of `clip_skip` layers before its last one, through its final norm."""
 
     def ask_for_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
@@ -208,9 +209,9 @@ def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
 
 
 class OneTextEncoder(RectifiedFlowMixin):
-    """Mend `clip_skip`, for which diffusers reads `text_encoder.text_model`, gone since transformers 5.
+    """Fix `clip_skip`: diffusers reads it through `text_encoder.text_model`, which transformers 5 removed.
 
-    Giving the model that attribute instead would mislead the LoRA loader, which keys off it.
+    Adding that attribute to the model instead would mislead the LoRA loader, which depends on it.
     """
 
     text_encoder: Any
@@ -227,7 +228,7 @@ class OneTextEncoder(RectifiedFlowMixin):
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> Any:
-        """Encode as diffusers does; where it cannot skip layers, the prompt is encoded first and passed to it."""
+        """Encode prompts as diffusers does; where it cannot skip layers, encode the prompt first and pass it on."""
         stock: Any = super()
         broken = self.text_encoder is not None and not hasattr(self.text_encoder, "text_model")
         if broken and clip_skip is not None and prompt_embeds is None:
@@ -247,7 +248,7 @@ class OneTextEncoder(RectifiedFlowMixin):
 
 
 class StartFromImage(RectifiedFlowMixin):
-    """Begin at t = 1 - strength, with every one of the requested steps spent after it."""
+    """Start at t = 1 - strength, and spend all requested steps after it."""
 
     scheduler: RectifiedFlowEulerScheduler
 
@@ -258,17 +259,18 @@ class StartFromImage(RectifiedFlowMixin):
         device: str | torch.device,
         denoising_start: float | None = None,
     ) -> tuple[Tensor, int]:
-        """Give the grid from t = 1 - strength to 1, in place of the one that `__call__` has just laid from 0.
+        """Return the grid from t = 1 - strength to 1, which replaces the one that `__call__` just set from 0.
 
-        The flow is continuous in t. Skipping the first steps of a full grid, as diffusion does, leaves a one-step
-        model with no step at all.
+        The flow is continuous in t. Skipping the first steps of a full grid, as diffusion does, would leave a one-step
+        model without any step.
 
         Args:
             num_inference_steps: N, spent between 1 - strength and 1; with `denoising_start`, between 0 and 1.
             strength: share of the flow that is run again, in (0, 1].
             device: of the timesteps.
-            denoising_start: Stable Diffusion XL's, in place of `strength`: take over latents that another pipeline
-                brought to this t by `denoising_end`. Both then walk one grid of N steps, and the cut is diffusers'.
+            denoising_start: Stable Diffusion XL's argument, instead of `strength`: continue from latents that another
+                pipeline brought to this t with `denoising_end`. Both pipelines then share one grid of N steps, which
+                diffusers splits.
         """
         if denoising_start is not None:
             stock: Any = super()

@@ -1,12 +1,12 @@
-"""Make our classes known to diffusers' loaders, so that `DiffusionPipeline.from_pretrained` finds them.
+"""Register our classes with diffusers' loaders, so that `DiffusionPipeline.from_pretrained` finds them.
 
-The loaders look a pipeline up as an attribute of the module `diffusers`, a component's library in `LOADABLE_CLASSES`,
-and a pipeline for a task in the mappings of `AutoPipeline*`. None of these tables is public; this module is the only
-one that touches them. It only adds: a name that diffusers itself has keeps its meaning.
+The loaders look up a pipeline as an attribute of the module `diffusers`, a component's library in `LOADABLE_CLASSES`,
+and a pipeline for a task in the mappings of `AutoPipeline*`. None of these tables is public; only this module touches
+them. It only adds entries: a name that diffusers itself has keeps its meaning.
 
-`import rectified_diffusers` calls `register()` unless the environment says RECTIFIED_DIFFUSERS_REGISTER=0. Importing
-diffusers takes seconds, so nothing here imports it: a table that does not exist yet is extended right after the module
-that holds it has been imported.
+`import rectified_diffusers` calls `register()` unless the environment sets RECTIFIED_DIFFUSERS_REGISTER=0. Importing
+diffusers takes seconds, so nothing here imports it. A table that does not exist yet is extended right after its module
+has been imported.
 """
 
 import importlib
@@ -18,10 +18,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-PACKAGE = __name__.split(".")[0]  # whose attributes are the public classes: saved pipelines name it
+PACKAGE = __name__.split(".")[0]  # its attributes are the public classes: saved pipelines name it
 ENVIRONMENT_VARIABLE = "RECTIFIED_DIFFUSERS_REGISTER"
 
-# Pipeline classes by the AutoPipeline mapping that serves their task, under the key that ties one family together.
+# Pipeline classes by the AutoPipeline mapping that serves their task; the key links the pipelines of one family.
 _FAMILIES = {
     "rectified-flow": "RectifiedFlow",
     "rectified-flow-controlnet": "RectifiedFlowControlNet",
@@ -43,7 +43,7 @@ _CLASSES = {
 
 
 def register() -> None:
-    """Add our classes to the tables of diffusers, now or as soon as they exist. Calling it again changes nothing."""
+    """Add our classes to the tables of diffusers, now or as soon as they exist. Repeated calls change nothing."""
     for name, extend in _EXTENSIONS.items():
         if name in sys.modules:
             extend(sys.modules[name])
@@ -52,7 +52,7 @@ def register() -> None:
 
 
 def register_unless_disabled() -> None:
-    """Call `register`, unless the environment variable is 0."""
+    """Call `register` unless the environment variable is 0."""
     setting = os.environ.get(ENVIRONMENT_VARIABLE, "1")
     if setting not in ("0", "1"):
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 0 (off) or 1 (on, the default), got {setting!r}.")
@@ -61,7 +61,7 @@ def register_unless_disabled() -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Find the modules of `_EXTENSIONS` where they always were, and extend each as soon as it has been executed."""
+    """Import hook: find the modules of `_EXTENSIONS` as usual, and extend each right after its execution."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -76,18 +76,18 @@ class _AfterImport(MetaPathFinder):
 
 
 def _call_after(loader: Any, extend: Callable[[ModuleType], None]) -> None:
-    """Let this loader, which serves one import of one module, call `extend` on the module when it is done."""
+    """Make this loader, which serves one import of one module, call `extend` on the module after executing it."""
     exec_module = loader.exec_module
 
     def exec_and_extend(module: ModuleType) -> None:
         exec_module(module)
-        extend(sys.modules[module.__name__])  # diffusers puts another module object there while it is executed
+        extend(sys.modules[module.__name__])  # diffusers replaces the module object during execution
 
     loader.exec_module = exec_and_extend
 
 
 def _offer_classes(diffusers: ModuleType) -> None:
-    """Make our classes attributes of the module `diffusers`, imported when asked for, after all it has itself."""
+    """Make our classes attributes of the module `diffusers`, imported on access, after all names of its own."""
     stock = type(diffusers)
     if getattr(stock, "offers_rectified_flow", False):
         return
@@ -107,14 +107,14 @@ def _offer_classes(diffusers: ModuleType) -> None:
 
 
 def _allow_components(pipeline_loading_utils: ModuleType) -> None:
-    """Let a saved pipeline name this package as the library of a component."""
+    """Allow a saved pipeline to name this package as the library of a component."""
     methods = ["save_pretrained", "from_pretrained"]
     classes = {"SchedulerMixin": methods, "ModelMixin": methods}
     pipeline_loading_utils.LOADABLE_CLASSES.setdefault(PACKAGE, classes)
 
 
 def _extend_auto_pipelines(auto_pipeline: ModuleType) -> None:
-    """Let `AutoPipelineFor...` go from one of our pipelines to the one for another task."""
+    """Let `AutoPipelineFor...` switch from one of our pipelines to ours for another task."""
     package = importlib.import_module(PACKAGE)
     for mapping, pipelines in _AUTO_PIPELINES.items():
         for key, name in pipelines.items():

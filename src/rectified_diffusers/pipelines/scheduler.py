@@ -1,4 +1,4 @@
-"""The scheduler that carries the flow: with it, a Stable Diffusion pipeline of diffusers samples a rectified flow."""
+"""Scheduler for rectified flow: with it, a Stable Diffusion pipeline of diffusers samples a rectified flow."""
 
 import math
 import operator
@@ -14,13 +14,13 @@ from torch import Tensor
 VelocityDirection = Literal["data", "noise"]
 Time = TypeVar("Time", float, Tensor)
 
-# What a checkpoint of a velocity model may say: our own word, the style guide's, and the one with which diffusers'
-# training scripts ask a scheduler for `get_velocity`. All are stored as the first.
+# Values that the checkpoint of a velocity model may have: ours, the style guide's, and the one that makes diffusers'
+# training scripts call the scheduler's `get_velocity`. All are stored as the first.
 _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
 
 
 def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
-    """Convert flow time, 0 noise and 1 data, to what the U-Net is given: `num_train_timesteps * (1 - t)`."""
+    """Convert flow time, 0 noise and 1 data, to the U-Net's timestep: `num_train_timesteps * (1 - t)`."""
     return num_train_timesteps * (1 - t)
 
 
@@ -32,9 +32,9 @@ def timestep_to_time(timestep: Time, num_train_timesteps: int = 1000) -> Time:
 class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     """Integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 with Euler steps, on t_i = i / N by default.
 
-    v minimises Eq. (1) of arXiv:2209.03003. The U-Net is given `1000 * (1 - t)` as a float, 1000 at the noise end.
-    The grid is kept in float64 on the CPU and a step multiplies by a Python float, so that nothing is upcast: in
-    float32, float16 and bfloat16 alike the result is that of the authors' loop, `dt = 1.0 / N; x = x + dt * v`.
+    v minimizes Eq. (1) of arXiv:2209.03003. The U-Net receives `1000 * (1 - t)` as a float, 1000 at the noise end. The
+    grid is kept in float64 on the CPU, and a step multiplies by a Python float, so nothing is upcast. In float32,
+    float16 and bfloat16 alike, the result is that of the authors' loop, `dt = 1.0 / N; x = x + dt * v`.
 
     Args:
         num_train_timesteps: the timestep at t = 0.
@@ -74,27 +74,28 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. This "
                 "scheduler integrates a velocity; use a diffusion scheduler for a model that predicts something else."
             )
-        # Not a default, so that `DDIMScheduler.from_config(ours.config)` is told and refuses, not left with epsilon.
+        # Stored explicitly, not as a default: `DDIMScheduler.from_config(ours.config)` then refuses instead of
+        # assuming epsilon.
         self.register_to_config(prediction_type="flow_prediction")
         if "_use_default_values" in self.config:
             defaults = [name for name in self.config["_use_default_values"] if name != "prediction_type"]
             self.register_to_config(_use_default_values=defaults)
         self.init_noise_sigma = 1.0
         self._set_grid(_uniform_sigmas(num_train_timesteps), device=None)
-        # The grid above is for code that reads `timesteps` without sampling; sampling asks for its own.
+        # The grid above is for code that reads `timesteps` without sampling; sampling sets its own.
         self.num_inference_steps: int | None = None
 
     @classmethod
     def extract_init_dict(
         cls, config_dict: dict[str, Any], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Take from another scheduler's config what means the same here and nothing else.
+        """Keep only those entries of another scheduler's config that have the same meaning here.
 
-        `from_config(pipeline.scheduler.config)` is how diffusers users swap schedulers; a diffusion scheduler's betas
-        and its prediction type must not come along, neither as arguments nor as left-over keys of our config.
+        diffusers users swap schedulers with `from_config(pipeline.scheduler.config)`. A diffusion scheduler's betas
+        and its prediction type must not be taken over, neither as arguments nor as unused keys of our config.
         """
         if "velocity_direction" not in config_dict:
-            # DPM-Solver++, UniPC and others are flow schedulers by a setting, which `export_diffusers` makes.
+            # DPM-Solver++, UniPC and others become flow schedulers by a setting, which `export_diffusers` uses.
             of_a_flow = "shift" in config_dict or config_dict.get("use_flow_sigmas")
             if of_a_flow and "velocity_direction" not in kwargs:
                 raise ValueError(
@@ -108,16 +109,16 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def step_index(self) -> int | None:
-        """Position on the grid of the next step; None before the first."""
+        """Return the position on the grid of the next step; None before the first."""
         return self._step_index
 
     @property
     def begin_index(self) -> int | None:
-        """Position on the grid of the first step, where a pipeline set it."""
+        """Return the position on the grid of the first step, if a pipeline set it."""
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say where on the grid the first step is, so that it need not be looked up from a timestep."""
+        """Set the position of the first step on the grid, so that it is not looked up from a timestep."""
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -129,15 +130,15 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         mu: float | None = None,
         start: float = 0.0,
     ) -> None:
-        """Lay the grid of the next run: N equal steps from `start` to 1, or a grid of the caller's own.
+        """Set the grid of the next run: N equal steps from `start` to 1, or a grid from the caller.
 
         Args:
             num_inference_steps: N, at least 1.
             device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
             timesteps: the grid as timesteps, descending, without the final 0.
             sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.
-            mu: logarithm of a shift for this run, in place of the config's.
-            start: flow time at which the run begins, in [0, 1).
+            mu: logarithm of a shift for this run, instead of the config's.
+            start: flow time at which the run starts, in [0, 1).
         """
         if timesteps is not None and sigmas is not None:
             raise ValueError("Pass timesteps or sigmas, not both: they are the same grid in two units.")
@@ -164,13 +165,13 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"mu is the logarithm of a shift, a finite number, got {mu}. Leave it out for the config's."
             )
-        # Timesteps are taken as they are: they name the times that the model shall be asked at.
+        # Timesteps are used unchanged: they are the times at which the model is evaluated.
         shift = self.config["shift"] if mu is None else math.exp(mu)
         if timesteps is None and shift != 1:
             grid = shift * grid / (1 + (shift - 1) * grid)
         self._set_grid((1 - start) * grid, device)
         if given is None and shift == 1:
-            # 1 / N itself, as the authors' loop has it, not a difference of two rounded numbers.
+            # Exactly 1 / N, as in the authors' loop, not a difference of two rounded numbers.
             self._step_sizes = [(1 - start) / len(grid)] * len(grid)
 
     def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
@@ -188,10 +189,10 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             )
 
     def _set_grid(self, sigmas: Tensor, device: str | torch.device | None) -> None:
-        """Store the grid `sigmas`, `(N,)` float64 on the CPU, and what follows from it; begin at its start."""
+        """Store the grid `sigmas`, `(N,)` float64 on the CPU, and the values derived from it; reset to its start."""
         self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         timesteps = time_to_timestep(1 - sigmas, self.config["num_train_timesteps"])
-        # On CUDA without waiting: the copy from the CPU's memory is staged before the call returns.
+        # No wait on CUDA: the copy from the CPU's memory is staged before the call returns.
         on_cuda = device is not None and torch.device(device).type == "cuda"
         self.timesteps = timesteps.to(torch.float32).to(device, non_blocking=on_cuda)
         self._step_sizes: list[float] = (-self.sigmas.diff()).tolist()
@@ -200,14 +201,14 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Give the sample back: a flow model sees x_t itself. Pipelines call this before every forward pass."""
+        """Return the sample unchanged: a flow model takes x_t itself. Pipelines call this before each forward pass."""
         return sample
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """Find the position of a timestep on the grid.
+        """Return the position of a timestep on the grid.
 
-        An element of `timesteps`, which is what a pipeline's loop passes, tells it by its place in memory. Only
-        another tensor is compared by value, for which one has to wait for the device.
+        For an element of `timesteps`, which a pipeline's loop passes, the position follows from its memory address.
+        Only other tensors are compared by value, which requires waiting for the device.
         """
         if isinstance(timestep, Tensor) and timestep.ndim == 0 and _share_memory(timestep, self.timesteps):
             return int(timestep.storage_offset() - self.timesteps.storage_offset())
@@ -225,12 +226,12 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     ) -> SchedulerOutput | tuple[Tensor]:
         """Take one Euler step towards the data: x_{t+dt} = x_t + dt * v(x_t, t), dt = 1 / N by default.
 
-        Steps follow the grid of `set_timesteps`; the last one lands on t = 1 exactly.
+        Steps follow the grid of `set_timesteps`; the last one ends exactly at t = 1.
 
         Args:
             model_output: the prediction at x_t, `(B, C, H, W)`, after guidance; its sign is `velocity_direction`.
-            timestep: finds the first step on the grid unless `set_begin_index` said where it is; from then on the
-                position on the grid is what counts.
+            timestep: locates the first step on the grid, unless `set_begin_index` set it. Later steps use the position
+                on the grid.
             sample: x_t, `(B, C, H, W)`; its dtype is kept.
         """
         if self.num_inference_steps is None:
@@ -250,12 +251,12 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Give the point of the straight path at any real timestep: x_t = t * data + (1 - t) * noise.
+        """Return the point of the straight path at any real timestep: x_t = t * data + (1 - t) * noise.
 
         Args:
             original_samples: data, `(B, C, H, W)`; its dtype is kept, the path is computed in float32 or wider.
             noise: `(B, C, H, W)`.
-            timesteps: `(B,)`, or one for all, in [0, num_train_timesteps]; not rounded and not bound to the grid.
+            timesteps: `(B,)`, or one for all, in [0, num_train_timesteps]; not rounded and not restricted to the grid.
         """
         _check_tensors(original_samples=original_samples, noise=noise)
         if not isinstance(timesteps, Tensor):
@@ -272,12 +273,12 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         return (t * original_samples + (1 - t) * noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | None = None) -> Tensor:
-        """Give what the model shall predict, at every t: data - noise, or its negative by `velocity_direction`.
+        """Return the training target at every t: data - noise, or its negative depending on `velocity_direction`.
 
         Args:
             sample: data, `(B, C, H, W)`, under the name that diffusers' training scripts use.
             noise: `(B, C, H, W)`.
-            timesteps: accepted for those scripts; a straight path has one velocity.
+            timesteps: accepted for those scripts; a straight path has a single velocity.
         """
         _check_tensors(sample=sample, noise=noise)
         return sample - noise if self.config["velocity_direction"] == "data" else noise - sample
@@ -287,7 +288,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
 
 
 def _uniform_sigmas(num_steps: int) -> Tensor:
-    """Give sigma_i = 1 - i / N for i = 0 ... N - 1, `(N,)`, float64."""
+    """Return sigma_i = 1 - i / N for i = 0 ... N - 1, `(N,)`, float64."""
     try:
         count = operator.index(num_steps)
     except TypeError:
@@ -298,7 +299,7 @@ def _uniform_sigmas(num_steps: int) -> Tensor:
 
 
 def _check_tensors(**tensors: Tensor) -> None:
-    """Raise unless all are tensors of one shape: torch would broadcast, and sample something else without a word."""
+    """Raise unless all are tensors of the same shape: torch would silently broadcast and sample something else."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(

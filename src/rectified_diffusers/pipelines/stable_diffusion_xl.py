@@ -1,4 +1,4 @@
-"""Rectified-flow pipelines in the shape of Stable Diffusion XL, all but the scheduler inherited."""
+"""Pipelines for rectified flows with the architecture of Stable Diffusion XL; all but the scheduler is inherited."""
 
 from diffusers import (
     StableDiffusionXLControlNetImg2ImgPipeline,
@@ -13,36 +13,36 @@ from rectified_diffusers.pipelines.mixin import RectifiedFlowMixin, StartFromIma
 
 
 class RectifiedFlowXLPipeline(RectifiedFlowMixin, StableDiffusionXLPipeline):
-    """Text to image in the shape of Stable Diffusion XL: StableDiffusionXLPipeline, in one step."""
+    """Text to image with the architecture of Stable Diffusion XL: StableDiffusionXLPipeline, in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLPipeline.__call__)
 
 
 class RectifiedFlowXLImg2ImgPipeline(StartFromImage, StableDiffusionXLImg2ImgPipeline):
-    """Image to image in the shape of Stable Diffusion XL, at any strength in one step."""
+    """Image to image with the architecture of Stable Diffusion XL, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLImg2ImgPipeline.__call__)
 
 
 class RectifiedFlowXLInpaintPipeline(StartFromImage, StableDiffusionXLInpaintPipeline):
-    """Inpainting in the shape of Stable Diffusion XL, at any strength in one step."""
+    """Inpainting with the architecture of Stable Diffusion XL, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLInpaintPipeline.__call__)
 
 
 class RectifiedFlowXLControlNetPipeline(RectifiedFlowMixin, StableDiffusionXLControlNetPipeline):
-    """Text and conditioning pictures to image in the shape of Stable Diffusion XL, in one step."""
+    """Text and conditioning images to image with the architecture of Stable Diffusion XL, in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLControlNetPipeline.__call__)
 
 
 class RectifiedFlowXLControlNetImg2ImgPipeline(StartFromImage, StableDiffusionXLControlNetImg2ImgPipeline):
-    """Image to image under a ControlNet in the shape of Stable Diffusion XL, at any strength in one step."""
+    """Image to image with a ControlNet and the architecture of Stable Diffusion XL, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLControlNetImg2ImgPipeline.__call__)
 
 
 class RectifiedFlowXLControlNetInpaintPipeline(StartFromImage, StableDiffusionXLControlNetInpaintPipeline):
-    """Inpainting under a ControlNet in the shape of Stable Diffusion XL, at any strength in one step."""
+    """Inpainting with a ControlNet and the architecture of Stable Diffusion XL, at any strength in one step."""
 
     __call__ = one_step_by_default(StableDiffusionXLControlNetInpaintPipeline.__call__)

@@ -1,8 +1,8 @@
 """Attention for CPUs in bfloat16: softmax(q k^T / sqrt(d)) v by blocks of rows that stay in the cache.
 
-torch's fused kernel for the CPU spends most of its time outside the matrix multiplications; three plain operations on
-a block of rows, one head at a time, take 0.4 of its time for the 4096 tokens of a 512x512 picture. The price: the
-weights of a row are rounded to bfloat16 after the division by their sum instead of before it.
+torch's fused CPU kernel spends most of its time outside the matrix multiplications. Three plain operations on a block
+of rows, one head at a time, take 0.4 of its time for the 4096 tokens of a 512x512 image. In exchange, the weights of a
+row are rounded to bfloat16 after the division by their sum instead of before it.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 BLOCK = 2**20  # scores computed at once: 2 MB
-SMALL = 2**18  # scores of all heads: below, one operation for all of them costs less than a loop
+SMALL = 2**18  # scores of all heads: below this, a single operation for all of them is faster than a loop
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
         query: `(B, H, T, d)`.
         key: `(B, H, S, d)`.
         value: `(B, H, S, e)`; the result is `(B, H, T, e)`.
-        scale: of the scores, 1 / sqrt(d) if not given.
+        scale: of the scores; defaults to 1 / sqrt(d).
     """
     heads, tokens, width = query.shape[0] * query.shape[1], key.shape[2], query.shape[3]
     queries = (query * (width**-0.5 if scale is None else scale)).reshape(heads, -1, width)
@@ -45,7 +45,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
 
 
 class _Attention(TorchFunctionMode):
-    """Answer the calls of `scaled_dot_product_attention` that `attention` is made for; pass on all else."""
+    """Replace calls of `scaled_dot_product_attention` that `attention` supports; pass on all others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +55,7 @@ class _Attention(TorchFunctionMode):
 
 
 def _is_plain(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> bool:
-    """Tell whether a call is for inference in bfloat16 on a CPU, with no mask, no dropout and as many keys' heads."""
+    """Return whether a call is inference in bfloat16 on a CPU with no mask, no dropout and equally many key heads."""
     asked = any(options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
     if asked or options.get("attn_mask") is not None or torch.is_grad_enabled():
         return False
@@ -65,7 +65,7 @@ def _is_plain(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> bool:
 
 @contextmanager
 def blockwise_attention(model: nn.Module) -> Iterator[None]:
-    """Use `attention` where an attention layer of a model asks for `scaled_dot_product_attention`."""
+    """Use `attention` where an attention layer of a model calls `scaled_dot_product_attention`."""
     modes: list[_Attention] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -76,7 +76,7 @@ def blockwise_attention(model: nn.Module) -> Iterator[None]:
         modes.pop().__exit__(None, None, None)
 
     with ExitStack() as stack:
-        for layer in model.modules():  # not the model itself: a mode costs a microsecond at each use of a tensor
+        for layer in model.modules():  # not the model itself: a mode costs a microsecond per tensor operation
             if isinstance(layer, Attention):
                 stack.callback(layer.register_forward_pre_hook(enter).remove)
                 stack.callback(layer.register_forward_hook(leave, always_call=True).remove)

@@ -1,4 +1,4 @@
-"""What need not be computed again: the embeddings of a prompt, and those of a time."""
+"""Caches of the embeddings of prompts and of timesteps."""
 
 import inspect
 from collections import OrderedDict
@@ -17,9 +17,9 @@ Forget = Callable[[], None]
 
 
 def weights_state(model: nn.Module) -> tuple[Any, ...]:
-    """Give what tells that a model's weights were exchanged or written to, without reading them.
+    """Return a value that changes when a model's weights are replaced or written to, without reading them.
 
-    Blind to writes through `parameter.data`, which is how peft fuses a LoRA: see `watched`.
+    It does not detect writes through `parameter.data`, which is how peft fuses a LoRA: see `watched`.
     """
     parameters = list(model.parameters())
     versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
@@ -29,10 +29,10 @@ def weights_state(model: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def cached_prompts(pipeline: Any) -> Iterator[Forget]:
-    """Let `encode_prompt` answer from memory when all its arguments are as they were, and give what empties that.
+    """Cache the results of `encode_prompt` for identical arguments, and yield a function that clears the cache.
 
-    The key is every argument: prompt, negative prompt, clip_skip, lora_scale, device, the number of pictures. Calls
-    with tensors among them are passed on. The memory is emptied when a tokenizer, a text encoder or its weights
+    The key is every argument: prompt, negative prompt, clip_skip, lora_scale, device, the number of images. Calls with
+    tensors among the arguments are passed on. The cache is cleared when a tokenizer, a text encoder or its weights
     change.
     """
     stock = pipeline.encode_prompt
@@ -71,7 +71,7 @@ def _encoders_of(pipeline: Any) -> tuple[Any, ...]:
 
 
 def _frozen(value: Any) -> Any:
-    """Give a hashable copy of an argument, None if it holds a tensor or anything else that may change."""
+    """Return a hashable copy of an argument, or None if it holds a tensor or anything else that may change."""
     if isinstance(value, dict):
         parts = [(name, _frozen(part)) for name, part in value.items()]
         return None if any(part is None for _, part in parts) else ("dict", *parts)
@@ -84,7 +84,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _copied(answer: Any) -> Any:
-    """Copy the tensors of an answer, so that nobody writes into the memory."""
+    """Copy the tensors of a result, so that no caller can modify the cache."""
     if isinstance(answer, (list, tuple)):
         return type(answer)(_copied(part) for part in answer)
     return answer.clone() if isinstance(answer, Tensor) else answer
@@ -92,9 +92,9 @@ def _copied(answer: Any) -> Any:
 
 @contextmanager
 def cached_times(unet: Any) -> Iterator[Forget]:
-    """Keep the embeddings of the times that a U-Net was asked at: in a one-step pipeline, one.
+    """Cache the embeddings of the times at which a U-Net is evaluated: a single one in a one-step pipeline.
 
-    Only where the timestep can be read without waiting for a device, that is, on the CPU.
+    This applies only where the timestep can be read without waiting for a device, that is, on the CPU.
     """
     embed_time, embed = unet.get_time_embed, unet.time_embedding.forward
     embeddings: OrderedDict[Any, Tensor] = OrderedDict()
@@ -139,7 +139,7 @@ _CHANGES_WEIGHTS = (
 
 @contextmanager
 def watched(pipeline: Any, changed: Forget) -> Iterator[None]:
-    """Call `changed` after each method of the pipeline that exchanges or scales weights."""
+    """Call `changed` after each method of the pipeline that replaces or scales weights."""
 
     def telling(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:

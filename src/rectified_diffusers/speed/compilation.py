@@ -12,11 +12,11 @@ from rectified_diffusers.speed.patching import replaced
 
 
 class Compiled:
-    """A compiled function of tensors that is compiled once more, not more often, when their sizes change.
+    """A compiled function of tensors that is compiled only once more when their sizes change.
 
-    The first sizes are compiled for as they are, which is fastest. When others come, height, width and the number of
-    pictures become variables of one second version. A single picture is a case of its own to torch.compile: going from
-    one picture to several is a compilation apart from going from one size to others.
+    The first version is compiled for the first sizes exactly, which is fastest. When other sizes come, height, width
+    and the number of images become variables of one second version. torch.compile treats a single image as a separate
+    case: going from one image to several is a separate compilation from going from one size to others.
     """
 
     def __init__(self, function: Any, **options: Any) -> None:
@@ -34,7 +34,7 @@ class Compiled:
             for dimension in range(2, sample.ndim):
                 torch._dynamo.maybe_mark_dynamic(sample, dimension)
         torch.compiler.cudagraph_mark_step_begin()
-        # A CUDA graph writes its result to the same place every time, so the result is copied out at once.
+        # A CUDA graph always writes its result to the same memory, so the result is copied immediately.
         return tree_map_only(Tensor, torch.clone, self._compiled(sample, *args, **kwargs))
 
 

@@ -1,4 +1,4 @@
-"""A pipeline made fast, and made again what it was: every switch is one context manager of this folder."""
+"""Optimize the speed of a pipeline, reversibly: every switch is one context manager of this folder."""
 
 import os
 from collections.abc import Callable
@@ -26,11 +26,11 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """What `optimize` did to a pipeline, to be taken back; also a context manager that takes it back at its end.
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
 
     Args:
         pipeline: that was optimized, in place.
-        switches: what each switch was set to.
+        switches: the value of each switch.
     """
 
     pipeline: Any
@@ -39,15 +39,15 @@ class Optimized:
     _forget: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     def forget(self) -> None:
-        """Drop all that was computed ahead from weights: after writing to them through `parameter.data`."""
+        """Drop everything precomputed from weights; call it after writing to them through `parameter.data`."""
         for each in self._forget:
             each()
 
     def restore(self) -> None:
-        """Make the pipeline what it was, bit for bit; a second call does nothing.
+        """Restore the pipeline, bit for bit; a second call does nothing.
 
-        Weights come back as they were: what was fused into them since (`fuse_lora`, a weight delta) is lost where
-        `dtype` or `channels_last` had put others in their place.
+        The original weights come back: anything fused into them since (`fuse_lora`, a weight delta) is lost where
+        `dtype` or `channels_last` had replaced them.
         """
         self._undo.close()
 
@@ -74,28 +74,28 @@ def optimize(
     cache_times: Switch = "auto",
     keep_memory: Switch = "auto",
 ) -> Optimized:
-    """Make a pipeline fast, in place, on the device that it is on; `docs/speed.md` has each switch's gain and price.
+    """Optimize the speed of a pipeline, in place, on its device; `docs/speed.md` has each switch's gain and cost.
 
-    "auto" follows the device. What draws on pictures already (ControlNets, LoRAs, callbacks) goes on working; load
-    and fuse weights before where you can. The original weights are kept in memory, for `restore`.
+    "auto" depends on the device. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
+    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`.
 
     Args:
-        pipeline: in the shape of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
-        lossless: leave off what "auto" would turn on and what changes a bit of a picture.
+        pipeline: with the architecture of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
+        lossless: disable every "auto" switch that would change a bit of an image.
         dtype: of the models; auto is float16 on CUDA (bfloat16 for SDXL) and MPS, bfloat16 on a CPU with instructions
-            for it, else none. None keeps each as it is. The latents stay in float32.
+            for it, else none. None keeps each dtype. The latents stay in float32.
         channels_last: of the convolutions; auto is on for CUDA and CPUs.
         blockwise_attention: our own order of attention's operations; auto is on for bfloat16 on a CPU.
-        fold_upsampling: enlargement and convolution in one, with 4/9 of the products; auto is on.
+        fold_upsampling: upsampling and convolution in one, with 4/9 of the products; auto is on.
         fuse_qkv: query, key and value in one multiplication; auto is on for CUDA, where a LoRA allows it.
-        compile: U-Net, decoder and text encoders by torch.compile, minutes at the first picture; auto is on for CUDA.
-        compile_mode: of torch.compile; this one makes CUDA graphs.
-        decoder: an AutoencoderTiny, or its folder or Hub id ("madebyollin/taesd" for Stable Diffusion 1.5), in place
-            of the VAE: much faster and a little less exact.
+        compile: U-Net, decoder and text encoders by torch.compile, minutes at the first image; auto is on for CUDA.
+        compile_mode: of torch.compile; the default creates CUDA graphs.
+        decoder: an AutoencoderTiny, or its folder or Hub id ("madebyollin/taesd" for Stable Diffusion 1.5), instead of
+            the VAE: much faster and a little less exact.
         cache_prompts: keep the embeddings of the last 64 prompts.
         cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
-        keep_memory: no memory goes back to the system before `restore`; auto is on for CPUs with glibc. It is a
-            setting of the whole process.
+        keep_memory: return no memory to the system before `restore`; auto is on for CPUs with glibc. This affects the
+            entire process.
     """
     pipe = _checked(pipeline)
     asked = {
@@ -120,7 +120,7 @@ def optimize(
 
 
 def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
-    """Replace each "auto" by what suits the pipeline's device; refuse what is no setting of a switch."""
+    """Replace each "auto" by the setting for the pipeline's device; refuse invalid values of a switch."""
     for name, value in asked.items():
         if name != "dtype" and value not in (True, False, "auto"):
             raise ValueError(f"{name} must be True, False or 'auto', got {value!r}.")
@@ -168,7 +168,7 @@ def _checked(pipeline: Any) -> Any:
 
 
 def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> AutoencoderTiny:
-    """Load the small decoder if need be, and see that it reads the same latents as the VAE."""
+    """Return the small decoder, loaded if necessary, after checking that it reads the same latents as the VAE."""
     tiny: Any = decoder
     if isinstance(decoder, (str, os.PathLike)):
         with remedies(decoder):
@@ -189,7 +189,7 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
 
 
 def _turn_on(result: Optimized, compile_mode: str) -> None:
-    """Enter the contexts of the switches that are on; they are left in reverse order."""
+    """Enter the contexts of the enabled switches; they are exited in reverse order."""
     pipe, on, stack = result.pipeline, result.switches, result._undo
     stack.enter_context(replaced(pipe, _MARK, result))
     if on["decoder"] is not None:
@@ -224,7 +224,7 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
 
 
 def _guarded(pipeline: Any, models: dict[str, nn.Module]) -> Any:
-    """Refuse to draw with a model that came after `optimize` and knows nothing of its switches."""
+    """Refuse to generate with a model that was exchanged after `optimize`, to which its switches do not apply."""
     stock = pipeline.check_inputs
 
     def check_inputs(*args: Any, **kwargs: Any) -> Any:

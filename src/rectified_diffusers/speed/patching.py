@@ -1,4 +1,4 @@
-"""Replace attributes for a while; keep freed memory; turn images into PIL on the device."""
+"""Replace attributes temporarily; keep freed memory; convert images to PIL on the device."""
 
 import ctypes
 import platform
@@ -15,9 +15,9 @@ _ABSENT = object()
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Shadow `owner.name` by an attribute of the instance; afterwards, show again what was there before."""
+    """Shadow `owner.name` with an instance attribute; restore the previous state on exit."""
     before = vars(owner).get(name, _ABSENT)
-    object.__setattr__(owner, name, value)  # neither a component of a pipeline nor a submodule of a module
+    object.__setattr__(owner, name, value)  # bypasses registration as a pipeline's component or a module's submodule
     try:
         yield
     finally:
@@ -27,20 +27,20 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             object.__setattr__(owner, name, before)
 
 
-# Of <malloc.h>: the size of free memory at the heap's end beyond which it is given back, and how many blocks may be
-# requested from the system one by one. With their defaults, to which they return.
+# From <malloc.h>: the size of free memory at the heap's end above which it is returned, and how many blocks may be
+# requested from the system individually. Below are their defaults, which are restored on exit.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULT_TRIM, _DEFAULT_MMAPS = 128 * 1024, 65536
 
 
 def can_keep_memory() -> bool:
-    """Tell whether the C library is the one that these settings are of."""
+    """Return whether the C library is glibc, which these settings belong to."""
     return platform.libc_ver()[0] == "glibc"
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Let the process keep freed memory: a setting of the whole process, and of glibc alone."""
+    """Make the process keep freed memory: this affects the entire process, and only with glibc."""
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_MAX, 0)
     libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
@@ -53,14 +53,14 @@ def kept_memory() -> Iterator[None]:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """Turn `(B, 3, H, W)` in [-1, 1] into pictures; in float32 the bytes are those of diffusers' image processor."""
+    """Convert `(B, 3, H, W)` in [-1, 1] to images; in float32 the bytes equal those of diffusers' image processor."""
     levels = ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 @contextmanager
 def pictures_on_device(pipeline: Any) -> Iterator[None]:
-    """Send bytes, not floats, from the device to the pictures: a quarter of the data, and no arithmetic in numpy."""
+    """Convert images to bytes on the device before the transfer: a quarter of the data, and no arithmetic in numpy."""
     processor = pipeline.image_processor
     stock = processor.postprocess
 

@@ -1,4 +1,4 @@
-"""Other dtypes and memory layouts for a model's weights, in place, with the very tensors put back afterwards."""
+"""Change dtype and memory layout of a model's weights, in place, and restore the original tensors afterwards."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,17 +11,17 @@ from rectified_diffusers.speed.patching import replaced
 
 
 def fast_dtype(device: torch.device, wide_range: bool = False) -> torch.dtype:
-    """Name the 16-bit dtype in which a device multiplies faster than in float32; float32 if there is none.
+    """Return the 16-bit dtype in which a device multiplies faster than in float32; float32 if there is none.
 
     Args:
         device: that the models are on.
-        wide_range: prefer bfloat16 to float16, which is more exact but ends at 65,504. SDXL's VAE goes beyond that.
+        wide_range: prefer bfloat16 to float16, which is more exact but ends at 65,504. SDXL's VAE exceeds that.
     """
     if device.type == "cuda":
         return torch.bfloat16 if wide_range and torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
-    # AVX-512 without its bf16 instructions runs bfloat16 too, by conversion and no faster than float32.
+    # AVX-512 without its bf16 instructions also runs bfloat16, by conversion and no faster than float32.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     multiplies = any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return torch.bfloat16 if device.type == "cpu" and multiplies else torch.float32
@@ -29,11 +29,11 @@ def fast_dtype(device: torch.device, wide_range: bool = False) -> torch.dtype:
 
 @contextmanager
 def converted(model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False) -> Iterator[None]:
-    """Hold a model's floating point weights in `dtype`, those of convolutions in channels-last order if asked.
+    """Convert a model's floating-point weights to `dtype`; with `channels_last`, also the layout of convolutions.
 
-    A dtype of None leaves each as it is. The parameters stay the objects that they are, so that what holds on to them
-    (a LoRA, a device move) goes on working; the tensors in them are exchanged, and the old ones, kept here, come back
-    bit for bit.
+    A dtype of None keeps each dtype. The parameter objects stay the same, so that anything that references them (a
+    LoRA, a device move) keeps working. Their tensors are exchanged; the original ones, kept here, are restored bit for
+    bit.
     """
     kept_wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     stored: list[tuple[nn.Parameter, Tensor]] = []
@@ -57,7 +57,7 @@ def converted(model: nn.Module, dtype: torch.dtype | None = None, channels_last:
                 module._buffers[name] = changed
     try:
         yield
-    finally:  # where the model is now: it may have moved to another device
+    finally:  # on the model's current device, which may have changed
         for parameter, tensor in reversed(stored):
             parameter.data = tensor.to(parameter.device)
         for module, name, tensor in reversed(buffers):
@@ -67,7 +67,7 @@ def converted(model: nn.Module, dtype: torch.dtype | None = None, channels_last:
 
 @contextmanager
 def latents_in_float32(pipeline: Any) -> Iterator[None]:
-    """Keep the latents of a 16-bit pipeline in float32 from the noise to the decoder, and round a model's input only.
+    """Keep the latents of a 16-bit pipeline in float32 from the noise to the decoder; round only the models' inputs.
 
     Otherwise x_t itself, and with it the sum x_t + dt * v, would be rounded to the 8 bits of bfloat16.
     """

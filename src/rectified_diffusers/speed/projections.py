@@ -1,7 +1,7 @@
 """Query, key and value of an attention layer as one matrix multiplication: diffusers' fused projections, made safe.
 
-The fused matrices are copies, which a LoRA or a weight delta put on later would not reach. Here they are made anew
-when the weights changed, and left aside while a LoRA is attached.
+The fused matrices are copies, which a LoRA or a weight delta applied later would not reach. Here they are recomputed
+when the weights change, and not used while a LoRA is attached.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,13 +17,13 @@ _COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 
 
 def can_fuse(unet: Any) -> bool:
-    """Tell whether every attention layer is stock: a processor of another kind (IP-Adapter's) would be lost."""
+    """Return whether every attention layer is stock: any other processor (IP-Adapter's) would be lost."""
     return all(type(processor).__name__ == "AttnProcessor2_0" for processor in unet.attn_processors.values())
 
 
 @contextmanager
 def fused_projections(unet: Any) -> Iterator[Callable[[], None]]:
-    """Fuse the projections of a U-Net; give a function that has them fused anew."""
+    """Fuse the projections of a U-Net; yield a function that makes them be fused again."""
     if not can_fuse(unet):
         kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
         raise ValueError(
@@ -60,7 +60,7 @@ def _has_lora(unet: nn.Module) -> bool:
 
 
 def _unfuse(unet: Any, layers: list[Any]) -> None:
-    """Take the fused copies away, and give stock processors back to the layers that are fused still."""
+    """Remove the fused copies, and restore stock processors in the layers that are still fused."""
     if not any(hasattr(layer, name) for layer in layers for name in _COPIES):
         return
     stock = unet.original_attn_processors

@@ -1,9 +1,9 @@
-"""Nearest-neighbour enlargement and the 3x3 convolution after it, as one transposed convolution.
+"""Nearest-neighbor upsampling and the 3x3 convolution after it, as one transposed convolution.
 
-Of the nine pixels under the kernel, several are copies of one source pixel. Adding up the weights that meet the same
-source pixel first leaves four products of nine per output pixel, and no enlarged picture is written. In the 4x4 kernel
+Several of the nine pixels under the kernel are copies of one source pixel. Adding the weights that meet the same
+source pixel first leaves four products of nine per output pixel, and no upsampled image is written. In the 4x4 kernel
 of the transposed convolution, with stride 2 and padding 1, row u collects the kernel rows a with u = a' + 2 - a, a' in
-{0, 1}: it is the 3x3 kernel, mirrored, spread by a 2x2 box. Equal but for the rounding of those sums.
+{0, 1}: it is the 3x3 kernel, mirrored, spread by a 2x2 box. The result is equal except for the rounding of those sums.
 """
 
 import itertools
@@ -22,7 +22,7 @@ Forget = Callable[[], None]
 
 
 def folded_weight(weight: Tensor) -> Tensor:
-    """Fold an enlargement by 2 into the kernel after it: `(out, in, 3, 3)` to `(in, out, 4, 4)`, added in float32."""
+    """Fold upsampling by 2 into the kernel after it: `(out, in, 3, 3)` to `(in, out, 4, 4)`, added in float32."""
     box = torch.ones(1, 1, 2, 2, device=weight.device)
     kernels = weight.detach().float().flip(-2, -1).transpose(0, 1)
     spread = F.conv2d(kernels.reshape(-1, 1, 3, 3), box, padding=1)
@@ -33,7 +33,7 @@ def folded_weight(weight: Tensor) -> Tensor:
 
 
 class _Folded:
-    """A convolution with the enlargement before it, its kernel folded when first needed and after it changed."""
+    """A convolution with the upsampling before it; its kernel is folded at first use and after it changes."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         self.convolution = convolution
@@ -58,11 +58,11 @@ class _Folded:
 
 @contextmanager
 def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
-    """Fold every enlargement of a U-Net or a decoder; give a function that has the kernels folded anew.
+    """Fold every upsampling of a U-Net or a decoder; yield a function that makes the kernels be folded again.
 
-    Layers with another kernel, with a LoRA on them, or asked for another size than twice theirs, run as they are; so
-    does all of it while gradients are wanted. A model's own call folds ahead what changed, so that no such question
-    is left inside, where torch.compile would split the model at it.
+    Layers with another kernel, with a LoRA on them, or called with an output size other than twice theirs, run
+    unchanged. So do all layers while gradients are enabled. The call of the model itself folds changed kernels first,
+    so that the layers contain no such check, at which torch.compile would split the model.
     """
     folds: list[_Folded] = []
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def _forward(layer: Upsample2D, stock: Any, fold: _Folded) -> Any:
 
 
 def _fold_sequence(sequence: nn.Sequential, stack: ExitStack) -> list[_Folded]:
-    """Fold the pairs (nn.Upsample, nn.Conv2d) of AutoencoderTiny, whose layers stand in one sequence."""
+    """Fold the pairs (nn.Upsample, nn.Conv2d) of AutoencoderTiny, whose layers are in one sequence."""
     folds: list[_Folded] = []
     for before, after in itertools.pairwise(sequence):
         doubles = isinstance(before, nn.Upsample) and before.scale_factor == 2 and before.mode == "nearest"

@@ -1,1 +1,1 @@
-"""Weights of U-Nets as they are stored: differences between models, made, saved, applied and taken back."""
+"""Stored weights of U-Nets: compute, save, apply and undo the differences between models."""

@@ -1,4 +1,4 @@
-"""A fine-tune's VAE and text encoder in place of a pipeline's: the other half of taking over its style."""
+"""Replace a pipeline's VAE and text encoder with a fine-tune's: the other half of adopting its style."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from rectified_diffusers.weights.weight_files import check_same_shapes
 
 @dataclass(frozen=True)
 class SwappedComponents:
-    """The components that `swap_components` took out of a pipeline, to be put back."""
+    """Hold the components that `swap_components` removed from a pipeline, to restore them."""
 
     pipeline: DiffusionPipeline
     originals: dict[str, nn.Module]
 
     def take_back(self) -> None:
-        """Put the original components back: the very objects, on whatever device they are."""
+        """Put the original components back: the same objects, on whatever device they are."""
         for name, original in self.originals.items():
             setattr(self.pipeline, name, original)
 
@@ -30,13 +30,13 @@ class SwappedComponents:
 def swap_components(
     pipeline: DiffusionPipeline, fine_tune: str | Path, components: Sequence[str] = ("vae", "text_encoder")
 ) -> SwappedComponents:
-    """Put a fine-tune's models in the place of a pipeline's, on their device and in their dtype.
+    """Replace a pipeline's models with those of a fine-tune, on the same device and in the same dtype.
 
-    The originals stay in memory, in the result, for as long as it is kept.
+    The result holds the original models in memory for as long as it is kept.
 
     Args:
-        fine_tune: folder or Hub id of a pipeline; the named components alone are read.
-        components: names of models in the pipeline; the U-Net takes a delta instead (`apply_weight_delta`).
+        fine_tune: folder or Hub id of a pipeline; only the named components are read.
+        components: names of models in the pipeline; for the U-Net, use a weight delta instead (`apply_weight_delta`).
     """
     require_pipeline("swap_components", pipeline, "components")
     models = {name: value for name, value in pipeline.components.items() if isinstance(value, nn.Module)}
@@ -58,11 +58,11 @@ def _load_like(old: Any, fine_tune: str | Path, name: str) -> Any:
     shapes, expected = ({key: tuple(weight.shape) for key, weight in m.state_dict().items()} for m in (new, old))
     check_same_shapes(shapes, expected, whose, whose_expected)
     scale, expected_scale = (getattr(model.config, "scaling_factor", None) for model in (new, old))
-    if scale != expected_scale:  # of latents: the U-Net was trained with one of them
+    if scale != expected_scale:  # of the latents: the U-Net was trained with one of them
         raise ValueError(
             f"The scaling_factor of {whose} is {scale}, expected {expected_scale} as in {whose_expected}. Leave "
             f"{name!r} out of `components`."
         )
-    if new.dtype != old.dtype:  # diffusers warns of every conversion, even of none
+    if new.dtype != old.dtype:  # diffusers warns about every conversion, even between equal dtypes
         new = new.to(old.dtype)
     return new.to(old.device).train(old.training)

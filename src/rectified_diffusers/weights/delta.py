@@ -1,11 +1,12 @@
-"""Weight deltas: the difference of a fine-tuned U-Net to its base, made, saved, added to another model, taken back.
+"""Weight deltas: compute, save, apply and undo the difference between a fine-tuned U-Net and its base.
 
-InstaFlow's authors give their model the style of a fine-tune of Stable Diffusion by adding the weight difference
-dW = U-Net(fine-tune) - U-Net(SD 1.5), with the fine-tune's VAE and text encoder in place of its own (their scripts;
+InstaFlow's authors give their model the style of a fine-tune of Stable Diffusion. They add the weight difference dW =
+U-Net(fine-tune) - U-Net(SD 1.5) and replace the VAE and the text encoder with those of the fine-tune (their scripts;
 arXiv:2309.06380). PeRFlow (arXiv:2405.07510) is published as such differences.
 
-Weights are read one tensor at a time, subtracted and added in float32 and then cast: beside the U-Net, memory holds a
-few copies of one tensor. All of it is done on the CPU, wherever the U-Net is: the bits are the same everywhere.
+Weights are read one tensor at a time, subtracted and added in float32, and then cast. Besides the U-Net, memory holds
+a few copies of one tensor. All computation is on the CPU, wherever the U-Net is, so results are bit-identical
+everywhere.
 """
 
 import json
@@ -31,15 +32,13 @@ from rectified_diffusers.weights.weight_files import (
 )
 
 FORMAT_VERSION = 1
-_METADATA_KEY = "rectified_diffusers"  # one JSON text, as in the shards of triplets
-_MODEL_COSINE = (
-    0.5  # between a U-Net and a file's tensors: about 0 for a difference, about 1 for a related model's own
-)
+_METADATA_KEY = "rectified_diffusers"  # one JSON text, as in triplet shards
+_MODEL_COSINE = 0.5  # cosine of a U-Net and a file's tensors: about 0 for a difference, about 1 for a related model
 
 
 @dataclass(frozen=True)
 class WeightDelta:
-    """A weight difference to apply; its tensors stay in their file until they are asked for.
+    """A weight difference to apply. Its tensors stay in their file until they are read.
 
     Args:
         weights: the differences, under the names of the U-Net's weights.
@@ -57,14 +56,14 @@ AnyDelta = WeightDelta | WeightSource
 def compute_weight_delta(
     fine_tune: WeightSource, base: WeightSource, output: str | Path, *, dtype: StorageDtype = "float32"
 ) -> WeightDelta:
-    """Write the difference fine_tune - base, taken in float32 and cast to `dtype`, as one safetensors file.
+    """Compute the difference fine_tune - base in float32, cast it to `dtype`, and save it as one safetensors file.
 
-    Neither model is loaded: memory is a few copies of one tensor. Equal inputs give equal files.
+    Neither model is loaded: memory holds a few copies of one tensor. Equal inputs give equal files.
 
     Args:
         fine_tune: Hub id or folder of a pipeline or of its U-Net, a safetensors file, or a state dict.
-        base: what it was made from, likewise; for most fine-tunes, Stable Diffusion 1.5.
-        output: file to write, `*.safetensors`; it is there as a whole or not at all.
+        base: the model that `fine_tune` was made from, in the same forms; for most fine-tunes, Stable Diffusion 1.5.
+        output: file to write, `*.safetensors`; written atomically, never partially.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
@@ -92,7 +91,7 @@ def compute_weight_delta(
 
 
 def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> WeightDelta:
-    """Open a delta: a file of `compute_weight_delta`, or a plain one such as PeRFlow's.
+    """Open a weight delta: a file from `compute_weight_delta`, or a plain one such as PeRFlow's.
 
     Args:
         source: safetensors file, folder or Hub id of a U-Net whose weights are differences, or a dict of tensors.
@@ -124,7 +123,7 @@ def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> We
 
 
 class AppliedDelta:
-    """What `apply_weight_delta` did to a U-Net, to be taken back."""
+    """Record of what `apply_weight_delta` did to a U-Net, used to undo it."""
 
     def __init__(
         self, unet: nn.Module, terms: Sequence[tuple[WeightDelta, float]], undo: dict[str, Tensor] | None
@@ -135,10 +134,10 @@ class AppliedDelta:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Restore the weights that were there before, bit for bit, and free their copy.
+        """Restore the previous weights, bit for bit, and free their copy.
 
-        Refused unless the weights are as the delta left them: what came after it (another delta, training, a change
-        of dtype) goes first. That is found out by adding the delta to the copy once more.
+        The weights must be exactly as the delta left them. Undo later changes (another delta, training, a change of
+        dtype) first. The check adds the delta to the copy once more and compares.
         """
         if self._undo is None:
             raise ValueError(
@@ -167,16 +166,17 @@ def apply_weight_delta(
     *,
     keep_undo: bool = True,
 ) -> AppliedDelta:
-    """Add scale * delta to a U-Net's weights in place; of several deltas, the sum. In float32, cast once at the end.
+    """Add scale * delta (for several deltas, the sum) to a U-Net's weights in place, in float32, cast once at the end.
 
-    Keys and shapes, and that the deltas and the results are finite, are checked before anything is changed.
+    Before any change, it checks that keys and shapes match and that the deltas and the results are finite.
 
     Args:
-        unet: with no LoRA attached, and not offloaded; it stays on its device and in its dtype.
-        delta: what `load_weight_delta` gives or takes, or a list of them.
-        scale: one for all, or one for each.
-        keep_undo: keep the weights as they were, on the CPU, for `take_back()`: as much memory as the U-Net. Without,
-            a delta costs a few copies of one tensor, and loading the model again takes it back.
+        unet: without a LoRA attached and not offloaded; it stays on its device and in its dtype.
+        delta: what `load_weight_delta` returns or accepts, or a list of them.
+        scale: one for all deltas, or one for each.
+        keep_undo: keep a copy of the previous weights on the CPU for `take_back()`, which needs as much memory as the
+            U-Net. Without it, a delta costs a few copies of one tensor, and the only way to undo it is to load the
+            model again.
     """
     require_type("unet", unet, nn.Module, "Give the model itself: pipeline.unet.")
     terms = _terms(delta, scale)
@@ -214,7 +214,7 @@ def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float])
 
 
 def _weights_of(unet: nn.Module) -> dict[str, Tensor]:
-    """Give the weights themselves, not copies; refuse a LoRA, whose layers rename them, and weights that are away."""
+    """Return the weights themselves, not copies; refuse a LoRA (it renames weights) and weights not in memory."""
     weights = unet.state_dict()
     refuse_lora(weights, type(unet).__name__)
     for name, weight in weights.items():
@@ -238,7 +238,7 @@ def _sum(weight: Tensor, terms: Sequence[tuple[WeightDelta, float]], name: str) 
 
 def _check_values(weights: Mapping[str, Tensor], terms: Sequence[tuple[WeightDelta, float]]) -> None:
     for delta, _ in terms:
-        # A file without metadata may hold a whole model, which would be added to the other without a word.
+        # A file without metadata may hold a complete model, which would silently be added to the other one.
         inner = mine = theirs = 0.0
         for name, weight in weights.items():
             values = delta.weights.read(name).float()

@@ -1,8 +1,8 @@
-"""Stored weights: read from safetensors one tensor at a time, and written likewise.
+"""Stored weights: read and write safetensors files one tensor at a time.
 
-safetensors checks a file, but its reader maps the whole file, whose pages stay in memory, or parses the header for
-each tensor anew; and its writer wants all tensors at once. So the tensors are read and written by hand, and memory
-never holds more than those in use.
+safetensors checks a file, but its reader either maps the entire file, whose pages stay in memory, or parses the header
+again for each tensor. Its writer needs all tensors at once. This module therefore reads and writes tensors itself, so
+that memory holds only the tensors in use.
 """
 
 import json
@@ -27,7 +27,7 @@ StorageDtype = Literal["float32", "float16", "bfloat16"]
 WeightSource = str | Path | Mapping[str, Tensor]
 
 _WEIGHTS_NAME = "diffusion_pytorch_model"  # of every diffusers model
-# As the header of a safetensors file puts them.
+# Names of the dtypes in the header of a safetensors file.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CODES = {str(dtype).removeprefix("torch."): code for code, dtype in _DTYPES.items()}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
@@ -39,13 +39,14 @@ _CONVERT_FOLDER = (
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """Named tensors of floating point in files or a state dict, read one at a time.
+    """Named floating-point tensors in files or in a state dict, read one at a time.
 
     Args:
-        name: what to call them in metadata and errors: the Hub id, or the last part of a path.
+        name: used in metadata and errors: the Hub id, or the last part of a path.
         shapes: shape of each tensor by name.
-        metadata: the texts in the file; none for a sharded model or a state dict.
-        read: gives one tensor on the CPU, in its stored dtype; of a state dict, a tensor on the CPU itself.
+        metadata: the texts in the file; empty for a sharded model or a state dict.
+        read: returns one tensor on the CPU, in its stored dtype. For a state dict, a tensor that is on the CPU is
+            returned itself.
     """
 
     name: str
@@ -55,7 +56,7 @@ class StoredWeights:
 
 
 def open_weights(source: WeightSource, variant: str | None = None) -> StoredWeights:
-    """Open the weights of a U-Net; of files, only the headers are read.
+    """Open the weights of a U-Net; for files, only the headers are read.
 
     Args:
         source: Hub id or folder of a pipeline or of its U-Net, a safetensors file, or a state dict.
@@ -79,7 +80,7 @@ def open_weights(source: WeightSource, variant: str | None = None) -> StoredWeig
 def check_same_shapes(
     got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], whose: str, whose_expected: str
 ) -> None:
-    """Compare two models by the names and shapes of their weights; the error names the first that differs."""
+    """Check that two models have weights of the same names and shapes; the error names the first that differs."""
     unknown, missing = sorted(got.keys() - expected.keys()), sorted(expected.keys() - got.keys())
     remedy = "They are of different architectures: use models that share one, such as fine-tunes of one base."
     if unknown or missing:
@@ -104,7 +105,7 @@ def write_weights(
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write a safetensors file, asking for one tensor after the other; it is there as a whole or not at all."""
+    """Write a safetensors file atomically, reading one tensor at a time with `read`."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     size, end = getattr(torch, dtype).itemsize, 0
     for name, shape in shapes.items():
@@ -139,7 +140,7 @@ def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> Stor
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor is: a file, the offset of its first byte, and what the bytes are."""
+    """Location of a tensor: a file, the offset of its first byte, and the dtype and shape of its bytes."""
 
     path: Path
     offset: int
@@ -153,7 +154,7 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
     others: dict[str, str] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt"):  # header, offsets and length of the file are checked
+            with safe_open(path, framework="pt"):  # checks the header, the offsets and the file length
                 pass
         except SafetensorError as error:
             raise ValueError(
@@ -163,7 +164,7 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        metadata = header.pop("__metadata__", None) or {}  # null is valid, and means none
+        metadata = header.pop("__metadata__", None) or {}  # null is valid and means none
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
                 others[key] = entry["dtype"]
@@ -199,7 +200,7 @@ def _check_floating(others: Mapping[str, str], name: str) -> None:
 
 
 def _find(source: str | Path, variant: str | None) -> tuple[str, Sequence[Path]]:
-    """Give the name of a source and its safetensors files; several are the shards of a model."""
+    """Return the name of a source and its safetensors files; several files are the shards of a model."""
     path = Path(source)
     is_hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not path.parent.is_dir()
     if is_hub_id and not path.exists():
@@ -222,13 +223,13 @@ def _find(source: str | Path, variant: str | None) -> tuple[str, Sequence[Path]]
 
 
 def _file_names(variant: str | None) -> tuple[str, str]:
-    """Name the file that diffusers saves a model's weights in, and the index of its shards."""
+    """Return the name of the file in which diffusers saves a model's weights, and that of the index of its shards."""
     part = "" if variant is None else f".{variant}"
     return f"{_WEIGHTS_NAME}{part}.safetensors", f"{_WEIGHTS_NAME}.safetensors.index{part}.json"
 
 
 def _download(hub_id: str, variant: str | None) -> Path:
-    """Download the weights of the U-Net alone, of a repository of its own or a pipeline's, or find them cached."""
+    """Download only the U-Net's weights, from its own repository or a pipeline's, or find them in the cache."""
     whole, index = _file_names(variant)
     shards = whole.replace(".safetensors", "-*-of-*.safetensors")
     patterns = [folder + name for folder in ("", "unet/") for name in (whole, index, shards)]
@@ -253,7 +254,7 @@ def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Pa
 
 
 def _shards_of(index: Path, name: str) -> list[Path]:
-    """Read the files that an index lists; each must be there and lie beside it."""
+    """Return the files that an index lists; each must exist in the same folder as the index."""
     try:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
