@@ -102,10 +102,7 @@ class LinePrompts(StoredPrompts):
     def __init__(self, path: Path, key: str = "prompt") -> None:
         self.path, self.key = _existing(path), key
         self._state = _state_of(path)
-        self._offsets, self._numbers = (
-            array("Q"),
-            array("Q"),
-        )  # byte offset and line number of each block's first prompt
+        self._offsets, self._numbers = array("Q"), array("Q")  # byte and line of the first prompt of each block
         self._settle(str(path), self._scan())
 
     def _scan(self) -> Iterator[str]:

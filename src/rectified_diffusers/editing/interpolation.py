@@ -22,8 +22,8 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
     """Return the spherical interpolation of `start` and `end`: constant angular speed, linearly changing norm.
 
     With unit vectors a, b at angle w: (sin((1 - weight) w) a + sin(weight w) b) / sin w, times
-    (1 - weight) |start| + weight |end|. Linear interpolation between two noise samples would reduce the norm to 0.7,
-    where no model has been trained. Spherical interpolation preserves the norm of noise.
+    (1 - weight) |start| + weight |end|. Linear interpolation between two noise samples would reduce the norm to 0.7
+    of theirs, where no model has been trained. Spherical interpolation of noise remains noise.
 
     Args:
         start, end: tensors of one shape. The result has their dtype and equals them bit for bit at weight 0 and 1.
@@ -147,7 +147,7 @@ def _way(keys: list[Key], frames: int, loop: bool) -> list[tuple[Key, Key, float
 
 
 def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None) -> dict[str, Tensor]:
-    """Return a prompt's embeddings as arguments of the pipeline call. Without guidance, none are negative."""
+    """Return a prompt's embeddings as arguments of the pipeline call. There is no negative one without guidance."""
     embeds = pipeline.encode_prompt(
         prompt=prompt,
         device=pipeline.device,

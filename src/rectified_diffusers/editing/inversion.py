@@ -37,7 +37,7 @@ def invert(
 ) -> Tensor:
     """Integrate the flow from data at t = 1 back to t = 1 - strength.
 
-    Use a rectified flow for many steps, such as 2-Rectified Flow. A one-step model predicts its velocity only at t = 0.
+    Use a rectified flow for many steps, such as 2-Rectified Flow. A one-step model predicts velocity only at t = 0.
 
     Args:
         pipeline: a text-to-image pipeline of the Stable Diffusion family with a RectifiedFlowEulerScheduler.
@@ -69,7 +69,7 @@ def edit(
 
     Args:
         pipeline, pictures, steps, solver: as for `invert`.
-        source_prompts, target_prompts: descriptions of the given and of the edited images, one for all or one for each.
+        source_prompts, target_prompts: descriptions of the given and the edited images, one for all or one for each.
         source_guidance_scale, guidance_scale: guidance of the backward and of the forward flow.
         strength: share of the flow that is run backward and forward, in (0, 1]. Smaller values preserve more of the
             image.
