@@ -1,1 +1,1 @@
-"""Triplets (prompt, noise, data) that a teacher made: generating, storing and reading them."""
+"""Generate, store and read triplets (prompt, noise, data) from a teacher."""

@@ -1,4 +1,4 @@
-"""Options of triplet generation. Imports no torch, so that `--help` answers at once."""
+"""Options of triplet generation. Does not import torch, so that `--help` is fast."""
 
 import math
 from dataclasses import MISSING, dataclass
@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from rectified_diffusers.options import check_options, option
 
-# After the words, the schedulers of diffusers that solve the ODE of a noise schedule or of a flow.
+# Three keywords, then the diffusers schedulers that solve the ODE of a noise schedule or of a flow.
 Solver = Literal[
     "auto",
     "teacher",
@@ -29,7 +29,7 @@ Solver = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTripletConfig:
-    """Options of every way to make a folder of triplets."""
+    """Options shared by all functions that generate a folder of triplets."""
 
     least_steps: ClassVar[int] = 1
 
@@ -63,7 +63,7 @@ class StoredTripletConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig(StoredTripletConfig):
-    """Options of `generate_triplets`; steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
+    """Options of `generate_triplets`. Steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
 
     num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
     guidance_scale: float = option(
@@ -87,7 +87,7 @@ class TripletConfig(StoredTripletConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RealTripletConfig(StoredTripletConfig):
-    """Options of `generate_real_triplets`; real pairs are of 2-RF++ (arXiv:2405.20320) and later work."""
+    """Options of `generate_real_triplets`. Real pairs come from 2-RF++ (arXiv:2405.20320) and later work."""
 
     least_steps = 0
 

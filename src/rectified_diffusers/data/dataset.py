@@ -1,7 +1,7 @@
-"""Read triplets (prompt, noise, data) from the shards of one folder or of several.
+"""Read triplets (prompt, noise, data) from the shards of one or more folders.
 
-A folder of triplets holds `manifest.json`, which says what made them, and the shards. A shard follows from the
-manifest and its number alone, so a run that was stopped goes on with the shards that are missing.
+A folder of triplets contains the shards and `manifest.json`, which records the settings that produced them. The
+manifest and the shard number fully determine a shard, so an interrupted run resumes with the missing shards.
 """
 
 import hashlib
@@ -34,16 +34,17 @@ from rectified_diffusers.data.shards import (
     shard_path,
 )
 
-PROMPT = "prompt."  # before the names of stored text embeddings in a shard
-_OPEN_SHARDS = 64  # files and mappings that a dataset holds at once
-_INSPECTED_ROWS = 32  # in the check of a dataset when it is opened
+PROMPT = "prompt."  # prefix of the names of stored text embeddings in a shard
+_OPEN_SHARDS = 64  # maximum number of files and mappings that a dataset keeps open
+_INSPECTED_ROWS = 32  # rows checked when a dataset is opened
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Prompts with the noise and the data that a teacher coupled: `(B, C, H, W)` each, VAE-scaled latents.
+    """Prompts with the noise and data that a teacher coupled, VAE-scaled latents of shape `(B, C, H, W)` each.
 
-    `text_embeddings` are the prompts' as `Denoiser.encode` gives them, `(B, ...)` by name, or empty if not stored.
+    `text_embeddings` maps names to the prompts' embeddings `(B, ...)` as returned by `Denoiser.encode`. It is empty
+    if they are not stored.
     """
 
     prompts: list[str]
@@ -64,18 +65,15 @@ class Triplets:
         return len(self.prompts)
 
 
-"""Makes the triplets of a shard, batch by batch, from its number and the indices of its triplets."""
-
-
 def row_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Give the shape of a row of every tensor in a shard."""
+    """Return the shape of one row of each tensor in a shard, by name."""
     latents = tuple(manifest["latent_shape"])
     embeddings = manifest.get("text_embeddings") or {}
     return {"noise": latents, "data": latents, **{f"{PROMPT}{name}": tuple(s) for name, s in embeddings.items()}}
 
 
 def open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
-    """Open a shard and check that it is the one that the manifest speaks of, without reading its rows."""
+    """Open a shard and check that it matches the manifest, without reading its rows."""
     opened = Shard.open(shard_path(folder, shard))
     rows = rows_of(manifest, shard)
     dtype = STORAGE_DTYPES[manifest["storage_dtype"]]
@@ -95,16 +93,16 @@ def open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
 
 
 class TripletDataset:
-    """Triplets in a folder, read when asked for; memory does not grow with their number.
+    """Triplets in a folder, read on demand. Memory use does not grow with their number.
 
-    Opening one reads a few rows only; `verify_triplets` reads all.
+    Opening a dataset reads only a few rows. Use `verify_triplets` to read all of them.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         count = num_shards(self.manifest)
-        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than there can be
+        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than the folder can hold
         present = 0
         for entry in os.scandir(self.folder):
             number = shard_number(entry.name)
@@ -119,16 +117,17 @@ class TripletDataset:
                 "or `real-triplets` command or call again: it makes what is missing."
             )
         self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
-        self._shard(0)  # holds the shapes of the manifest to those of a file
+        self._shard(0)  # checks the manifest's shapes against a file
         self._check_orientation()
 
     def __len__(self) -> int:
         return self.manifest["num_triplets"]
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
-        """Read the triplets with the given indices, in that order, as float32.
+        """Return the triplets at `indices`, in that order, as float32.
 
-        Each is compared with its checksum, so that a file that changed on the disk is an error and no training data.
+        Each triplet is compared with its checksum, so a file that changed on disk raises an error and does not become
+        training data.
         """
         parts = {name: torch.empty(len(indices), *shape) for name, shape in row_shapes(self.manifest).items()}
         prompts = [""] * len(indices)
@@ -147,12 +146,15 @@ class TripletDataset:
         return Triplets(prompts, noise, data, {name.removeprefix(PROMPT): part for name, part in parts.items()})
 
     def prompt_rows(self) -> Tensor:
-        """Number triplets that together have every prompt there is."""
+        """Return indices of triplets that together contain every prompt."""
         # Triplet i has prompt i % num_prompts.
         return torch.arange(min(self.manifest["num_prompts"], len(self)))
 
     def _check_orientation(self) -> None:
-        """Raise if the stored noise is not spatially white with unit variance, which swapped ends would show."""
+        """Raise ValueError if the stored noise is not spatially white with unit variance.
+
+        This detects swapped noise and data.
+        """
         count = min(_INSPECTED_ROWS, len(self))
         triplets = self.rows([index * len(self) // count for index in range(count)])
         if _is_unit_white(triplets.noise):
@@ -167,13 +169,17 @@ class TripletDataset:
 
 
 def manifest_digest(dataset: TripletDataset) -> str:
-    """Tell triplets from others by what they were made of, whatever versions of libraries made them."""
+    """Return a digest of the settings that produced the triplets, independent of library versions."""
     made_by = {key: value for key, value in dataset.manifest.items() if key != "made_with"}
     return hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDataset:
-    """Read every shard of a folder and compare it with its checksum; raise naming all that are missing or damaged."""
+    """Compare every shard of a folder with its checksum and return the dataset.
+
+    Raises:
+        ValueError: shards are missing or damaged. The message gives their number and lists the first ten.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
     problems = []
@@ -189,7 +195,7 @@ def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDatase
 
 
 def require_white(noise: Tensor, what: str, remedy: str) -> None:
-    """Raise if noise is not spatially white with unit variance."""
+    """Raise ValueError if noise is not spatially white with unit variance."""
     if not _is_unit_white(noise):
         std, autocorrelation, _ = _whiteness(noise)
         raise ValueError(
@@ -199,11 +205,11 @@ def require_white(noise: Tensor, what: str, remedy: str) -> None:
 
 
 def _is_unit_white(latents: Tensor) -> bool:
-    """Tell whether latents look like independent standard normal numbers, from variance and neighbours alone.
+    """Return whether latents look like independent standard normal values, from variance and neighbors alone.
 
-    The bounds are 0.1 or, for few numbers, six standard errors: a right set is refused about once in 10^8 times.
-    Data of a trained teacher has an autocorrelation of several tenths; latents of an untrained one may be white too,
-    which is why only the noise is held to this.
+    The bounds are 0.1 or, for few values, six standard errors: a valid set is rejected about once in 10^8 times.
+    Data from a trained teacher has an autocorrelation of several tenths. Latents from an untrained teacher can be
+    white too, so this check applies only to the noise.
     """
     std, autocorrelation, pairs = _whiteness(latents)
     variance_bound = max(0.1, 6 * math.sqrt(2 / latents.numel()))
@@ -212,7 +218,7 @@ def _is_unit_white(latents: Tensor) -> bool:
 
 
 def _whiteness(latents: Tensor) -> tuple[float, float, int]:
-    """Return root mean square, correlation of horizontal and vertical neighbours, and their number."""
+    """Return the root mean square, the correlation of horizontal and vertical neighbors, and the number of pairs."""
     mean_square = latents.square().mean().item()
     across = latents[..., :, 1:] * latents[..., :, :-1]
     down = latents[..., 1:, :] * latents[..., :-1, :]
@@ -225,15 +231,15 @@ _SHARED = ("latent_shape", "text_embeddings", "vae_scaling_factor", "vae_shift_f
 
 
 def open_triplets(folders: Sequence[str | Path]) -> TripletDataset:
-    """Open a folder of triplets, or several as one."""
+    """Open one folder of triplets, or several as one dataset."""
     return TripletDataset(folders[0]) if len(folders) == 1 else JoinedTriplets(folders)
 
 
 class JoinedTriplets(TripletDataset):
-    """The triplets of several folders, one folder after the other.
+    """The triplets of several folders, concatenated.
 
-    A folder has the share of a training that it has of all triplets; one that is given twice counts twice. The
-    folders may have been made with other teachers and guidance, but have to be of one VAE and of one size.
+    A folder's share of the training equals its share of all triplets; a folder passed twice counts twice. The folders
+    may come from different teachers and guidance scales, but must share one VAE and one size.
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
@@ -245,7 +251,7 @@ class JoinedTriplets(TripletDataset):
         *self._starts, _ = accumulate(map(len, self.parts), initial=0)
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
-        """Read the triplets with the given indices, in that order, as float32."""
+        """Return the triplets at `indices`, in that order, as float32."""
         positions: list[list[int]] = [[] for _ in self.parts]
         for position, index in enumerate(indices):
             if not 0 <= index < len(self):
@@ -265,12 +271,16 @@ class JoinedTriplets(TripletDataset):
         return Triplets([prompts[i] for i in order.tolist()], noise, data, embeddings)
 
     def prompt_rows(self) -> Tensor:
-        """Number triplets that together have every prompt there is."""
+        """Return indices of triplets that together contain every prompt."""
         return torch.cat([start + part.prompt_rows() for part, start in zip(self.parts, self._starts, strict=True)])
 
 
 def _joined(parts: Sequence[TripletDataset]) -> dict[str, Any]:
-    """Say of all parts what a manifest says of one, as far as reading and training need it; raise if they differ."""
+    """Return a manifest for all parts with the entries that reading and training need.
+
+    Raises:
+        ValueError: the parts differ in an entry that they must share.
+    """
     first = parts[0]
     for part in parts[1:]:
         for name in _SHARED:

@@ -1,4 +1,4 @@
-"""Generate triplets: the teacher samples data from noise for each prompt, shard by shard, resumable."""
+"""Generate triplets: the teacher samples data from noise for each prompt, shard by shard. Resumable."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +36,7 @@ from rectified_diffusers.distributed import join_processes
 from rectified_diffusers.seeds import generator_of
 
 Batches = Callable[[int, range], Iterable[Triplets]]
+"""Generates the triplets of a shard, batch by batch, from the shard number and the indices of its triplets."""
 
 
 def generate_triplets(
@@ -43,24 +44,24 @@ def generate_triplets(
 ) -> "TripletDataset":
     """Solve the teacher's ODE from noise to data for every prompt and store the triplets in shards.
 
-    Triplet i has prompt `prompts[i % len(prompts)]`; the noise of shard k is drawn from (seed, k). Run again with the
-    same settings, it goes on with the shards that are missing; with other settings it raises. The batch size is no
-    such setting: it changes the data by rounding errors of the teacher at most, and the noise not at all.
+    Triplet i has prompt `prompts[i % len(prompts)]`. The noise of shard k is sampled from (seed, k). A second call
+    with the same settings generates the missing shards; a call with different settings raises. The batch size may
+    differ: it changes the data by at most the teacher's rounding errors, and does not change the noise.
 
-    Under `accelerate launch` the missing shards are divided among the processes, and the files are the same whatever
-    their number. Other processes may write to the same folder at the same time: what is made twice is made equal.
+    Under `accelerate launch`, the missing shards are divided among the processes. The files do not depend on the
+    number of processes. Several runs may write to the same folder concurrently: a shard generated twice is identical.
 
     Args:
-        teacher: a diffusers text-to-image pipeline, epsilon, v or flow, on the device of this process; it is not
-            changed.
-        prompts: a list, or what `open_prompts` opened.
+        teacher: a diffusers text-to-image pipeline (epsilon, v or flow prediction) on the device of this process. It
+            is not modified.
+        prompts: a list, or the result of `open_prompts`.
     """
     require_type("config", config, TripletConfig, "Make one: TripletConfig(num_triplets=1000).")
     prompts = check_prompts(prompts)
     adapted = Teacher.of(teacher, config)
 
     def batches(shard: int, indices: range) -> Iterator[Triplets]:
-        # The noise of a short last shard is the beginning of a whole one's.
+        # The noise of a short last shard is the first part of the noise of a full shard.
         drawn = draw_noise(config.seed, shard, (config.triplets_per_shard, *adapted.latent_shape))
         noise = adapted.round(drawn[: len(indices)])
         for start in range(0, len(indices), config.batch_size):
@@ -76,7 +77,7 @@ def generate_triplets(
 def write_triplets(
     output_dir: str | Path, manifest: dict[str, Any], batches: Batches, progress: bool
 ) -> "TripletDataset":
-    """Make the shards of a folder that are missing, on as many processes as there are."""
+    """Generate the missing shards of a folder, divided among all processes, and return the dataset."""
     folder = Path(output_dir)
     processes = join_processes()
     with processes.main_process_first():
@@ -84,7 +85,7 @@ def write_triplets(
         if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             remove_partial_files(folder)
-        manifest = settle_manifest(folder, manifest)  # which holds every process to it
+        manifest = settle_manifest(folder, manifest)  # every process must match it
     missing = _missing_shards(folder, manifest, processes)
     mine = missing[processes.process_index :: processes.num_processes]
     done = manifest["num_triplets"] - sum(rows_of(manifest, shard) for shard in missing)
@@ -104,7 +105,7 @@ def write_triplets(
 
 @contextmanager
 def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
-    """Take the manifest of a new folder back where the first triplets are refused: it is for other settings, then."""
+    """Remove the manifest of a new folder if its first triplets are rejected, so that the settings can change."""
     try:
         yield
     except ValueError:
@@ -114,7 +115,7 @@ def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
 
 
 def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialState) -> list[int]:
-    """List what is to be made, as the main process sees it; raise if there is no room for it."""
+    """Return the missing shards as seen by the main process; raise OSError if the disk has no room for them."""
     count = num_shards(manifest)
     there = torch.zeros(count, dtype=torch.uint8)
     if processes.is_main_process:
@@ -129,12 +130,12 @@ def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialSt
 
 
 def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
-    """Draw the noise of one shard, a function of (seed, shard) on every machine: a CPU generator, float32."""
+    """Return the float32 noise of one shard, from a CPU generator: the same on every machine for (seed, shard)."""
     return torch.randn(shape, generator=generator_of(seed, shard))
 
 
 def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Batches, progress_bar: Any) -> None:
-    """Make the triplets of one shard and write them."""
+    """Generate the triplets of one shard and write them."""
     first, rows = shard * manifest["triplets_per_shard"], rows_of(manifest, shard)
     dtype = getattr(torch, manifest["storage_dtype"])
     tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in row_shapes(manifest).items()}
@@ -163,12 +164,12 @@ def _check_finite(name: str, values: Tensor, prompts: Sequence[str], shard: int)
 def make_manifest(
     teacher: Teacher, config: StoredTripletConfig, num_prompts: int, sha256: str, **more: Any
 ) -> dict[str, Any]:
-    """Write down all that decides the triplets, and under `made_with` what helps to find it again.
+    """Return a manifest with all settings that determine the triplets, and their provenance under `made_with`.
 
     Args:
-        num_prompts: of the first triplets, which have all the prompts there are.
-        sha256: of the prompts.
-        more: what else decides the triplets, or is other than the teacher says.
+        num_prompts: number of prompts. The first `num_prompts` triplets contain all of them.
+        sha256: SHA-256 of the prompts.
+        more: further settings that determine the triplets, or that override the teacher's.
     """
     embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
     settings = {
@@ -186,7 +187,7 @@ def make_manifest(
 
 
 def _is_there(folder: Path, manifest: dict[str, Any], shard: int) -> bool:
-    """Tell whether a shard is present and as it was written, which is all read for; a damaged one raises."""
+    """Return whether a shard exists. Reads all of it to verify its checksum; raises ValueError if it is damaged."""
     if not shard_path(folder, shard).exists():
         return False
     open_shard(folder, manifest, shard).verify()

@@ -1,19 +1,18 @@
-"""Triplets of real pictures: the data is a picture, the noise is where the teacher's flow, run backwards, ends.
+"""Generate triplets from real images: the data is an image, the noise is the end of the teacher's flow run backward.
 
-Reflow learns from what its teacher draws, faults and all; some of its pairs may have a real picture instead, as in
-2-RF++ (arXiv:2405.20320) and conic reflow (arXiv:2510.25229). They keep the coupling of the teacher, which training on
-noise and pictures that were paired at random would undo.
+Reflow trains on images that the teacher generates, including their defects. Some pairs can use a real image instead,
+as in 2-RF++ (arXiv:2405.20320) and conic reflow (arXiv:2510.25229). Such pairs keep the teacher's coupling; training
+on randomly paired noise and images would destroy it.
 
-A teacher that is not perfect draws, where the data is all but certain, a little more variety than there is: a plain
-background is plain in the middle of what it draws, so that the flow backwards ends nearer to 0 there than noise does.
-So the way back begins earlier, at the time s of `RealTripletConfig.inversion_time`, with
+Where the data is almost deterministic, an imperfect teacher generates slightly more variety than the data has. For
+example, a plain background lies at the center of what the teacher generates there, so the backward flow ends closer
+to 0 than noise does. The inversion therefore starts at an earlier time s, `RealTripletConfig.inversion_time`, from
 
     x_s = s * data + (1 - s) * new noise,
 
-a point of the straight path on which real data and the teacher's own hardly differ any more. The noise that it leads
-to is white as far as the teacher is right from s on. The pairs are a coupling of noise and real data in any case,
-which is all that a rectified flow asks for (arXiv:2209.03003); of the data, what is finer than (1 - s) / s is
-independent of the noise.
+a point on the straight path where real data and the teacher's data hardly differ. The resulting noise is white to the
+extent that the teacher is correct from s on. In any case the pairs are a coupling of noise and real data, which is all
+that a rectified flow requires (arXiv:2209.03003). Data detail finer than (1 - s) / s is independent of the noise.
 """
 
 import copy
@@ -41,18 +40,18 @@ from rectified_diffusers.models.velocity import PipelineVelocity
 def generate_real_triplets(
     teacher: Any, pictures: str | Path, output_dir: str | Path, config: RealTripletConfig, progress: bool = True
 ) -> TripletDataset:
-    """Find the noise of real pictures under a teacher, and store the triplets in shards.
+    """Invert real images to noise with a teacher and store the triplets in shards.
 
-    The folder is as `generate_triplets` makes it, by one process or several, at one go or resumed; `JoinedTriplets`
-    puts the two together. The data is the mean of the VAE's latents.
+    The folder has the format of `generate_triplets`. Several processes and resumed runs work as they do there.
+    `JoinedTriplets` combines both kinds of folders. The data is the mean of the VAE's latents.
 
     Args:
-        teacher: a text-to-image pipeline of a family that `Denoiser.of` knows, diffusion or flow, on the device of
-            this process; it is not changed.
-        pictures: a folder of captioned pictures, see `read_pictures`. They are read when their turn comes.
+        teacher: a text-to-image pipeline of a family that `Denoiser.of` supports, diffusion or flow, on the device of
+            this process. It is not modified.
+        pictures: a folder of captioned images, see `read_pictures`. Images are read on demand.
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
-    Denoiser.of(teacher)  # raises for other pipelines
+    Denoiser.of(teacher)  # raises for unsupported pipelines
     shape = latent_shape(teacher, config.size, config.size)
     if shape[1] != shape[2]:
         raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
@@ -95,7 +94,7 @@ def generate_real_triplets(
 
 @torch.no_grad()
 def _latents(teacher: Teacher, pictures: Tensor) -> Tensor:
-    """Encode pictures `(B, 3, H, W)` uint8 into data in the storage dtype, which is what is inverted."""
+    """Encode images `(B, 3, H, W)` uint8 into data in the storage dtype. This rounded data is what is inverted."""
     data = teacher.round(encode_pixels(teacher.pipeline.vae, pictures.float() / 127.5 - 1)).cpu()
     if data.shape[1:] != teacher.latent_shape:
         raise ValueError(
@@ -109,7 +108,11 @@ def _latents(teacher: Teacher, pictures: Tensor) -> Tensor:
 def _noise(
     teacher: Teacher, config: RealTripletConfig, prompts: Sequence[str], data: Tensor, new_noise: Tensor
 ) -> Tensor:
-    """Run the flow from data with new noise in it back to noise of unit variance, `(B, C, H, W)`, storage dtype."""
+    """Integrate the flow backward from a mix of data and new noise to unit-variance noise.
+
+    Returns:
+        Noise `(B, C, H, W)` in the storage dtype; the new noise itself if `num_inference_steps` is 0.
+    """
     if config.num_inference_steps == 0:
         return teacher.round(new_noise)
     velocity = PipelineVelocity.of(teacher.pipeline, prompts, config.guidance_scale)

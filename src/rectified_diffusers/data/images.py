@@ -1,8 +1,8 @@
-"""Real pictures with captions, and which of them an evaluation compares with.
+"""Read real images with captions, and select the images that an evaluation compares with.
 
-A folder is one of two: pictures with a `metadata.jsonl` (`file_name` and `text` on each line, the imagefolder of the
-Hub's data sets; `split` and `style` may be there), or what examples/emoji/data.py wrote (`images.safetensors` and
-`rows.jsonl`).
+A folder has one of two formats: images with a `metadata.jsonl` (the imagefolder format of datasets on the Hub, with
+`file_name` and `text` on each line, optionally `split` and `style`), or the output of examples/emoji/data.py
+(`images.safetensors` and `rows.jsonl`).
 """
 
 import hashlib
@@ -22,11 +22,11 @@ from rectified_diffusers.checks import require_count
 
 @dataclass(frozen=True)
 class RealPictures:
-    """Pictures by number, each with its caption, its split and its style; empty texts where the data has none.
+    """Indexed images with their captions, splits and styles, which are empty strings where the data has none.
 
     Attributes:
-        read: numbers to pictures `(B, 3, H, W)` uint8.
-        identity: a digest of the data: figures are put beside each other only if it is the same.
+        read: maps indices to images `(B, 3, H, W)` uint8.
+        identity: a digest of the data. Metrics are compared only if it is the same.
     """
 
     captions: list[str]
@@ -36,15 +36,16 @@ class RealPictures:
     read: Callable[[Sequence[int]], Tensor]
 
     def numbers(self, split: str) -> list[int]:
-        """Number the pictures of a split."""
+        """Return the indices of the images of a split."""
         return [i for i, own in enumerate(self.splits) if own == split]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Captions to draw, and real pictures: those compared with, and as many others, whose distance is the floor.
+    """Prompts to generate images for, and two equally large sets of real images.
 
-    `paired` says that picture i of either shows caption i.
+    Generated images are compared with `reference`. The distance between `reference` and `floor` is the floor of the
+    metric. If `paired`, image i of both sets shows caption i.
     """
 
     prompts: list[str]
@@ -54,12 +55,12 @@ class Choice:
 
 
 def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPictures:
-    """Open a folder of captioned pictures; they are read when asked for.
+    """Open a folder of captioned images, which are read on demand.
 
     Args:
-        size: pixels to which the pictures of an imagefolder are brought: the shorter side is resized to it (Lanczos),
-            the longer one cropped about the centre.
-        split: that of the pictures which name none.
+        size: side in pixels of the images of an imagefolder. The shorter side is resized to it (Lanczos), the longer
+            side is center-cropped.
+        split: split of the images that do not name one.
     """
     folder = Path(folder)
     require_count("size", size)
@@ -74,20 +75,20 @@ def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPi
 
 
 def choose(pictures: RealPictures, split: str, count: int | None, seed: int) -> Choice:
-    """Draw captions of a split and their real pictures, two of each caption where there are enough such pairs.
+    """Sample captions of a split and their real images: two images per caption if there are enough such pairs.
 
-    Distinct captions come first, then again with other pictures. Where a caption has one picture, as in COCO, the
-    pictures are divided at random: the floor is then of other captions, as is usual.
+    Distinct captions come first, then the same captions with other images. If captions have one image each, as in
+    COCO, the images are divided at random. The floor then has other captions, which is common practice.
 
     Args:
-        count: captions; None for as many as there are.
+        count: number of captions; None for as many as available.
     """
     numbers = pictures.numbers(split)
     draw = random.Random(f"{seed}/{split}")
     by_caption: dict[str, list[int]] = defaultdict(list)
     for number in numbers:
         by_caption[pictures.captions[number]].append(number)
-    pairs = []  # (round, random order, two pictures)
+    pairs = []  # (round, random order, two images)
     for _, own in sorted(by_caption.items()):
         order = draw.random()
         draw.shuffle(own)
@@ -148,7 +149,7 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
 
 
 def _square(path: Path, size: int) -> Tensor:
-    """Read a picture as `(3, size, size)` uint8."""
+    """Read an image as `(3, size, size)` uint8."""
     import numpy as np
     from PIL import Image, ImageOps
 

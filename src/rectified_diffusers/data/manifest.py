@@ -1,4 +1,4 @@
-"""The manifest of a folder of triplets: what made them, in JSON, and what no other run may mix with them."""
+"""The JSON manifest of a folder of triplets: the settings that produced them, which every further run must match."""
 
 import hashlib
 import json
@@ -35,16 +35,16 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_shape, value.values()))),
     ),
 }
-"""What reading relies on, in words and as a check; the rest of a manifest is only ever compared."""
+"""Entries that reading relies on: a description and a check. All other entries are only compared."""
 
 
 def new_manifest(**settings: Any) -> dict[str, Any]:
-    """Make a manifest of what decides the triplets, with `made_with`, which decides nothing, at its end."""
+    """Return a manifest with `settings`, which determine the triplets. Its last entry `made_with` does not."""
     return {"format": _FORMAT, **settings}
 
 
 def settle_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a new folder, or hold this run to the one that is there and return that."""
+    """Write the manifest of a new folder, or check this run against the existing one. Return the manifest in use."""
     path = folder / MANIFEST_NAME
     if not path.exists():
         write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
@@ -61,8 +61,9 @@ def settle_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
             f"The triplets in {folder} were made with other settings: expected {key} = {there!r}, got {here!r}. "
             f"Use the settings in {path} to go on, or choose another output_dir.{anew}"
         )
-    # Every triplet is what its teacher answered, whatever release computed it: releases differ in rounding, and
-    # refusing would cost a long run its shards for an upgrade. A moved teacher folder is the same teacher.
+    # A different release or teacher location gives only a warning. Releases differ in rounding, but each triplet is
+    # still a sample of its teacher, and an error would cost a long run its shards after an upgrade. A teacher whose
+    # folder was moved is the same teacher.
     origin = found.get("made_with")
     differing = first_difference(origin, manifest["made_with"]) if isinstance(origin, dict) else None
     if differing:
@@ -72,9 +73,10 @@ def settle_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the dotted key, the value found and the one expected where two manifests first differ.
+    """Return the dotted key, found value and expected value of the first difference between two manifests, or None.
 
-    Inside a nested object, such as a solver's config, keys that one side lacks are options of another release.
+    Inside a nested object, such as a solver's config, keys that one side lacks are options of another release and are
+    ignored.
     """
     for key in [*found, *(key for key in expected if key not in found)]:
         there, here = found.get(key), expected.get(key)
@@ -91,7 +93,7 @@ def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> tuple[s
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what made the triplets in a folder."""
+    """Read and check the manifest of a folder of triplets."""
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}; give a folder that generate_triplets has written.")
@@ -114,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def identity(manifest: dict[str, Any]) -> str:
-    """Return a SHA-256 that ties shards to the settings of their manifest."""
+    """Return a SHA-256 of the manifest's settings, which ties shards to their manifest."""
     settings = {key: value for key, value in manifest.items() if key != "made_with"}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Prompts from files and data sets, which stay where they are. Imports no torch."""
+"""Read prompts from files and data sets without loading them into memory. Does not import torch."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, overload
 
 _LINES = (".txt", ".jsonl")
-_BLOCK = 1024  # prompts that are in memory at a time
+_BLOCK = 1024  # prompts in memory at a time
 
 
 def open_prompts(source: str | Path, column: str = "prompt", split: str = "train") -> "StoredPrompts":
-    """Open prompts that are read when asked for, so that ten million need no more memory than ten.
+    """Open prompts that are read on demand, so that ten million need no more memory than ten.
 
-    Opening reads all of them once, to find mistakes and to take the checksum that identifies them.
+    Opening reads all prompts once, to find errors and to compute the checksum that identifies them.
 
     Args:
-        source: a text file, one prompt a line; JSON lines; a parquet file, or a folder of them; a folder that
-            `datasets.Dataset.save_to_disk` wrote; or the name of a data set on the Hub, `owner/name`. Lines of text
-            are stripped and blank ones skipped; everywhere else prompts are taken as they are, also the empty one.
-        column: key of JSON lines, or column of a table, that has the prompt.
-        split: of a data set that has several.
+        source: a text file with one prompt per line; JSON lines; a parquet file or a folder of them; a folder written
+            by `datasets.Dataset.save_to_disk`; or the name of a data set on the Hub, `owner/name`. Lines of text
+            files are stripped and blank lines skipped. All other prompts are used unchanged, including empty ones.
+        column: key of JSON lines, or column of a table, that contains the prompt.
+        split: split to use if the data set has several.
     """
     path = Path(source)
     if path.suffix in _LINES:
@@ -39,7 +39,7 @@ def open_prompts(source: str | Path, column: str = "prompt", split: str = "train
         if files:
             return ParquetPrompts(files, column)
         raise ValueError(f"The folder {path} holds no *.parquet file and nothing that datasets saved; give another.")
-    # owner/name; but work/prompts, where a folder work is, means a file.
+    # owner/name, unless a local folder `owner` exists: then the source means a file in that folder.
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)) and not path.parent.is_dir():
         return DatasetPrompts(_import_datasets().load_dataset(str(source), split=split), column, str(source))
     raise ValueError(
@@ -49,21 +49,21 @@ def open_prompts(source: str | Path, column: str = "prompt", split: str = "train
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Read prompts into a list, from whatever `open_prompts` opens."""
+    """Read all prompts into a list, from any source that `open_prompts` accepts."""
     return list(open_prompts(path))
 
 
 class StoredPrompts(Sequence[str], ABC):
-    """Prompts that stay in their files; a block of them is in memory at a time.
+    """Prompts that stay in their files. One block of them is in memory at a time.
 
-    A subclass says how many there are and reads a range of them, after it made itself ready and called `_settle`.
+    A subclass implements `_read`. Its constructor calls `_settle` with all prompts once `_read` can be called.
     """
 
     sha256: str
     _count: int
 
     def _settle(self, source: str, prompts: Iterable[str]) -> None:
-        """Take number and checksum of the prompts; `source` is for the error about none."""
+        """Compute the number and checksum of the prompts. `source` names them in the error if there are none."""
         self._count, self._number, self._block = 0, -1, []
         digest = hashlib.sha256()
         for prompt in prompts:
@@ -75,7 +75,7 @@ class StoredPrompts(Sequence[str], ABC):
 
     @abstractmethod
     def _read(self, first: int, count: int) -> list[str]:
-        """Read `count` prompts from number `first` on, which is a multiple of the block size."""
+        """Return `count` prompts starting at index `first`, a multiple of the block size."""
 
     def __len__(self) -> int:
         return self._count
@@ -97,12 +97,12 @@ class StoredPrompts(Sequence[str], ABC):
 
 
 class LinePrompts(StoredPrompts):
-    """Prompts of a text file or of JSON lines, with the place of every 1024th."""
+    """Prompts of a text or JSON Lines file. Keeps the file position of every 1024th prompt."""
 
     def __init__(self, path: Path, key: str = "prompt") -> None:
         self.path, self.key = _existing(path), key
         self._state = _state_of(path)
-        self._offsets, self._numbers = array("Q"), array("Q")  # in bytes and lines, of the first prompt of each block
+        self._offsets, self._numbers = array("Q"), array("Q")  # byte and line of the first prompt of each block
         self._settle(str(path), self._scan())
 
     def _scan(self) -> Iterator[str]:
@@ -120,12 +120,12 @@ class LinePrompts(StoredPrompts):
         return [prompt for (_, _, prompt), _ in zip(found, range(count), strict=False)]
 
     def _prompts(self, offset: int, number: int) -> Iterator[tuple[int, int, str]]:
-        """Give offset, line number and text of each prompt from the line at `offset` on."""
+        """Yield offset, line number and text of each prompt, starting with the line at `offset`."""
         with self.path.open("rb") as file:
             file.seek(offset)
-            # Not splitlines(), which also cuts at U+2028 and form feeds, and these occur inside scraped captions.
+            # Not splitlines(): it also splits at U+2028 and form feeds, which occur inside scraped captions.
             for line in file:
-                try:  # a byte-order mark is no part of the first prompt
+                try:  # a byte-order mark is not part of the first prompt
                     text = line.decode("utf-8-sig" if offset == 0 else "utf-8").strip()
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{self.path}, line {number}, is not UTF-8 ({error}); save it so.") from error
@@ -134,7 +134,7 @@ class LinePrompts(StoredPrompts):
                 offset, number = offset + len(line), number + 1
 
     def _prompt_of(self, line: str, number: int) -> str:
-        """Give the prompt of a JSON line, or say that it has none."""
+        """Return the prompt of a JSON line; raise ValueError if it has none."""
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -148,7 +148,7 @@ class LinePrompts(StoredPrompts):
 
 
 class ParquetPrompts(StoredPrompts):
-    """Prompts of a column of parquet files; one row group of that column is in memory at a time."""
+    """Prompts of a column of parquet files. One row group of that column is in memory at a time."""
 
     def __init__(self, paths: Sequence[Path], column: str = "prompt") -> None:
         try:
@@ -184,7 +184,7 @@ class ParquetPrompts(StoredPrompts):
         return prompts
 
     def _rows(self, group: int, start: int, count: int | None) -> Iterator[str]:
-        """Give prompts of one row group, whose column stays in memory as bytes until another is asked for."""
+        """Yield prompts of one row group. Its column stays in memory as bytes until another row group is read."""
         from pyarrow.parquet import ParquetFile
 
         path, number = self._groups[group]
@@ -196,7 +196,7 @@ class ParquetPrompts(StoredPrompts):
 
 
 class DatasetPrompts(StoredPrompts):
-    """Prompts of a column of a data set of the library `datasets`, which maps its files into memory."""
+    """Prompts of a column of a data set from the `datasets` library, which memory-maps its files."""
 
     def __init__(self, dataset: Any, column: str = "prompt", source: str = "The data set") -> None:
         _require_column(source, column, dataset.column_names)
@@ -209,7 +209,12 @@ class DatasetPrompts(StoredPrompts):
 
 
 def check_prompts(prompts: Iterable[str]) -> Sequence[str]:
-    """Return the prompts, in a list if they are not stored, or say what is wrong; "" is the unconditional model."""
+    """Return valid prompts, as a list unless they are `StoredPrompts`; "" selects the unconditional model.
+
+    Raises:
+        TypeError: `prompts` is a string, or not an iterable of strings.
+        ValueError: there are no prompts.
+    """
     if isinstance(prompts, StoredPrompts):
         return prompts
     if isinstance(prompts, str):
@@ -226,7 +231,7 @@ def check_prompts(prompts: Iterable[str]) -> Sequence[str]:
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str:
-    """Return the SHA-256 that identifies prompts, wherever they are stored."""
+    """Return the SHA-256 that identifies the prompts, independent of how they are stored."""
     if isinstance(prompts, StoredPrompts):
         return prompts.sha256
     digest = hashlib.sha256()
@@ -276,7 +281,7 @@ def _import_datasets() -> Any:
 
 
 def _load_from_disk(path: Path, split: str) -> Any:
-    """Load what `save_to_disk` wrote, a data set or one split of several."""
+    """Load a data set written by `save_to_disk`, or one split if it has several."""
     loaded = _import_datasets().load_from_disk(str(path))
     if not isinstance(loaded, dict):
         return loaded

@@ -1,11 +1,12 @@
-"""Safetensors shards: written whole or not at all, checked, read by row. Knows nothing of diffusion.
+"""Write safetensors shards atomically and read them by row with checksums. Independent of diffusion.
 
-A shard is one safetensors file of tensors with equally many rows. Its header carries one text: a line of JSON, an
-object with whatever the writer says of the rows and the checksums of these, and the CRC-32 of that line. One text,
-because safetensors writes several in no fixed order, and equal shards are to be equal files.
+A shard is one safetensors file of tensors that all have the same number of rows. Its header contains one string: a
+line of JSON followed by the CRC-32 of that line. The JSON object contains the writer's description of the rows and
+their checksums. There is only one string because safetensors writes several in no fixed order, and equal shards must
+be equal files.
 
-Every read is checked: the line of the header when a shard is opened, a CRC-32 of each row when it is read. Reading a
-row therefore reads no other. The SHA-256 of everything is for `verify`.
+Every read is checked: the header line when a shard is opened, the CRC-32 of each row when it is read. Reading one row
+therefore reads no other row. `verify` uses the SHA-256 of the full content.
 """
 
 import errno
@@ -29,17 +30,17 @@ from torch import Tensor
 
 _METADATA_KEY = "rectified_diffusers"
 _PARTIAL_SUFFIX = ".partial"
-# Checksums in the header. Shards of the previews before 0.1.0 have the second one only.
+# Checksums in the header. Shards of preview releases before 0.1.0 have only the second one.
 _ROWS, _ALL = "rows_crc32", "sha256"
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Name the file of a shard; numbers beyond five digits widen the name."""
+    """Return the path of a shard's file. Numbers with more than five digits make the name longer."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def shard_number(name: str) -> int | None:
-    """Give the number of the shard that a file is named for, or None if it is none."""
+    """Return the shard number in a file name, or None if it is not the name of a shard."""
     found = re.fullmatch(r"shard-(\d{5,})\.safetensors", name)
     return int(found[1]) if found else None
 
@@ -50,16 +51,16 @@ def holds_shards(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all, whenever the process or the machine stops.
+    """Write a file atomically: it is complete or absent, even if the process or the machine stops.
 
-    Any number of processes may write the same file: each has a temporary file of its own, and the last to finish wins.
+    Several processes may write the same file. Each uses its own temporary file, and the last to finish wins.
     """
     try:
         with _partial_file(path) as (file, partial):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if os.name == "nt":  # where an open file cannot be moved
+            if os.name == "nt":  # Windows cannot move an open file
                 file.close()
             os.replace(partial, path)
     except OSError as error:
@@ -69,13 +70,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def require_space(folder: Path, size: int) -> None:
-    """Raise if a folder has no room for `size` bytes more."""
+    """Raise OSError if the disk of a folder has less than `size` bytes free."""
     if size > shutil.disk_usage(folder).free:
         raise disk_full(folder, f"{size:,} bytes are to be written")
 
 
 def disk_full(folder: Path, what: str) -> OSError:
-    """Make the error about a disk that has no room."""
+    """Return the error for a full disk."""
     free = shutil.disk_usage(folder).free
     return OSError(
         errno.ENOSPC,
@@ -85,25 +86,28 @@ def disk_full(folder: Path, what: str) -> OSError:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what killed processes left of files they were writing; a file that a living one is writing stays."""
+    """Remove the temporary files of killed processes. Files that a running process is writing are kept."""
     for path in folder.glob(f".*{_PARTIAL_SUFFIX}"):
         try:
             with path.open("rb") as file:
                 if _lock(file):
                     path.unlink(missing_ok=True)
-        except OSError:  # removed by another process meanwhile, or open in one, where the system forbids it
+        except OSError:  # removed by another process meanwhile, or open in one on a system that forbids removal
             continue
 
 
 @contextmanager
 def _partial_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """Open a temporary file beside `path`, locked for the life of the process, and remove it unless it was moved."""
+    """Open a locked temporary file next to `path` and remove it at the end unless it was moved.
+
+    The lock ends with the process at the latest.
+    """
     while True:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL_SUFFIX}")
         with partial.open("xb") as file:
             try:
                 _lock(file, wait=True)
-                if os.fstat(file.fileno()).st_nlink:  # else it was taken for a leftover before it had the lock
+                if os.fstat(file.fileno()).st_nlink:  # else it was removed as a leftover before it was locked
                     yield file, partial
                     return
             finally:
@@ -111,10 +115,10 @@ def _partial_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
 
 
 def _lock(file: IO[bytes], wait: bool = False) -> bool:
-    """Lock a file until it is closed or its process ends; tell whether it is ours.
+    """Lock a file until it is closed or its process ends. Return whether this process holds the lock.
 
-    Systems without POSIX locks do not let an open file be removed, which serves as well. A network file system that
-    has none either leaves the temporary files of killed processes lying, which does no harm.
+    Systems without POSIX locks do not allow an open file to be removed, which has the same effect. On a network file
+    system without locks, the temporary files of killed processes remain, which is harmless.
     """
     try:
         import fcntl
@@ -128,7 +132,7 @@ def _lock(file: IO[bytes], wait: bool = False) -> bool:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header as one shard, atomically; equal content gives equal bytes."""
+    """Write tensors and a JSON header as one shard, atomically. Equal content produces equal bytes."""
     contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     rows = zip(*(_bytes(tensor).reshape(len(tensor), -1) for tensor in contiguous.values()), strict=True)
     header = {**header, _ROWS: [_row_checksum(row) for row in rows]}
@@ -139,7 +143,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard open for reading: the header is in memory, the rows are mapped from the file when asked for."""
+    """A shard open for reading. The header is in memory; the rows are memory-mapped on demand."""
 
     path: Path
     header: dict[str, Any]
@@ -147,7 +151,7 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> "Shard":
-        """Open a shard, which checks its header and its length but not its rows."""
+        """Open a shard. Checks its header and its length, but not its rows."""
         try:
             file: Any = safe_open(path, framework="pt")
             line, _, checksum = (file.metadata() or {})[_METADATA_KEY].partition("\n")
@@ -166,16 +170,16 @@ class Shard:
         return cls(path, header, file)
 
     def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Give dtype, in safetensors' spelling such as `F16`, and shape of each tensor by name."""
+        """Return dtype (in safetensors notation, such as `F16`) and shape of each tensor, by name."""
         slices = {name: self.file.get_slice(name) for name in sorted(self.file.keys())}
         return {name: (rows.get_dtype(), tuple(rows.get_shape())) for name, rows in slices.items()}
 
     def row(self, name: str, index: int) -> Tensor:
-        """Read one row of a tensor, unchecked; it is a view of the file, so copy what is to be changed or kept."""
+        """Return one row of a tensor, unchecked. It is a view of the file: copy it before changing or keeping it."""
         return self.file.get_slice(name)[index]
 
     def checked_row(self, index: int) -> dict[str, Tensor]:
-        """Read one row of every tensor and compare it with its checksum; it may be a view of the file."""
+        """Return one row of every tensor after comparing it with its checksum. It may be a view of the file."""
         row = {name: self.row(name, index) for name in sorted(self.file.keys())}
         checksums = self.header.get(_ROWS)
         if checksums is not None:
@@ -184,7 +188,7 @@ class Shard:
         return row
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksum of the header."""
+        """Read the full content and compare it with the checksum in the header; raise ValueError if they differ."""
         found = _checksum({name: self.file.get_tensor(name) for name in self.layout()}, self.header)
         _require_equal(str(self.path), self.header.get(_ALL), found)
 
@@ -198,7 +202,7 @@ def _require_equal(what: str, expected: Any, found: Any) -> None:
 
 
 def _row_checksum(row: Iterable[Any]) -> int:
-    """Return the CRC-32 of a row: the bytes of its tensors, in the order of their names."""
+    """Return the CRC-32 of a row: the bytes of its tensors, ordered by name."""
     value = 0
     for part in row:
         value = zlib.crc32(part, value)
@@ -210,7 +214,7 @@ def _text_checksum(line: str) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the header and of name, dtype, shape and bytes of every tensor, as hexadecimal digits."""
+    """Return the hexadecimal SHA-256 of the header and of name, dtype, shape and bytes of every tensor."""
     rest = {key: value for key, value in header.items() if key != _ALL}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
@@ -220,5 +224,5 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """Give the bytes of a tensor, without copying those of a whole tensor."""
+    """Return the bytes of a tensor as an array, without a copy if the tensor is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

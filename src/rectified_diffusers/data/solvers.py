@@ -1,4 +1,4 @@
-"""The solver of a teacher's ODE: its own scheduler, or DPM-Solver++ or another of diffusers with its schedule."""
+"""Make the solver of a teacher's ODE: its own scheduler, DPM-Solver++ or another diffusers scheduler."""
 
 import copy
 import inspect
@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
-# Samplers that add noise of their own on the way. `sde` variants of other classes are told by their config.
+# Samplers that add noise at each step. `sde` variants of other classes are recognized by their config.
 _STOCHASTIC = (
     "CogVideoXDPMScheduler",
     "DDPMParallelScheduler",
@@ -23,7 +23,7 @@ _STOCHASTIC = (
     "TCDScheduler",
     "UnCLIPScheduler",
 )
-# What decides the ODE itself, not how it is solved: a solver that does not know one of these solves another ODE.
+# Options that determine the ODE itself, not how it is solved. A solver without one of them solves a different ODE.
 _SCHEDULE = {
     "diffusion": ("beta_schedule", "trained_betas", "prediction_type", "rescale_betas_zero_snr"),
     "flow": ("use_dynamic_shifting", "invert_sigmas", "shift_terminal"),
@@ -31,10 +31,10 @@ _SCHEDULE = {
 
 
 def make_solver(scheduler: Any, solver: str) -> Any:
-    """Make the scheduler that solves the teacher's ODE; the teacher's own is copied, never touched.
+    """Return a scheduler that solves the teacher's ODE. The teacher's own scheduler is copied, never modified.
 
     Args:
-        scheduler: the teacher's own, which knows its schedule.
+        scheduler: the teacher's own scheduler, which defines the schedule.
         solver: a value of `TripletConfig.solver`.
     """
     config = scheduler.config
@@ -56,7 +56,7 @@ def make_solver(scheduler: Any, solver: str) -> Any:
 
 
 def _from_class(scheduler: Any, solver: type[Any], kind: str) -> Any:
-    """Make a solver of diffusers with the teacher's schedule, or say why that class cannot have it."""
+    """Return a diffusers solver with the teacher's schedule; raise ValueError if the class does not support it."""
     config, name = scheduler.config, type(scheduler).__name__
     known = inspect.signature(solver.__init__).parameters
     if isinstance(scheduler, RectifiedFlowEulerScheduler):
@@ -88,7 +88,7 @@ def _from_class(scheduler: Any, solver: type[Any], kind: str) -> Any:
 
 
 def _require_ode(scheduler: Any, solver: str) -> None:
-    """Raise if a scheduler adds noise on the way."""
+    """Raise ValueError if a scheduler adds noise while sampling."""
     name, config = type(scheduler).__name__, scheduler.config
     sde = "sde" in str(config.get("algorithm_type")) or config.get("stochastic_sampling", False)
     if name in _STOCHASTIC or sde:

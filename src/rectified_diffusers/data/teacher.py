@@ -1,4 +1,4 @@
-"""A diffusers pipeline as the teacher of triplets: noise in, data out, and what there is to say about it."""
+"""Use a diffusers pipeline as the teacher of triplets: map noise to data, and record its settings and provenance."""
 
 import copy
 import hashlib
@@ -19,15 +19,15 @@ from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.models.latents import latent_shape, pack, packs_latents, unpack
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
-_SAMPLED_VALUES = 1024  # of each tensor, in the fingerprint of a teacher
+_SAMPLED_VALUES = 1024  # values of each tensor in the fingerprint of a teacher
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A text-to-image pipeline that is asked for data from noise; the user's own pipeline is left as it was.
+    """A text-to-image pipeline that generates data from noise. The user's own pipeline is not modified.
 
-    Make it with `Teacher.of`, or with `Teacher.adapt` for another solver. `pipeline` is a shallow copy: the models are
-    shared, the scheduler and the settings of the progress bar are its own.
+    Create it with `Teacher.of`, or with `Teacher.adapt` for another solver. `pipeline` is a shallow copy: it shares
+    the models and has its own scheduler and progress-bar settings.
     """
 
     pipeline: Any
@@ -37,8 +37,8 @@ class Teacher:
 
     @classmethod
     def of(cls, pipeline: Any, config: TripletConfig) -> "Teacher":
-        """Adapt a pipeline to options: give it their solver, find out the shape of its latents."""
-        _denoiser(pipeline)  # raises for what is no such pipeline
+        """Return a teacher with the solver and the latent shape that the options specify."""
+        _denoiser(pipeline)  # raises for unsupported pipelines
         shape = latent_shape(pipeline, config.height, config.width)
         return cls.adapt(pipeline, config, make_solver(pipeline.scheduler, config.solver), shape)
 
@@ -46,7 +46,7 @@ class Teacher:
     def adapt(
         cls, pipeline: Any, config: StoredTripletConfig, scheduler: Any, shape: tuple[int, int, int]
     ) -> "Teacher":
-        """Make a teacher that has this scheduler and no progress bar."""
+        """Return a teacher with this scheduler and without a progress bar."""
         denoiser = _denoiser(pipeline)
         for name, model in _models(pipeline).items():
             if model.training:
@@ -60,23 +60,23 @@ class Teacher:
         return cls(adapted, denoiser, config, shape)
 
     def autocast(self) -> torch.autocast:
-        """Give the context in which forward passes have the precision of the options."""
+        """Return the context manager that runs forward passes in the precision of the options."""
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
     def round(self, noise: Tensor) -> Tensor:
-        """Round noise to the storage dtype so that the teacher's dtype, too, holds every value exactly.
+        """Round noise to the storage dtype so that the teacher's dtype can also represent every value exactly.
 
-        Rounding to the teacher's dtype first is what makes it so for any two of float16, bfloat16 and float32.
+        Rounding to the teacher's dtype first ensures this for any pair of float16, bfloat16 and float32.
         """
         return noise.to(self.denoiser.dtype).to(getattr(torch, self.config.storage_dtype))
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], noise: Tensor) -> Tensor:
-        """Solve from noise, `(B, C, H, W)` with unit variance, to data as VAE-scaled latents in the storage dtype.
+        """Solve the ODE from unit-variance noise `(B, C, H, W)` to data: VAE-scaled latents in the storage dtype.
 
-        Pipelines multiply the latents they are given by the scheduler's init_noise_sigma themselves. Latents out
-        means that neither the VAE nor a safety checker runs. Flux' tokens are turned into latents here.
+        The pipeline itself multiplies the latents passed to it by the scheduler's init_noise_sigma. Because the output
+        is latents, neither the VAE nor a safety checker runs. Flux tokens are unpacked to latents here.
         """
         packed = packs_latents(self.pipeline)
         factor = self.pipeline.vae_scale_factor
@@ -102,12 +102,12 @@ class Teacher:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Run the text encoders; give what a network is told of the prompts, in the storage dtype on the CPU."""
+        """Run the text encoders and return the network's conditioning, in the storage dtype on the CPU."""
         encoded = Denoiser.of(self.pipeline).encode(prompts, self.pipeline._execution_device)
         return {name: part.to("cpu", getattr(torch, self.config.storage_dtype)) for name, part in encoded.items()}
 
     def settings(self) -> dict[str, Any]:
-        """Say everything about the teacher and its solver that decides which data belongs to a noise."""
+        """Return all settings of the teacher and its solver that determine the data for a given noise."""
         vae = self.pipeline.vae.config
         return {
             "pipeline": type(self.pipeline).__name__,
@@ -124,9 +124,9 @@ class Teacher:
         }
 
     def provenance(self) -> dict[str, Any]:
-        """Say what helps a person to find the teacher again; the same teacher may have it otherwise tomorrow."""
+        """Return information that helps a user find the teacher again. It may change for the same teacher."""
         origin = str(self.denoiser.config.get("_name_or_path", ""))
-        revision = re.search(r"snapshots[/\\]([0-9a-f]{40})", origin)  # the cache of the Hub has it in its paths
+        revision = re.search(r"snapshots[/\\]([0-9a-f]{40})", origin)  # paths in the Hub's cache contain it
         return {
             "teacher": str(self.pipeline.name_or_path or "") or None,
             "revision": revision[1] if revision else None,
@@ -135,7 +135,7 @@ class Teacher:
 
 
 def _denoiser(pipeline: Any) -> Any:
-    """Return the network that is asked at every step."""
+    """Return the network that is evaluated at every step."""
     for name in ("unet", "transformer"):
         if getattr(pipeline, name, None) is not None and getattr(pipeline, "vae", None) is not None:
             return getattr(pipeline, name)
@@ -146,19 +146,19 @@ def _denoiser(pipeline: Any) -> Any:
 
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:
-    """Return the networks that take part in making latents from a prompt."""
+    """Return the networks used to generate latents from a prompt."""
     components = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return {name: part for name, part in components.items() if name not in ("vae", "safety_checker", "image_encoder")}
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:
-    """Return the scheduler's options as JSON values; keys that it merely carries for other classes are left out."""
+    """Return the scheduler's own options as JSON values, without keys that it only carries for other classes."""
     names = inspect.signature(type(scheduler).__init__).parameters.keys() & scheduler.config.keys()
     return {name: _plain(scheduler.config[name]) for name in sorted(names)}
 
 
 def _plain(value: Any) -> Any:
-    """Turn arrays into lists and infinities, which JSON lacks, into words."""
+    """Return a JSON value: arrays become lists; infinities and NaN, which JSON lacks, become strings."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
@@ -167,10 +167,10 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint(models: dict[str, nn.Module]) -> str:
-    """Return a SHA-256 of the networks: every tensor's name, shape and dtype, and values at even distances.
+    """Return a SHA-256 of the networks: name, shape and dtype of every tensor, and values at even intervals.
 
-    A teacher that was tuned, merged or loaded otherwise differs in it; a folder's name would not show that. Tensors
-    that offloading put on the meta device add their name, shape and dtype alone.
+    It differs for a teacher that was fine-tuned, merged or loaded differently, which a folder name would not show.
+    Tensors that offloading moved to the meta device contribute only name, shape and dtype.
     """
     digest = hashlib.sha256()
     for part, model in sorted(models.items()):

@@ -1,5 +1,7 @@
 """The web page of `rectified-diffusers demo`.
 
-`orders` says what a picture is made of, `styles` puts LoRAs and weight deltas on the model, `background` runs long
-work so that it can be watched and stopped, `studio` draws, `history` remembers, and `page` alone knows gradio.
+`requests` defines generation requests and results. `styles` applies LoRAs and weight deltas to the model. `sketches`
+converts sketches to ControlNet inputs. `tasks` runs long tasks that can be observed and stopped. `studio` generates
+images, and `worker` runs it in a separate process. `session` stores a visitor's settings and history. `markup` defines
+the page's style sheet and HTML. Only `page` imports gradio.
 """

@@ -1,4 +1,4 @@
-"""How the page looks: its style sheet, and the few pieces of HTML that it is made of."""
+"""The style sheet, script and HTML fragments of the page."""
 
 from html import escape
 
@@ -35,8 +35,9 @@ footer {display: none !important}
 #history .caption-label {display: none}
 """
 
-# A text's `input` event of gradio (6.31) is of a pressed key: there is none for a paste, a cut, a deletion, or what an
-# input method or a voice writes. The browser's event is of them all; it is passed on when gradio has read the text.
+# In gradio 6.31, a textbox sends its `input` event only for key presses, not for paste, cut or deletion, nor for text
+# from an input method or voice input. The browser's event covers all of these. It is forwarded once gradio has read
+# the text.
 TYPING_SCRIPT = """
 document.addEventListener('input', (event) => {
   if (event.target.closest('#prompt')) setTimeout(() => trigger('input'));
@@ -49,14 +50,14 @@ def title(about: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """Say a time with two digits that count: 78 ms, 1.9 s."""
+    """Return a time formatted with about two significant digits, such as 78 ms or 1.9 s."""
     return f"{1000 * value:.0f} ms" if value < 0.995 else f"{value:.1f} s"
 
 
 def own_caption(
     drawing: Drawing | None, name: str = "One step", says: str = "type, and it is drawn", prompt: str = ""
 ) -> str:
-    """Say how long the model took; the prompt is shown when the mouse rests on it."""
+    """Return the caption with the model's generation time. The prompt is its tooltip."""
     if drawing is None:
         return _caption(name, "", says)
     steps = "One step" if drawing.steps == 1 else f"{drawing.steps} steps"
@@ -64,7 +65,7 @@ def own_caption(
 
 
 def comparison_caption(beside: Comparison, drawing: Drawing | None = None, own_seconds: float = 0.0) -> str:
-    """Name what is drawn beside the model, with a bar while it is on its way, and how much longer it took."""
+    """Return the caption of the comparison: its name, a progress bar while it runs, and its relative duration."""
     name = f"{beside.name}, {beside.steps} steps"
     if drawing is None:
         return _caption(name, "", "Enter draws it, too") + _bar(0)

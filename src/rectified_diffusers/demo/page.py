@@ -1,4 +1,4 @@
-"""The page itself: gradio's components, and which of them calls what."""
+"""The page: its gradio components and their event handlers."""
 
 import socket
 import tempfile
@@ -38,20 +38,20 @@ from rectified_diffusers.demo.tasks import Wishes
 from rectified_diffusers.demo.worker import AnyStudio
 from rectified_diffusers.editing.animation import save_animation
 
-QUEUE_LENGTH = 256  # visitors beyond are told that the queue is full
-SESSIONS = 256  # whose histories are remembered on this side
-CACHE_SECONDS = (600, 4 * 3600)  # how often files of old pictures are looked for, and how old they are then
+QUEUE_LENGTH = 256  # further visitors get the message that the queue is full
+SESSIONS = 256  # sessions whose histories the server keeps
+CACHE_SECONDS = (600, 4 * 3600)  # interval of the search for old image files, and the age at which they are old
 MAX_UPLOAD = "1gb"
 FRAMES_PER_SECOND = 15
-PICTURE_HEIGHT = 380  # pixels of the screen
+PICTURE_HEIGHT = 380  # screen pixels
 
 
 def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
-    """Lay the page out and connect it.
+    """Return the page with its components and event handlers.
 
     Args:
-        studio: draws for all visitors, in the order in which they ask.
-        styles: files that every visitor finds, each with the scale that its slider begins at.
+        studio: generates images for all visitors, in the order of their requests.
+        styles: files available to every visitor, each with the initial scale of its slider.
     """
     with gr.Blocks(title="rectified-diffusers", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         _Page(studio, styles).connect(page)
@@ -60,7 +60,7 @@ def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> 
 
 
 class _Page:
-    """The components by name, and their handlers. A handler's inputs begin with `self.screen`."""
+    """The components by name, and their handlers. The inputs of a handler start with `self.screen`."""
 
     def __init__(self, studio: AnyStudio, styles: Sequence[tuple[Path, float]]) -> None:
         self.studio = studio
@@ -163,10 +163,11 @@ class _Page:
             )
 
     def connect(self, page: gr.Blocks) -> None:
-        """Say who calls what. All that draws waits in one queue, in the order of the asking.
+        """Connect the events to their handlers. All image generation goes through one queue, in request order.
 
-        What makes an older wish of the same visitor obsolete says so outside the queue, where it would wait for it. It
-        is told before all else: of one event's functions the browser calls each only when the one before it is done.
+        An event that makes an older request of the same visitor obsolete is recorded outside the queue, where it would
+        have to wait for that request. Its handler is registered first, because the browser calls the handlers of one
+        event one after the other.
         """
         model: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
         private: dict[str, Any] = {**model, "api_visibility": "private"}
@@ -214,21 +215,25 @@ class _Page:
         page.unload(self._wish_anew)
         page.load(self._open, [self.browser, *self.screen], [*own, *settings, self.history, self.title], **private)
 
-    # ------------------------------------------------------------------------------------------ what is called
+    # ------------------------------------------------------------------------------------------ event handlers
 
     def _wish_typing(self, request: gr.Request, *settings: Any) -> None:
-        """With "always_last" the browser tells a key's wish again when it is drawn, which may be after Enter."""
+        """Record a request from typing, which may be a repetition.
+
+        With "always_last", the browser repeats the request of a key press when its image is generated, which may be
+        after Enter.
+        """
         self.wishes.newer(str(request.session_hash), settings, may_repeat=True)
 
     def _wish_anew(self, request: gr.Request, *settings: Any) -> None:
         self.wishes.newer(str(request.session_hash), settings)
 
     def _draw_live(self, visit: Visit, prompt: str, *settings: Any) -> tuple[Any, ...]:
-        """Draw what is being typed; the comparison is of an older prompt now."""
+        """Generate an image while the visitor types. The comparison then belongs to an older prompt."""
         stale = markup.comparison_caption(self.studio.comparison)
-        if not prompt.strip() or settings[0] is None:  # in the middle of writing another
+        if not prompt.strip() or settings[0] is None:  # the visitor is still typing
             return replace(visit, shown=None), gr.skip(), markup.own_caption(None), gr.skip(), stale
-        if self._is_shown(visit, prompt, *settings):  # Enter was quicker, and the comparison is of this
+        if self._is_shown(visit, prompt, *settings):  # Enter came first: the comparison is of this prompt
             return tuple(gr.skip() for _ in range(5))
         visit, drawing, remark = self._drawn(visit, prompt, *settings, keep=False)
         return visit, drawing.image, markup.own_caption(drawing, prompt=prompt[:MAX_CHARACTERS]), remark, stale
@@ -258,7 +263,7 @@ class _Page:
         beside = self.studio.comparison
         with _told():
             order, _ = visit.order(*screen[:4], scales=screen[4:])
-            # First of all something, or a wish that is obsolete at once would leave blanks.
+            # Yield once at the start: otherwise a request that is immediately obsolete would leave blanks.
             yield gr.skip(), markup.comparison_caption(beside, Drawing(None, 0, 0, beside.steps))
             for drawing in self.wishes.while_current(str(request.session_hash), self.studio.compare(order)):
                 picture = gr.skip() if drawing.image is None else drawing.image
@@ -290,7 +295,7 @@ class _Page:
                 return
             file = Path(folder, "morph.gif")
             save_animation(pictures, file, FRAMES_PER_SECOND)
-            # gradio copies the file before it asks for more.
+            # gradio copies the file before it requests the next item.
             yield (
                 file,
                 markup.own_caption(None, f"{len(pictures)} pictures", f"{start.prompt[:40]} → {end.prompt[:40]}"),
@@ -318,7 +323,7 @@ class _Page:
         return _settings_of(visit.entries[index])
 
     def _open(self, kept: Any, visit: Visit, *screen: Any) -> tuple[Any, ...]:
-        """Draw the first picture: the last one of this browser, if it has been here."""
+        """Generate the first image: the last one of this browser if it has a history."""
         settings = list(screen)
         visit = replace(visit, entries=tuple(unpack(kept)))
         if visit.entries:
@@ -356,7 +361,7 @@ def _settings_of(entry: Entry) -> tuple[str, int, int, float]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Show the visitor what is wrong with the wish; other errors are ours and go to the terminal."""
+    """Show the visitor the errors of an invalid request. Other errors are internal and go to the terminal."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -371,10 +376,13 @@ def _free_port(host: str) -> int:
 
 
 def launch(page: gr.Blocks, host: str, port: int, *, open_browser: bool = False) -> str:
-    """Serve the page from threads of this process, and give its address. `page.close()` ends it.
+    """Serve the page from threads of this process and return its URL. `page.close()` stops it.
 
-    Port 0 is any free one; one that is taken raises OSError. Nothing is fetched from or reported to the net: neither
-    fonts nor usage nor a tunnel.
+    Port 0 selects any free port. Nothing is fetched from or reported to the internet: no fonts, no usage data, no
+    tunnel.
+
+    Raises:
+        OSError: the port is in use.
     """
     theme = gr.themes.Soft(
         primary_hue="pink", neutral_hue="slate", font=("system-ui", "sans-serif"), font_mono=("monospace",)

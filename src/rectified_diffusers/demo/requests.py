@@ -1,4 +1,4 @@
-"""What the page asks for and what it is answered: checked orders, images with captions."""
+"""Requests of the page and their results: validated orders, images with captions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL import Image
 
-MAX_CHARACTERS = 2000  # of a prompt; CLIP's text encoders read about 300
+MAX_CHARACTERS = 2000  # per prompt; CLIP's text encoders read about 300
 MAX_STEPS = 50
-MAX_FRAMES = 60  # of an animation, from one picture to the other
+MAX_FRAMES = 60  # per animation, from one image to the other
 MAX_GUIDANCE = 20.0
-MAX_SEED = 2**32 - 1  # a browser's numbers are exact up to 2^53
+MAX_SEED = 2**32 - 1  # numbers in a browser are exact up to 2^53
 STYLE_SCALES = (-1.0, 2.0)
 
 PROMPTS = (
@@ -36,22 +36,22 @@ PROMPTS = (
     "sun",
     "house with garden",
 )
-"""What "Surprise me" draws from: captions that the bundled model was trained on, and any other model knows."""
+"""Prompts that "Surprise me" chooses from: captions that the bundled model was trained on and other models know."""
 
 Style = tuple[Path, float]
-"""A LoRA or weight delta, and how much of it."""
+"""A LoRA or weight delta, and its scale."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """One picture to draw.
+    """A request for one image.
 
     Args:
         prompt: not empty, at most MAX_CHARACTERS.
-        seed: of the noise, in [0, MAX_SEED].
+        seed: seed of the noise, in [0, MAX_SEED].
         steps: Euler steps, in [1, MAX_STEPS].
-        guidance_scale: 1 is no guidance.
-        styles: files to wear, each with its scale.
+        guidance_scale: 1 means no guidance.
+        styles: files to apply, each with its scale.
     """
 
     prompt: str
@@ -72,7 +72,7 @@ class Order:
             _check_number("scale of a style", scale, *STYLE_SCALES)
 
     def describe(self) -> str:
-        """Say as JSON what made the picture; it is kept in the PNG file."""
+        """Return the settings of the image as JSON, which is stored in the PNG file."""
         known: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
         known["guidance_scale"] = self.guidance_scale
         known["styles"] = {path.name: scale for path, scale in self.styles if scale}
@@ -83,7 +83,7 @@ class Order:
 
 
 def cut_prompt(text: Any) -> tuple[str, str]:
-    """Give what is read of a text, and a remark if that is not all of it."""
+    """Return the part of a text that is used, and a remark if the text is truncated."""
     if not isinstance(text, str):
         raise TypeError(f"A prompt is a text, got {type(text).__name__}.")
     if len(text) <= MAX_CHARACTERS:
@@ -102,16 +102,16 @@ def _check_number(name: str, value: Any, least: float, most: float, *, whole: bo
         raise ValueError(f"The {name} is {kind} from {least:g} to {most:g}, got {value!r}.")
 
 
-OWN_STEPS = 8  # of the model itself, in the place of a teacher that is not given
+OWN_STEPS = 8  # steps of the model itself when it replaces a missing teacher
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, or the way to it while `step` is below `steps`.
+    """A generated image, or the progress toward it while `step` is below `steps`.
 
     Attributes:
-        image: None on the way if no preview is due.
-        seconds: from the prompt to here, previews not counted.
+        image: the image or a preview; None during generation if no preview is due.
+        seconds: time since the prompt, excluding previews.
     """
 
     image: Image.Image | None
@@ -126,7 +126,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is drawn beside the model: what it is called, and how it is drawn."""
+    """Name and generation settings of the comparison shown next to the model."""
 
     name: str
     steps: int
@@ -135,7 +135,7 @@ class Comparison:
 
 
 def comparison_with(teacher: bool, steps: int, guidance_scale: float) -> Comparison:
-    """Say what is drawn beside the model: its teacher, or the model itself with OWN_STEPS steps."""
+    """Return the comparison for the model: its teacher, or the model itself with OWN_STEPS steps."""
     if teacher:
         return Comparison("Teacher", steps, guidance_scale)
     remark = "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."

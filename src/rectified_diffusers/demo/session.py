@@ -1,4 +1,4 @@
-"""What a visitor has done: the current settings and the history of images."""
+"""The state of a visitor: the current settings and the history of images."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ THUMBNAIL = 96  # pixels
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture that was drawn; its order, without styles, draws it again."""
+    """A generated image in the history, with its order without styles, which generates it again."""
 
     order: Order
     thumbnail: Image.Image
@@ -31,14 +31,14 @@ class Entry:
 
 
 def remember(entries: Sequence[Entry], order: Order, image: Image.Image) -> list[Entry]:
-    """Put a picture in front; one of the same order moves there, and the oldest goes beyond LENGTH."""
+    """Return the history with an image at the front, replacing one of the same order, with at most LENGTH entries."""
     thumbnail = image.convert("RGB")
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
     return [Entry(order, thumbnail), *(entry for entry in entries if entry.order != order)][:LENGTH]
 
 
 def pack(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Give the entries as JSON, about 3 kB each, for the browser to keep. Files of styles are not part of them."""
+    """Return the entries as JSON values for the browser to store, about 3 kB each, without style files."""
     packed = []
     for entry in entries:
         file = io.BytesIO()
@@ -50,13 +50,13 @@ def pack(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def unpack(packed: Any) -> list[Entry]:
-    """Read what a browser kept. It may be of another version or made up: what cannot be read is left out."""
+    """Return the entries stored by a browser. They may come from another version or be forged: skip invalid ones."""
     entries = []
     for item in packed[:LENGTH] if isinstance(packed, list) else []:
         try:
             order = Order(item["prompt"], item["seed"], item["steps"], item["guidance"])
             image = Image.open(io.BytesIO(base64.b64decode(item["thumbnail"], validate=True)), formats=["PNG"])
-            if max(image.size) > THUMBNAIL:  # before its pixels are read
+            if max(image.size) > THUMBNAIL:  # checked before its pixels are read
                 continue
             entries.append(Entry(order, image.convert("RGB")))
         except (KeyError, TypeError, ValueError, SyntaxError, OSError, Image.DecompressionBombError):
@@ -69,13 +69,13 @@ SLOTS = 6  # sliders for styles
 
 @dataclass(frozen=True)
 class Visit:
-    """A visitor's files and pictures; what is on the screen comes with every call.
+    """A visitor's files and images. The settings on the screen are passed with every call.
 
     Attributes:
-        styles: one per slider in use.
-        entries: the last pictures, newest first.
-        own_seconds: of the model's last picture, to compare the teacher's with.
-        shown: what the model's picture on the screen is of, styles and all; None if its caption is not of it.
+        styles: style files, one per slider in use.
+        entries: the most recent images, newest first.
+        own_seconds: time of the model's last image, to compare with the teacher's.
+        shown: order of the model's image on the screen, including styles; None if the caption does not belong to it.
     """
 
     styles: tuple[Path, ...] = ()
@@ -84,7 +84,7 @@ class Visit:
     shown: Order | None = None
 
     def order(self, prompt: Any, seed: Any, steps: Any, guidance: Any, scales: Sequence[Any]) -> tuple[Order, str]:
-        """Read the screen; the second is a remark about what of it is not used."""
+        """Return the order for the settings on the screen, and a remark about what is not used."""
         text, remark = cut_prompt(prompt)
         styles: tuple[Style, ...] = tuple(zip(self.styles, scales, strict=False))
         return Order(text, seed, steps, guidance, styles), remark
@@ -98,7 +98,7 @@ class Visit:
         return replace(self, styles=(*self.styles, path))
 
     def drawn(self, order: Order, drawing: Drawing, *, keep: bool) -> "Visit":
-        """Note a picture of the model; `keep` puts it into the history."""
+        """Return the visit after an image of the model; with `keep`, the image is added to the history."""
         entries = self.entries
         if keep and drawing.image is not None:
             entries = tuple(remember(entries, replace(order, styles=()), drawing.image))

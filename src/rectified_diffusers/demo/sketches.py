@@ -1,4 +1,4 @@
-"""Sketches: lines drawn in the browser, as the picture that a ControlNet reads. Free of torch."""
+"""Convert sketches, lines drawn in the browser, to the input image of a ControlNet. Does not import torch."""
 
 import json
 import math
@@ -7,15 +7,15 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-MAX_POINTS = 50_000  # of all lines together
-WIDTH = 1 / 170  # of a line, by the picture's: 1 pixel of 64, 3 of 512, as wide as the edges that Canny finds
+MAX_POINTS = 50_000  # in all lines together
+WIDTH = 1 / 170  # line width relative to the image: 1 pixel at 64, 3 at 512, the width of Canny edges
 
 CANVAS = """
 <div class="sketch"><canvas width="512" height="512"></canvas>
 <p><button data-does="undo">Undo</button><button data-does="clear">Clear</button></p></div>
 """
 
-# Lines are lists of points in [0, 1]^2. The value of the component is all of them, as JSON.
+# Lines are lists of points in [0, 1]^2. The value of the component is the JSON of all lines.
 CANVAS_SCRIPT = """
 const lines = [];
 let line = null, told = 0;
@@ -70,17 +70,17 @@ paint();
 
 
 def lines_of(sketch: Any, size: tuple[int, int]) -> Image.Image | None:
-    """Draw the lines of a sketch white on black, as an edge ControlNet reads them.
+    """Return an image with the lines of a sketch, white on black, as an edge ControlNet expects.
 
     Args:
-        sketch: JSON of lines, each a list of points (x, y) in [0, 1]^2, from the upper left; or nothing.
-        size: width and height of the picture.
+        sketch: JSON of lines, each a list of points (x, y) in [0, 1]^2 from the upper left corner; or nothing.
+        size: width and height of the image.
 
     Returns:
-        RGB, each pixel 0 or 255; None if nothing is drawn.
+        RGB image, each pixel 0 or 255; None if the sketch is empty.
     """
     lines: Any = None
-    with suppress(ValueError, RecursionError):  # the latter of brackets in brackets
+    with suppress(ValueError, RecursionError):  # RecursionError: deeply nested brackets
         lines = json.loads(sketch) if isinstance(sketch, str) and sketch else []
     if not _are_lines(lines):
         raise ValueError(f"A sketch is a list of lines of points in [0, 1]^2, {MAX_POINTS:,} at most. Clear it.")

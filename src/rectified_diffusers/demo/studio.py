@@ -1,4 +1,4 @@
-"""One model, or two side by side, that draw what visitors order: one at a time, each with the time it took."""
+"""Generate the images that visitors order with one model or two, one image at a time, and measure the duration."""
 
 import inspect
 import threading
@@ -23,14 +23,14 @@ from rectified_diffusers.pipelines.stable_diffusion_xl import (
 
 
 class Studio:
-    """Draws with one model, and with its teacher for comparison. Thread-safe: one picture is drawn at a time.
+    """Generate images with one model, and with its teacher for comparison. Thread-safe: one image at a time.
 
     Args:
-        pipeline: text to image, of the Stable Diffusion or SDXL family.
-        teacher: any text-to-image pipeline; without one, the model itself with OWN_STEPS steps.
-        teacher_steps, teacher_guidance_scale: how the teacher draws.
-        controlnet: a ControlNetModel for sketches, of a model of ours.
-        own_name: of the model, for the page.
+        pipeline: a text-to-image pipeline of the Stable Diffusion or SDXL family.
+        teacher: any text-to-image pipeline. If None, the model itself with OWN_STEPS steps is the comparison.
+        teacher_steps, teacher_guidance_scale: the teacher's generation settings.
+        controlnet: a ControlNetModel for sketches. It requires one of this package's pipelines.
+        own_name: name of the model on the page.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Studio:
         return self._sketcher is not None
 
     def size(self) -> tuple[int, int]:
-        """Width and height of the pictures."""
+        """Return width and height of the images in pixels."""
         size, factor = self._pipeline.unet.config.sample_size, self._pipeline.vae_scale_factor
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return width * factor, height * factor
 
     def about(self) -> str:
-        """Say in a line what draws: name, number of weights, size, device and precision."""
+        """Return a one-line description of the model: name, number of weights, image size, device and precision."""
         models = [part for part in self._pipeline.components.values() if isinstance(part, torch.nn.Module)]
         millions = sum(weight.numel() for model in models for weight in model.parameters()) / 1e6
         precision = str(self._pipeline.dtype).removeprefix("torch.")
@@ -73,26 +73,26 @@ class Studio:
         return f"{self.name} · {millions:,.0f} M weights · {width}×{height} · {self._pipeline.device}, {precision}"
 
     def unread(self, prompt: str) -> str:
-        """Give the end of a prompt that the text encoder has no room for."""
+        """Return the end of a prompt that exceeds the text encoder's maximum length."""
         tokenizer = self._pipeline.tokenizer
         ids = tokenizer(prompt, verbose=False).input_ids
-        room = tokenizer.model_max_length - 1  # the last token it reads is the end of the text
+        room = tokenizer.model_max_length - 1  # the last token it reads is the end-of-text token
         return tokenizer.decode(ids[room:-1]).strip() if len(ids) > tokenizer.model_max_length else ""
 
     def draw(self, order: Order) -> Drawing:
-        """Draw with the model. Equal orders give equal pictures, whatever was drawn in between."""
+        """Generate an image with the model. Equal orders produce equal images, regardless of what came in between."""
         with self._turn_wearing(order):
             return draw(self._pipeline, order)
 
     def draw_along(self, order: Order, lines: Image.Image, strength: float) -> Drawing:
-        """Draw along the lines of a sketch, white on black as `lines_of` gives them."""
+        """Generate an image that follows the lines of a sketch, white on black as returned by `lines_of`."""
         if self._sketcher is None:
             raise ValueError("Sketches need a ControlNet: start the page with --controlnet.")
         with self._turn_wearing(order):
             return draw(self._sketcher, order, image=lines, controlnet_conditioning_scale=strength)
 
     def compare(self, order: Order) -> Iterator[Drawing]:
-        """Draw the same prompt from the same noise with the teacher; how far it is comes in between."""
+        """Generate the same prompt from the same noise with the teacher. Yields the progress, then the result."""
         beside = self.comparison
         order = order.with_steps(beside.steps, beside.guidance_scale)
 
@@ -103,7 +103,7 @@ class Studio:
         return watch(work)
 
     def morph(self, start: Order, end: Order, frames: int, *, loop: bool) -> Iterator[Image.Image]:
-        """Draw the way from one picture to another, picture by picture; steps, guidance and styles are the first's."""
+        """Yield the images from one order to another. Steps, guidance and styles are those of the first."""
         check_frames(frames)
 
         def work(emit: Callable[[Image.Image], None]) -> None:
@@ -122,7 +122,7 @@ class Studio:
         return watch(work)
 
     def try_on(self, order: Order) -> None:
-        """Find out whether the model can wear the styles of an order, and leave it as it is then."""
+        """Apply the styles of an order to the model and leave them applied; raise ValueError if they do not fit."""
         with self._turn_wearing(order):
             pass
 
@@ -134,14 +134,14 @@ class Studio:
 
 
 class _Watched:
-    """A pipeline that shows each picture as it is drawn, by which `interpolate` can be watched and stopped."""
+    """A pipeline that emits each generated image, so that `interpolate` can be observed and stopped."""
 
     def __init__(self, pipeline: Any, emit: Callable[[Image.Image], None]) -> None:
         self._pipeline = pipeline
         self._emit = emit
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of a copy that has no attributes yet
+        if name.startswith("_"):  # looked up on a copy that has no attributes yet
             raise AttributeError(name)
         return getattr(self._pipeline, name)
 
@@ -152,7 +152,7 @@ class _Watched:
 
 
 def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
-    """Build the pipeline that has the same models, not copies of them, and a ControlNet of the same dtype."""
+    """Return a pipeline that shares the models of `pipeline` and has a ControlNet of the same dtype."""
     kinds = {
         RectifiedFlowPipeline: (RectifiedFlowControlNetPipeline, {"requires_safety_checker": False}),
         RectifiedFlowXLPipeline: (RectifiedFlowXLControlNetPipeline, {"add_watermarker": False}),
@@ -164,15 +164,15 @@ def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
     return kind(**{**pipeline.components, "controlnet": controlnet.to(pipeline.device)}, **settings)
 
 
-PREVIEW_SHARE = 0.25  # previews may take so much longer than the drawing
+PREVIEW_SHARE = 0.25  # maximum time for previews, relative to the generation time
 
 
 def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] | None = None, **more: Any) -> Drawing:
-    """Draw an order with any text-to-image pipeline of diffusers.
+    """Generate the image of an order with any diffusers text-to-image pipeline.
 
     Args:
-        watch_steps: is given a `Drawing` after each step but the last, and can stop it all by raising.
-        more: further arguments of the pipeline's call.
+        watch_steps: called with a `Drawing` after each step except the last. It can stop the generation by raising.
+        more: further arguments of the pipeline call.
     """
     watch = _Stopwatch()
     if watch_steps is not None and "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
@@ -189,7 +189,7 @@ def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] 
         order.prompt,
         num_inference_steps=order.steps,
         guidance_scale=order.guidance_scale,
-        generator=torch.Generator().manual_seed(order.seed),  # on the CPU: the same noise everywhere
+        generator=torch.Generator().manual_seed(order.seed),  # on the CPU: the same noise on every device
         **more,
     )
     seconds = watch.seconds
@@ -199,7 +199,7 @@ def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] 
 
 
 class _Stopwatch:
-    """Counts the seconds of drawing, and apart from them those of showing it."""
+    """Measures the time of generation, and separately the time of previews."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -226,7 +226,7 @@ class _Stopwatch:
 
 @torch.no_grad()
 def _decode(pipeline: Any, latents: Tensor | None) -> Image.Image | None:
-    """Decode the latents of a step, noise and all; None for a model whose latents are no small picture."""
+    """Decode the first latents of a step, including noise; None if they are not VAE latents `(B, C, H, W)`."""
     vae = getattr(pipeline, "vae", None)
     if latents is None or latents.ndim != 4 or vae is None or latents.shape[1] != vae.config.get("latent_channels"):
         return None

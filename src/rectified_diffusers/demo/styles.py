@@ -1,4 +1,4 @@
-"""LoRAs and weight deltas on one model, put on and taken off as the visitors' sliders ask."""
+"""Apply LoRAs and weight deltas to one model, and remove them, according to the visitors' sliders."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from rectified_diffusers.demo.requests import Style
 from rectified_diffusers.loading.lora import check_factor
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
 
-MAX_LOADED = 8  # LoRAs that stay attached, worn or not, so that a slider costs no loading
+MAX_LOADED = 8  # LoRAs that stay attached, active or not, so that moving a slider needs no loading
 StyleKind = Literal["lora", "delta"]
 
-# What diffusers, PEFT and safetensors raise at a file that is not for this model, by way of its keys and shapes.
+# What diffusers, PEFT and safetensors raise if the keys or shapes of a file do not fit this model.
 _UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 def style_kind(path: Path) -> StyleKind:
-    """Tell a LoRA from a weight delta by the names in a safetensors file; nothing else of it is read."""
+    """Return whether a safetensors file is a LoRA or a weight delta, from its metadata and tensor names alone."""
     if path.suffix != ".safetensors":
         raise ValueError(
             f"A style is a .safetensors file, got {path.name!r}: other formats can run code when they are opened. "
@@ -38,25 +38,25 @@ def style_kind(path: Path) -> StyleKind:
 
 
 class Styles:
-    """What a pipeline wears. Between two pictures only what differs is changed.
+    """The styles applied to a pipeline. Between two images, only the differences are changed.
 
-    A LoRA is a sum on the side, so that its scale is set at once. A delta is added to the weights themselves, and
-    taken back, bit for bit, before another scale of it is added: that costs a pass over the U-Net and a copy of it.
+    A LoRA is added in separate layers, so changing its scale is immediate. A delta is added to the weights themselves.
+    Before it is added at another scale, it is removed bit for bit, which costs a pass over the U-Net and a copy of it.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
         self._names = (f"style_{i}" for i in itertools.count())
-        self._loras: dict[Path, str] = {}  # attached ones and their adapters' names, the longest unworn first
+        self._loras: dict[Path, str] = {}  # attached LoRAs and adapter names, least recently used first
         self._worn: dict[Path, float] = {}
         self._deltas: dict[Path, float] = {}
         self._applied: AppliedDelta | None = None
 
     def wear(self, wanted: Sequence[Style]) -> None:
-        """Put on these files at these scales and take off all others.
+        """Apply these files at these scales and remove all others.
 
         Raises:
-            ValueError: a file is not for this model, or damaged. The model then wears nothing.
+            ValueError: a file does not fit this model or is damaged. No style is then applied to the model.
         """
         kinds = {path: style_kind(path) for path, scale in wanted if scale and path not in self._known}
         loras, deltas = {}, {}
@@ -75,7 +75,7 @@ class Styles:
             raise ValueError(f"{names} cannot be worn by this model: {error}") from error
 
     def take_all_off(self) -> None:
-        """Restore the model as it was loaded, and free what the styles hold."""
+        """Restore the model to its loaded state and free the memory of the styles."""
         self._detach_loras()
         self._take_deltas_back()
 
@@ -84,7 +84,7 @@ class Styles:
         return {*self._loras, *self._deltas}
 
     def _change_deltas(self, deltas: dict[Path, float]) -> None:
-        self._detach_loras()  # their layers rename the weights that a delta is for
+        self._detach_loras()  # their layers rename the weights that a delta changes
         self._take_deltas_back()
         if deltas:
             opened = [load_weight_delta(path) for path in deltas]
@@ -95,7 +95,7 @@ class Styles:
         for path in loras:
             if path not in self._loras:
                 self._attach(path)
-            self._loras[path] = self._loras.pop(path)  # to the end: worn most recently
+            self._loras[path] = self._loras.pop(path)  # move to the end: most recently used
         while len(self._loras) > max(MAX_LOADED, len(loras)):
             oldest = next(iter(self._loras))
             self._pipeline.delete_adapters(self._loras.pop(oldest))
@@ -110,8 +110,8 @@ class Styles:
         name = next(self._names)
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a dictionary)
-                check_factor(key, file.get_tensor(key))  # the pipeline need not be one of ours, which look themselves
-        self._loras[path] = name  # first, so that a failure below is cleared away as well
+                check_factor(key, file.get_tensor(key))  # only this package's pipelines check it themselves
+        self._loras[path] = name  # first, so that a failure below is cleaned up too
         self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
         if not any(name in adapters for adapters in self._pipeline.get_list_adapters().values()):
             raise ValueError("none of its layers is in this model; it was made for another architecture")

@@ -1,4 +1,4 @@
-"""Long work that is watched while it runs, and ends soon after nobody watches any more."""
+"""Run long tasks that are observed while they run and stop soon after their observer has gone."""
 
 import queue
 import threading
@@ -12,14 +12,14 @@ _END = object()
 
 
 class Stopped(Exception):
-    """Raised inside the work when its watcher has gone."""
+    """Raised inside a task when its observer has gone."""
 
 
 def watch(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
-    """Run `work(emit)` in a thread of its own and yield what it emits; its error, if any, is raised at the end.
+    """Run `work(emit)` in a separate thread and yield the items that it emits; raise its error, if any, at the end.
 
-    Closing the iterator stops the work: its next `emit` raises `Stopped`. So a page whose visitor pressed Stop or left
-    costs at most one more step of the model.
+    Closing the iterator stops the work: its next `emit` raises `Stopped`. After a visitor presses Stop or leaves the
+    page, the model therefore runs at most one more step.
     """
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
     closed = threading.Event()
@@ -31,7 +31,7 @@ def watch(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
 
     worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
     future = worker.submit(work, emit)
-    worker.shutdown(wait=False)  # the one task is in; nobody waits for its end when the iterator is closed
+    worker.shutdown(wait=False)  # the only task is submitted; closing the iterator does not wait for its end
     future.add_done_callback(lambda _: items.put(_END))
     try:
         while (item := items.get()) is not _END:
@@ -42,10 +42,10 @@ def watch(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
 
 
 class Wishes:
-    """Counts what each visitor has wished for, so that work for an old wish can end when there is a newer one.
+    """Counts the requests of each visitor, so that work for an old request can stop when there is a newer one.
 
     Args:
-        visitors: how many are remembered; the one who has wished for nothing the longest is forgotten.
+        visitors: maximum number of visitors to track. The one with the oldest last request is dropped.
     """
 
     def __init__(self, visitors: int = 1024) -> None:
@@ -54,13 +54,13 @@ class Wishes:
         self._lock = threading.Lock()
 
     def newer(self, visitor: str, wish: object = None, *, may_repeat: bool = False) -> None:
-        """Note a newer wish, or that the visitor wants no more.
+        """Record a newer request, or that the visitor wants nothing more.
 
         Args:
-            wish: what is wished for.
-            may_repeat: whether one equal to the last is the same one, told once more, and not newer.
+            wish: the request.
+            may_repeat: whether a request equal to the last one is a repetition of it, and not a newer request.
         """
-        told = hash(repr(wish))  # the wish itself can be long
+        told = hash(repr(wish))  # the request itself can be long
         with self._lock:
             count, last = self._counts.pop(visitor, (0, 0))
             is_newer = not (may_repeat and count and told == last)
@@ -69,7 +69,7 @@ class Wishes:
                 self._counts.popitem(last=False)
 
     def while_current(self, visitor: str, items: Iterable[T]) -> Iterator[T]:
-        """Pass items on until the visitor has a newer wish."""
+        """Yield items until the visitor has a newer request."""
         wish = self._count(visitor)
         for item in items:
             if self._count(visitor) != wish:

@@ -1,4 +1,4 @@
-"""The studio in a process of its own: started ahead, waited for, and ended with the page."""
+"""Run the studio in a separate process that is started in advance and ends with the page."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class ComingStudio:
-    """Stands for a `Studio`: tells at once what the page shows of it; whoever asks for more waits until it is there.
+    """Stand-in for a `Studio` that is loading. It has what the page shows; any other access waits for the studio.
 
     Args:
-        name: of the model.
-        comparison: what is drawn beside it.
-        studio: the studio to be; if it fails, its error is everyone's who waits.
+        name: name of the model.
+        comparison: the comparison shown next to it.
+        studio: the future studio. If it fails, every waiting caller gets its error.
         can_sketch: whether it has a ControlNet.
     """
 
@@ -47,36 +47,37 @@ class ComingStudio:
         return self._studio.result().about() if self._studio.done() else f"{self.name} · is being loaded"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of a copy that has no attributes yet
+        if name.startswith("_"):  # looked up on a copy that has no attributes yet
             raise AttributeError(name)
         return getattr(self._studio.result(), name)
 
 
 AnyStudio: TypeAlias = "Studio | ComingStudio"
 
-POLL_SECONDS = 0.5  # between two looks whether the process is alive
+POLL_SECONDS = 0.5  # interval between checks that the process is alive
 
 
 class StudioProcess:
-    """Makes a studio in another process; to be used in a `with`, whose end is the process's end.
+    """Create a studio in another process. Use it as a context manager, whose exit ends the process.
 
     Args:
-        make: makes the studio there, so it is sent there: a function of a module, or a `functools.partial` of one.
+        make: creates the studio in the other process. It is sent there, so it must be a module-level function or a
+            `functools.partial` of one.
 
     Attributes:
-        studio: a stand-in that calls the studio, from any thread; or what `make` raised.
+        studio: future of a proxy that calls the studio from any thread, or the error that `make` raised.
     """
 
     studio: Future[Studio]
 
     def __init__(self, make: Callable[[], Studio]) -> None:
         self._make = make
-        # Forked, it would have the threads' locks without the threads, and no CUDA.
+        # A forked process would have the locks of threads without the threads, and no CUDA.
         self._manager = _Manager(ctx=multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> StudioProcess:
         others = multiprocessing.active_children()
-        with _ctrl_c_later():  # which then ends the process by the manager's own finalizer
+        with _ctrl_c_later():  # the manager's own finalizer then ends the process
             self._manager.start(_end_with_the_parent)
         (self._process,) = set(multiprocessing.active_children()) - set(others)
         thread = ThreadPoolExecutor(1, thread_name_prefix="loading")
@@ -88,10 +89,10 @@ class StudioProcess:
         self._manager.shutdown()
 
     def wait(self) -> None:
-        """Wait until the process ends, which it does not by itself.
+        """Wait until the process ends. It does not end by itself.
 
         Raises:
-            ChildProcessError: it has ended.
+            ChildProcessError: the process has ended.
         """
         while self._process.is_alive():
             self._process.join(POLL_SECONDS)
@@ -115,17 +116,17 @@ class StudioProcess:
 
 
 class _Maker:
-    """Has the one method that makes a studio: a manager tells the type of an error of a method alone."""
+    """Has one method, which creates a studio: a manager reports the type of an error only for methods."""
 
     def make(self, make: Callable[[], Studio]) -> Studio:
         try:
             return make()
-        except Exception as error:  # noqa: BLE001 (it is raised over there)
+        except Exception as error:  # noqa: BLE001 (it is raised in the parent process)
             raise _Failure(error, traceback.format_exc()) from None
 
 
 class _Failure(Exception):
-    """Brings an error of the making over, so that none is taken for one of the connection, and its traceback."""
+    """Transfers an error of `make` and its traceback, so that it is not mistaken for a connection error."""
 
     def __init__(self, error: Exception, told: str) -> None:
         super().__init__(error, told)
@@ -137,7 +138,7 @@ class _Failure(Exception):
 
 
 class _Pictures(BaseProxy):
-    """Stands for an iterator over there, which is closed when nobody holds this any more."""
+    """Proxy of an iterator in the other process, which is closed when this proxy is no longer referenced."""
 
     _exposed_ = ("__next__",)
 
@@ -159,11 +160,14 @@ _Manager.register("pictures", proxytype=_Pictures, create_method=False)
 
 @contextmanager
 def _ctrl_c_later() -> Iterator[None]:
-    """Hold Ctrl-C back, from a process started inside for good: half started, it answers with a traceback."""
+    """Block Ctrl-C inside the context, and permanently in processes started there.
+
+    A partly started process would respond to it with a traceback.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return
-    resource_tracker.ensure_running()  # which lets signals through when it is started
+    resource_tracker.ensure_running()  # it unblocks signals when it is started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -172,7 +176,7 @@ def _ctrl_c_later() -> Iterator[None]:
 
 
 def _end_with_the_parent() -> None:
-    """See to it that this process does not outlive one that was killed and could not end it."""
+    """Make this process exit when its parent ends, even if the parent was killed and could not end it."""
     if (parent := multiprocessing.parent_process()) is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Pictures as an animation, a GIF or an MP4. Free of torch."""
+"""Save images as an animation, GIF or MP4. Does not import torch."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -14,7 +14,12 @@ ANIMATIONS = (".gif", ".mp4")
 
 
 def check_animation(path: Path) -> None:
-    """Find out before the work whether an animation can be written under this name."""
+    """Raise before any work is done if an animation cannot be written to this path.
+
+    Raises:
+        ValueError: the suffix is neither .gif nor .mp4.
+        ImportError: an .mp4 needs imageio-ffmpeg, which is missing or has no ffmpeg.
+    """
     suffix = path.suffix.lower()
     if suffix not in ANIMATIONS:
         raise ValueError(f"an animation is a .gif or an .mp4, got {path.name!r}.")
@@ -23,9 +28,9 @@ def check_animation(path: Path) -> None:
 
 
 def save_animation(images: Sequence[Image.Image], path: str | Path, frames_per_second: float = 15) -> None:
-    """Write pictures of one size as an animation that repeats, .gif, or as an .mp4 (H.264, which needs ffmpeg).
+    """Write images of one size as a looping .gif or as an .mp4 (H.264, which needs ffmpeg).
 
-    A GIF counts time in hundredths of a second, so that its speed is the nearest that has a whole number of them.
+    GIF frame durations are multiples of 1/100 s, so the frame rate of a GIF is rounded to the nearest such duration.
     """
     path = Path(path)
     check_animation(path)
@@ -41,7 +46,7 @@ def save_animation(images: Sequence[Image.Image], path: str | Path, frames_per_s
         duration = 10 * round(100 / frames_per_second)
         frames[0].save(path, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
         return
-    # Even sides are what H.264 with halved colours needs; the default of 16 would stretch the picture to it.
+    # H.264 with chroma subsampling needs even sides. The default of 16 would stretch the image to multiples of 16.
     writer = _ffmpeg().write_frames(
         str(path), frames[0].size, fps=frames_per_second, codec="libx264", macro_block_size=2, ffmpeg_log_level="error"
     )
@@ -52,7 +57,7 @@ def save_animation(images: Sequence[Image.Image], path: str | Path, frames_per_s
 
 
 def _ffmpeg() -> ModuleType:
-    """Import imageio_ffmpeg, which brings a program ffmpeg along, and find that program."""
+    """Import and return imageio_ffmpeg after checking that the ffmpeg program that it bundles can be found."""
     try:
         import imageio_ffmpeg
 

@@ -1,4 +1,4 @@
-"""Pictures between pictures: from seed to seed and prompt to prompt along great circles."""
+"""Interpolate between images, from seed to seed and prompt to prompt, along great circles."""
 
 import copy
 import math
@@ -19,14 +19,14 @@ _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "n
 
 
 def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """Go from `start` to `end` on a great circle: the direction turns evenly, the norm changes linearly.
+    """Return the spherical interpolation of `start` and `end`: constant angular speed, linearly changing norm.
 
-    With unit vectors a, b at the angle w: (sin((1 - weight) w) a + sin(weight w) b) / sin w, times
-    (1 - weight) |start| + weight |end|. A straight line between two noises would dip to 0.7 of their norm, where no
-    model has been trained; here noise stays noise.
+    With unit vectors a, b at angle w: (sin((1 - weight) w) a + sin(weight w) b) / sin w, times
+    (1 - weight) |start| + weight |end|. Linear interpolation between two noise samples would reduce the norm to 0.7
+    of theirs, where no model has been trained. Spherical interpolation of noise remains noise.
 
     Args:
-        start, end: of one shape; the result has their dtype, and equals them bit for bit at weight 0 and 1.
+        start, end: tensors of one shape. The result has their dtype and equals them bit for bit at weight 0 and 1.
         weight: in [0, 1].
         dim: the dimensions that make up one vector.
     """
@@ -45,10 +45,10 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
     norms = [torch.linalg.vector_norm(x.to(wide), dim=dim, keepdim=True) for x in (start, end)]
     a, b = (_unit(x.to(wide), norm) for x, norm in zip((start, end), norms, strict=True))
     apart, together = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (a - b, a + b))
-    angle = 2 * torch.atan2(apart, together)  # as acos(a b), but exact for small angles too
+    angle = 2 * torch.atan2(apart, together)  # equals acos(a b), and is exact for small angles too
     if bool((angle > math.pi - 1e-3).any()):
         raise ValueError("slerp between opposite vectors has no direction to turn to; go by way of a third one.")
-    # A small angle has its chord for its arc, and a sine too small to divide by.
+    # For a small angle the chord equals the arc, and the sine is too small to divide by.
     turn = angle.clamp(min=1e-3)
     from_a = torch.where(angle > 1e-3, ((1 - weight) * turn).sin() / turn.sin(), 1 - weight)
     from_b = torch.where(angle > 1e-3, (weight * turn).sin() / turn.sin(), weight)
@@ -58,11 +58,11 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
 
 
 def _unit(x: Tensor, norm: Tensor) -> Tensor:
-    return x / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a zero vector stays one
+    return x / norm.clamp(min=torch.finfo(norm.dtype).tiny)  # a zero vector stays zero
 
 
 def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list[tuple[str, int]]:
-    """Give the keys (prompt, seed) of an animation; one prompt or one seed is held while the other changes."""
+    """Return the keyframes (prompt, seed) of an animation. A single prompt or seed is used for all of them."""
     if prompts:
         require_texts("prompts", prompts)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -96,17 +96,17 @@ def interpolate(
     width: int | None = None,
     progress: bool = True,
 ) -> list[Image.Image]:
-    """Draw the way from picture to picture: `slerp` of the noise as a whole, and of each token's embedding.
+    """Generate the images between keyframes by `slerp` of the full noise tensor and of each token's embedding.
 
-    Key i is (prompts[i], seeds[i]), and its picture is the one that the pipeline draws from them, bit for bit.
+    Keyframe i is (prompts[i], seeds[i]). Its image equals, bit for bit, the one that the pipeline generates from them.
 
     Args:
-        pipeline: text to image, of the Stable Diffusion or SDXL family.
-        prompts, seeds: at least two of one; the other may be single, and is held.
-        frames: pictures from one key to the next, the key included and the next not: K keys make
-            (K - 1) * frames + 1 pictures, or K * frames with `loop`.
-        loop: go back from the last key to the first, so that the animation has no seam.
-        height, width: in pixels; the model's by default.
+        pipeline: a text-to-image pipeline of the Stable Diffusion or SDXL family.
+        prompts, seeds: at least two of one; the other may be a single value, used for all keyframes.
+        frames: images from one keyframe (included) to the next (excluded): K keyframes produce
+            (K - 1) * frames + 1 images, or K * frames with `loop`.
+        loop: return from the last keyframe to the first, for a seamless animation.
+        height, width: in pixels; the model's size by default.
     """
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
@@ -114,7 +114,7 @@ def interpolate(
     require_count("num_inference_steps", num_inference_steps)
     require_number("guidance_scale", guidance_scale)
     size = _picture_size(pipeline, height, width)
-    quiet = copy.copy(pipeline)  # its progress bar is per picture; the models are shared
+    quiet = copy.copy(pipeline)  # no progress bar per image; the models are shared
     quiet.set_progress_bar_config(disable=True)
     guided = guidance_scale > 1
     embeds = {prompt: _embed(pipeline, prompt, guided, negative_prompt) for prompt, _ in keys}
@@ -140,14 +140,14 @@ Key = tuple[str, int]
 
 
 def _way(keys: list[Key], frames: int, loop: bool) -> list[tuple[Key, Key, float]]:
-    """List, picture by picture, the two keys that it lies between and how far it is from the first."""
+    """Return for each image the two keyframes that it lies between and its weight, 0 at the first."""
     ends = [*keys[1:], keys[0]] if loop else keys[1:]
     way = [(a, b, i / frames) for a, b in zip(keys, ends, strict=False) for i in range(frames)]
     return way if loop else [*way, (keys[-1], keys[-1], 0.0)]
 
 
 def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None) -> dict[str, Tensor]:
-    """Encode a prompt, as arguments for the pipeline's call; without guidance there is no negative embedding."""
+    """Return a prompt's embeddings as arguments of the pipeline call. There is no negative one without guidance."""
     embeds = pipeline.encode_prompt(
         prompt=prompt,
         device=pipeline.device,
@@ -159,7 +159,7 @@ def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None
 
 
 def _picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return height and width in pixels; what the caller leaves open is the model's."""
+    """Return height and width in pixels; the model's where None."""
     size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
     own = size if isinstance(size, (list, tuple)) else (size, size)
     given = tuple(pixels or latent * factor for pixels, latent in zip((height, width), own, strict=True))
@@ -170,7 +170,7 @@ def _picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple
 
 
 def _noise(pipeline: Any, seed: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Draw the noise of a seed as the pipeline does from a generator on the CPU, `(1, C, H, W)`."""
+    """Return the noise of a seed, `(1, C, H, W)`, as the pipeline samples it with a CPU generator."""
     latent = [pixels // pipeline.vae_scale_factor for pixels in size]
     shape = (1, pipeline.unet.config.in_channels, *latent)
     return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

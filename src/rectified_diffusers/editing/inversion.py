@@ -1,8 +1,8 @@
-"""The flow backwards, from a picture to the noise that it comes from, and editing a picture by its prompt that way.
+"""Invert images to noise by running the flow backward, and edit images by changing their prompt.
 
-Both directions are dx/dt = v(x, t) of the pipeline under a prompt, by a solver of `flow.ode`. With h = 1 / steps,
-what going there and back misses is of order h for Euler and h^3 for Heun: the leading error of a step of order p is
-c h^(p+1), which a step back undoes when p is even. The noise itself is off by h^p, h^2 for Heun.
+Both directions integrate dx/dt = v(x, t) of the pipeline under a prompt, with a solver of `flow.ode`. With
+h = 1 / steps, the round-trip error is of order h for Euler and h^3 for Heun: the leading error of a step of order p is
+c h^(p+1), which a step back cancels when p is even. The error of the noise itself is of order h^p, h^2 for Heun.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
 Pictures = Image.Image | Sequence[Image.Image] | Tensor
-_SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}  # with the evaluations of a step
+_SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}  # with the number of evaluations per step
 
 
 @torch.no_grad()
@@ -35,15 +35,18 @@ def invert(
     guidance_scale: float = 1.0,
     strength: float = 1.0,
 ) -> Tensor:
-    """Integrate from data at t = 1 back to t = 1 - strength: noise `(B, C, H, W)` in float32 or wider at strength 1.
+    """Integrate the flow from data at t = 1 back to t = 1 - strength.
 
-    Use a rectified flow of many steps, such as 2-Rectified Flow. A one-step model knows its velocity at t = 0 alone.
+    Use a rectified flow for many steps, such as 2-Rectified Flow. A one-step model predicts velocity only at t = 0.
 
     Args:
-        pipeline: text to image, of the Stable Diffusion family, with a RectifiedFlowEulerScheduler.
-        pictures: pictures of one size, or data as VAE-scaled latents `(B, C, H, W)`.
-        prompts: what the pictures show, one for all or one each. Guidance above 1 lets the flow leave the pictures'
-            vicinity on the way back; 1 inverts best.
+        pipeline: a text-to-image pipeline of the Stable Diffusion family with a RectifiedFlowEulerScheduler.
+        pictures: images of one size, or data as VAE-scaled latents `(B, C, H, W)`.
+        prompts: descriptions of the images, one for all or one for each.
+        guidance_scale: 1 inverts best. Above 1 the backward flow can leave the vicinity of the images.
+
+    Returns:
+        The state `(B, C, H, W)` in float32 or wider; at strength 1 this is noise.
     """
     data = _data(pipeline, pictures)
     return _solve(pipeline, data, prompts, guidance_scale, solver, steps, 1.0, _time(strength))
@@ -62,13 +65,14 @@ def edit(
     guidance_scale: float = 1.0,
     strength: float = 1.0,
 ) -> list[Image.Image]:
-    """Change pictures by their prompt: `invert` under the source prompt, then run the flow under the target prompt.
+    """Edit images by prompt: `invert` under the source prompt, then run the flow under the target prompt.
 
     Args:
         pipeline, pictures, steps, solver: as for `invert`.
-        source_prompts, target_prompts: what the pictures show and what they shall show, one for all or one each.
-        source_guidance_scale, guidance_scale: of the way back and of the way there.
-        strength: share of the flow that is run back and again, in (0, 1]; a smaller one keeps more of the picture.
+        source_prompts, target_prompts: descriptions of the given and the edited images, one for all or one for each.
+        source_guidance_scale, guidance_scale: guidance of the backward and of the forward flow.
+        strength: share of the flow that is run backward and forward, in (0, 1]. Smaller values preserve more of the
+            image.
     """
     start = _time(strength)
     data = _data(pipeline, pictures)
@@ -88,10 +92,10 @@ def round_trip_error(
     guidance_scale: float = 1.0,
     strength: float = 1.0,
 ) -> Tensor:
-    """Go back and there again under one prompt, and give |returned - data| / |data| of each picture's latents `(B,)`.
+    """Return the error |returned - data| / |data| of each image's latents, `(B,)`, after inversion and regeneration.
 
-    Arguments as for `invert`. It falls with the first power of `steps` for Euler and the third for Heun, down to
-    the precision of the pipeline's dtype. What the VAE loses is not in it.
+    Both directions use the same prompt. Arguments as for `invert`. The error decreases with the first power of `steps`
+    for Euler and the third for Heun, down to the precision of the pipeline's dtype. It excludes the loss of the VAE.
     """
     start = _time(strength)
     data = _data(pipeline, pictures)
@@ -101,7 +105,7 @@ def round_trip_error(
 
 
 def _time(strength: float) -> float:
-    """Return the flow time at which a part of the flow begins, t = 1 - strength."""
+    """Return the flow time t = 1 - strength, at which that share of the flow starts."""
     require_type("strength", strength, Real, "It is a share, in (0, 1].")
     if not 0 < strength <= 1:
         raise ValueError(f"strength is the share of the flow that is run, in (0, 1], got {strength}.")
@@ -118,7 +122,7 @@ def _solve(
     start: float,
     end: float,
 ) -> Tensor:
-    """Integrate the pipeline's velocity under prompts from `start` to `end`, under the pipeline's progress bar."""
+    """Integrate the pipeline's velocity under prompts from `start` to `end`, with the pipeline's progress bar."""
     if solver not in _SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}.")
     require_number("guidance_scale", guidance_scale)
@@ -138,7 +142,7 @@ def _solve(
 
 
 def _data(pipeline: Any, pictures: Pictures) -> Tensor:
-    """Check the pipeline, and encode pictures into VAE-scaled latents `(B, C, H, W)`, in float32 or wider."""
+    """Check the pipeline and return the images as VAE-scaled latents `(B, C, H, W)` in float32 or wider."""
     require_pipeline("inversion", pipeline, "unet", "vae", "scheduler")
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, RectifiedFlowEulerScheduler) or hasattr(pipeline, "text_encoder_2"):
@@ -154,7 +158,7 @@ def _data(pipeline: Any, pictures: Pictures) -> Tensor:
         latents = pictures
     else:
         latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else _listed(pictures))
-    # Half precision would be the floor of every error; the velocity is cast to it for the U-Net alone.
+    # Half precision would limit every error from below. Only the U-Net's input is cast to it.
     return latents.to(pipeline.device, torch.promote_types(latents.dtype, torch.float32))
 
 
@@ -164,7 +168,7 @@ def _listed(pictures: Any) -> list[Image.Image]:
 
 
 def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
-    """Encode pictures into the mean of the VAE's latents, scaled."""
+    """Encode images to the scaled mean of the VAE's latents."""
     for picture in pictures:
         require_type("each of pictures", picture, Image.Image, "Give pictures of PIL, or latents as one tensor.")
     if not pictures or len({picture.size for picture in pictures}) > 1:

@@ -1,1 +1,1 @@
-"""Figures of merit: straightness of a flow, Frechet distance of images, alignment of images with their captions."""
+"""Metrics: straightness of a flow, Frechet distance of images, alignment of images with their captions."""

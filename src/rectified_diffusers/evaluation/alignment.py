@@ -1,7 +1,8 @@
-"""Does a picture show its caption? Two linear layers into a joint space, and retrieval of the caption among others.
+"""Measure whether an image shows its caption: two linear layers into a joint space, and retrieval of the caption.
 
-A stand-in for the CLIP score where no CLIP can be had: frozen image features and frozen text features, a linear layer
-each, contrastive loss on real pictures. Call its figures "alignment (R-precision)", never "CLIP score".
+A substitute for the CLIP score where no CLIP model is available: frozen image and text features, one linear layer for
+each, trained with a contrastive loss on real images. Report the metric as "alignment (R-precision)", never as
+"CLIP score".
 """
 
 import math
@@ -20,7 +21,7 @@ from rectified_diffusers.options import check_options, option
 
 
 class AlignmentModel(nn.Module):
-    """Image features and text features into one space of unit vectors, by a linear layer each.
+    """Map image features and text features to unit vectors in a joint space, with one linear layer for each.
 
     Args:
         image_dimensions: size of the image features, 1,280 for MobileNetV2.
@@ -32,23 +33,23 @@ class AlignmentModel(nn.Module):
         super().__init__()
         self.image = nn.Linear(image_dimensions, joint_dimensions)
         self.text = nn.Linear(text_dimensions, joint_dimensions)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # where CLIP starts, arXiv:2103.00020
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # CLIP's initial value, arXiv:2103.00020
 
     def embed_images(self, features: Tensor) -> Tensor:
-        """Image features `(B, D)` as unit vectors `(B, J)`."""
+        """Return unit vectors `(B, J)` of image features `(B, D)`."""
         return F.normalize(self.image(features.float()), dim=-1)
 
     def embed_texts(self, features: Tensor) -> Tensor:
-        """Text features `(B, D)` as unit vectors `(B, J)`."""
+        """Return unit vectors `(B, J)` of text features `(B, D)`."""
         return F.normalize(self.text(features.float()), dim=-1)
 
     def save(self, path: Path) -> None:
-        """Write the weights as safetensors; the sizes are read off them again."""
+        """Write the weights as safetensors. `load` infers the sizes from them."""
         save_file({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> "AlignmentModel":
-        """Read a model that `save` wrote."""
+        """Load a model that `save` wrote."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"no alignment model at {path}: train one with train_alignment and save it.")
         weights = load_file(path)
@@ -64,16 +65,16 @@ class AlignmentModel(nn.Module):
 
 
 def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, log_scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of pairs (image i, text i), one value per pair `(B,)`.
+    """Return the symmetric InfoNCE loss of the pairs (image i, text i), one value per pair `(B,)`.
 
-    Two pictures of one caption are no counterexamples of each other: those cells are left out of both softmaxes.
+    Two images with the same caption are not negatives of each other: both softmaxes exclude these entries.
 
     Args:
         image_embeds, text_embeds: unit vectors `(B, J)`.
-        captions: number of each pair's caption `(B,)`, equal for pictures of the same caption.
+        captions: index of each pair's caption `(B,)`, equal for images with the same caption.
         log_scale: logarithm of the inverse temperature.
     """
-    # The bound is CLIP's (arXiv:2103.00020, section 2.5): logits are never scaled by more than 100.
+    # CLIP's bound (arXiv:2103.00020, section 2.5): logits are never scaled by more than 100.
     logits = image_embeds @ text_embeds.T * log_scale.exp().clamp(max=100)
     same = captions[:, None] == captions[None, :]
     same.fill_diagonal_(False)
@@ -106,12 +107,12 @@ class AlignmentConfig:
 def train_alignment(
     image_features: Tensor, text_features: Tensor, captions: Tensor, config: AlignmentConfig, progress: bool = True
 ) -> AlignmentModel:
-    """Fit the two linear layers on pictures and their captions.
+    """Train the two linear layers on images and their captions and return the model.
 
     Args:
-        image_features: one row per picture `(N, Di)`.
+        image_features: one row per image `(N, Di)`.
         text_features: one row per caption `(M, Dt)`.
-        captions: the row of `text_features` that each picture shows `(N,)`, integers.
+        captions: for each image, the row of `text_features` with its caption `(N,)`, integers.
     """
     _check_captions(captions, len(image_features), len(text_features))
     with torch.random.fork_rng(devices=[]):
@@ -138,7 +139,7 @@ def train_alignment(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How often the true caption wins: among all, and among a number of candidates drawn at random."""
+    """How often the true caption ranks first: among all texts, and among randomly sampled candidates."""
 
     recall_at_1: float
     r_precision: float
@@ -147,16 +148,17 @@ class Retrieval:
 
 
 def retrieval(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, candidates: int = 100) -> Retrieval:
-    """Score how often each picture is closest to its own caption.
+    """Compute how often an image is closest to its own caption.
 
-    R-precision (arXiv:1711.10485) ranks the true text among `candidates`, itself and others at random. No
-    draw is needed: a picture that k of the M - 1 other texts beat wins against c - 1 drawn ones with probability
-    C(M - 1 - k, c - 1) / C(M - 1, c - 1), and the mean of these is what draws would estimate. A tie counts as beaten.
+    R-precision (arXiv:1711.10485) ranks the true text among c = `candidates` texts: itself and random others. It is
+    computed exactly, without sampling. If k of the M - 1 other texts beat the true text of an image, the true text
+    wins against c - 1 random ones with probability C(M - 1 - k, c - 1) / C(M - 1, c - 1). The mean of these
+    probabilities is the value that sampling would estimate. A tie counts as beaten.
 
     Args:
         image_embeds: unit vectors `(N, J)`.
         text_embeds: unit vectors of the distinct captions `(M, J)`, M >= candidates.
-        captions: the row of `text_embeds` that each picture was made for `(N,)`, integers.
+        captions: for each image, the row of `text_embeds` that it was generated for `(N,)`, integers.
     """
     _check_captions(captions, len(image_embeds), len(text_embeds))
     if not 2 <= candidates <= len(text_embeds):
@@ -181,7 +183,7 @@ def _check_captions(captions: Tensor, images: int, texts: int) -> None:
 
 
 class SentenceFeatures:
-    """Sentences to the mean of a text encoder's last hidden states over their tokens, e.g. all-MiniLM-L6-v2.
+    """Map sentences to the mean over tokens of a text encoder's last hidden states, e.g. all-MiniLM-L6-v2.
 
     Args:
         model: folder or Hub id for `transformers.AutoModel.from_pretrained`.
@@ -197,7 +199,7 @@ class SentenceFeatures:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Features `(len(texts), D)` float32."""
+        """Return features `(len(texts), D)` float32."""
         parts = []
         for first in range(0, len(texts), self.batch_size):
             batch = list(texts[first : first + self.batch_size])

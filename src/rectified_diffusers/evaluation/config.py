@@ -1,4 +1,4 @@
-"""Options of an evaluation. Imports no torch, so that `--help` answers at once."""
+"""Options of an evaluation. Does not import torch, so that `--help` is fast."""
 
 import math
 from dataclasses import dataclass

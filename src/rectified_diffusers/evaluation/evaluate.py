@@ -1,4 +1,4 @@
-"""Evaluate a text-to-image pipeline against real pictures, row by row, and go on where a killed run stopped."""
+"""Evaluate a text-to-image pipeline against real images, row by row. Resumes after an interrupted run."""
 
 import math
 from collections import defaultdict
@@ -51,15 +51,15 @@ def evaluate(
     name: str,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure a pipeline at each number of steps and add the rows to the evaluation in `output_dir`.
+    """Evaluate a pipeline at each number of steps, and add the rows to the evaluation in `output_dir`.
 
-    Pictures and features are kept in `output_dir/cache` as they come: a killed run goes on from there, and a model
-    that was measured before costs nothing. Call it again with another pipeline to compare the two; it is refused if
-    any setting on which figures depend differs. The folder `cache` may be removed at any time.
+    Images and features are cached in `output_dir/cache` as they are produced: an interrupted run resumes from there,
+    and evaluating the same model again is free. To compare two pipelines, call `evaluate` once for each. It raises
+    ValueError if any setting that affects the metrics differs. The folder `cache` may be removed at any time.
 
     Args:
-        pipeline: a diffusers text-to-image pipeline, flow or diffusion; the latter is solved by DPM-Solver++.
-        name: of the model in the table. A row of the same name, steps and guidance is replaced.
+        pipeline: a diffusers text-to-image pipeline, flow or diffusion. Diffusion pipelines use DPM-Solver++.
+        name: name of the model in the table. A row with the same name, steps and guidance is replaced.
     """
     require_pipeline("evaluate", pipeline, "vae", "scheduler", "components")
     require_type("pictures", pictures, RealPictures, "Open a folder of them: read_pictures(folder, size).")
@@ -85,7 +85,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Run:
-    """What all rows of an evaluation share."""
+    """The configuration and data that all rows of an evaluation share."""
 
     config: EvaluationConfig
     pictures: RealPictures
@@ -94,7 +94,7 @@ class _Run:
     progress: bool
 
     def splits(self) -> dict[str, tuple[str, int | None]]:
-        """Name the parts of the data that are measured, each with its split and the number of its pictures."""
+        """Return split and number of images of each evaluated part of the data, by name."""
         config = self.config
         parts: dict[str, tuple[str, int | None]] = {"seen": (config.seen_split, config.num_pictures)}
         if self.pictures.numbers(config.held_out_split):
@@ -105,7 +105,7 @@ class _Run:
         return choose(self.pictures, *self.splits()[part], seed)
 
     def real_gallery(self, numbers: Sequence[int], label: str) -> Gallery:
-        """Real pictures, of which only the features are kept."""
+        """Return a gallery of real images that stores only their features."""
         folder = self.folder / CACHE / f"real-{digest_of([self.pictures.identity, list(numbers)])}"
         read = lambda first, last: self.pictures.read(numbers[first:last])  # noqa: E731
         return Gallery(folder, len(numbers), read, label=label, keep=False)
@@ -114,7 +114,7 @@ class _Run:
         return self.judges.main.see(self.real_gallery(choice.reference, "real pictures"))
 
     def distances(self, gallery: Gallery, choice: Choice) -> dict[str, float]:
-        """Frechet and kernel distance of a gallery to the real pictures of a choice."""
+        """Return the Frechet and kernel distances of a gallery to the real images of a choice."""
         name = f"distances-{digest_of([choice.reference, self.pictures.identity])}.{self.judges.main.name}.safetensors"
 
         def make() -> dict[str, Tensor]:
@@ -125,11 +125,11 @@ class _Run:
             }
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
 
-        # A root of a matrix of 1,280 or 2,048 rows takes longer than the pictures of a small model.
+        # Cached: the root of a matrix of 1,280 or 2,048 rows takes longer than generating a small model's images.
         return {key: value.item() for key, value in sorted(cached(gallery.folder / name, make).items())}
 
     def measure_real(self) -> dict[str, Interval]:
-        """Figures of real pictures: the floors of the distances, and what a perfect model would have of the others."""
+        """Return the metrics of real images: floors of the distances, and a perfect model's values of the others."""
         values: dict[str, list[float]] = defaultdict(list)
         for seed in self.config.seeds:
             for part in self.splits():
@@ -138,7 +138,7 @@ class _Run:
                 _append(values, part, self.distances(gallery, choice))
                 captions = [self.pictures.captions[number] for number in choice.floor]
                 known, captions = self._unknown_to_judge(part, gallery, captions)
-                if known is gallery or seed == self.config.seeds[0]:  # a whole style is the same for every seed
+                if known is gallery or seed == self.config.seeds[0]:  # images of a style are the same for all seeds
                     _append(values, part, self._agreement(known, captions))
                 if part == "seen" and choice.paired and self.config.diversity_prompts:
                     pairs = torch.stack([self.reference(choice), self.judges.main.see(gallery)], dim=1)
@@ -146,7 +146,7 @@ class _Run:
         return {key: interval_of(figures) for key, figures in values.items()}
 
     def _unknown_to_judge(self, part: str, gallery: Gallery, captions: list[str]) -> tuple[Gallery, list[str]]:
-        """Real pictures for the alignment: those of the style that the judge was not trained on, if there is one."""
+        """Return real images and captions for the alignment: of the style unseen by the scorer, if there is one."""
         style = self.judges.alignment.unseen_style if self.judges.alignment else ""
         numbers = self.pictures.numbers(self.splits()[part][0])
         own = [number for number in numbers if self.pictures.styles[number] == style]
@@ -155,7 +155,7 @@ class _Run:
         return self.real_gallery(own, f"real pictures in style {style}"), [self.pictures.captions[i] for i in own]
 
     def _agreement(self, gallery: Gallery, prompts: Sequence[str]) -> dict[str, float]:
-        """Figures of how well pictures show their prompts."""
+        """Return the metrics of how well images match their prompts."""
         figures = {}
         if self.judges.alignment:
             figures["alignment"] = self.judges.alignment.r_precision(gallery, prompts)
@@ -164,7 +164,7 @@ class _Run:
         return figures
 
     def measure(self, pipeline: Any, model: str, name: str, steps: int, shown: Sequence[str]) -> Row:
-        """Draw a model's pictures and measure them."""
+        """Generate a model's images and return the row with their metrics."""
         config = self.config
         drawer = Drawer(pipeline, steps, config.guidance_scale, config.batch_size)
         work = self.folder / CACHE / f"{model[:12]}-{steps}-{config.guidance_scale:g}"
@@ -229,7 +229,7 @@ class _Run:
 
 
 def _gallery(drawer: Drawer, work: Path, prompts: Sequence[str], seed: str, label: str) -> Gallery:
-    """Pictures of a model, each from the noise of its place in the list."""
+    """Return a gallery of generated images. The noise of each depends on the seed and its index in the list."""
 
     def make(first: int, last: int) -> Tensor:
         return drawer.draw(prompts[first:last], [f"{seed}/{i}" for i in range(first, last)])

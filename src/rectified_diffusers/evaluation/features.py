@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 
 class MobileNetV2Features(nn.Module):
-    """The 1,280 pooled features of an ImageNet MobileNetV2, in ImageNet preprocessing.
+    """Compute the 1,280 pooled features of an ImageNet MobileNetV2, with ImageNet preprocessing.
 
     Args:
-        weights: safetensors file in the layout of torchvision's `mobilenet_v2`; the classifier in it is not used.
-            None: torchvision downloads its own, IMAGENET1K_V1.
-        size: pixels to which images are resized, bilinear with antialiasing. 224 is what the network was trained on.
+        weights: safetensors file in the layout of torchvision's `mobilenet_v2`; its classifier is not used. If None,
+            torchvision downloads its own weights, IMAGENET1K_V1.
+        size: side in pixels to which images are resized (bilinear with antialiasing). The network was trained at 224.
     """
 
     dimensions = 1280
@@ -50,7 +50,7 @@ class MobileNetV2Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, 1280)` float32 of images `(B, 3, H, W)` uint8, on the CPU or wherever the module is."""
+        """Return features `(B, 1280)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
         pixels = images.to(self.get_buffer("mean").device).float()
@@ -61,14 +61,14 @@ class MobileNetV2Features(nn.Module):
 
 
 class InceptionV3Features(nn.Module):
-    """The 2,048 pooled features of the Inception-v3 that the FID (arXiv:1706.08500) is defined by.
+    """Compute the 2,048 pooled features of the Inception-v3 that defines the FID (arXiv:1706.08500).
 
-    The network, its resize to 299 pixels and its preprocessing are torch-fidelity's, which follow the TensorFlow graph
-    of the original.
+    The network, its resize to 299 pixels and its preprocessing come from torch-fidelity, which follows the original
+    TensorFlow graph.
 
     Args:
         weights: safetensors file in the layout of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`, which
-            is that of pytorch-fid too. None: torch-fidelity downloads it.
+            pytorch-fid also uses. If None, torch-fidelity downloads it.
     """
 
     dimensions = 2048
@@ -91,15 +91,15 @@ class InceptionV3Features(nn.Module):
                 ) from error
         else:
             tensors = _read(Path(weights))
-            # A file that torch-fidelity is given it unpickles without restriction: hand it the tensors in the place
-            # of those it would download instead.
+            # torch-fidelity unpickles a weights file without restriction. Instead, pass the tensors in place of its
+            # download.
             with patch.object(library, "load_state_dict_from_url", lambda *args, **kwargs: tensors):
                 self.network = library.FeatureExtractorInceptionV3("inception-v3", ["2048"])
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features `(B, 2048)` float32 of images `(B, 3, H, W)` uint8, on the CPU or wherever the module is."""
+        """Return features `(B, 2048)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
         return self.network(images.to(next(self.network.parameters()).device))[0]
@@ -125,13 +125,14 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 class CLIPScore:
-    """The cosine between CLIP's embedding of a picture and that of its prompt (arXiv:2104.08718, without its factor).
+    """Compute the CLIP embeddings for the CLIP score: the cosine of image and prompt embeddings.
 
-    Figures of different models do not compare; ViT-g-14 with laion2b_s12b_b42k is what the field uses.
+    The score follows arXiv:2104.08718 without its factor. Scores of different CLIP models are not comparable;
+    ViT-g-14 with laion2b_s12b_b42k is what the field uses.
 
     Args:
         model: name of an open_clip model.
-        pretrained: tag of its weights, which open_clip downloads, or a file of them; None for random ones.
+        pretrained: tag of weights that open_clip downloads, or a weights file. None: random weights.
     """
 
     def __init__(self, model: str, pretrained: str | None, device: torch.device | str = "cpu") -> None:
@@ -153,7 +154,7 @@ class CLIPScore:
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """Unit vectors `(B, J)` of images `(B, 3, H, W)` uint8, resized and cropped as the model was trained."""
+        """Return unit vectors `(B, J)` of images `(B, 3, H, W)` uint8, resized and cropped as in CLIP's training."""
         from torchvision.transforms.v2.functional import to_pil_image
 
         pixels = torch.stack([self.preprocess(to_pil_image(image)) for image in images.cpu()])
@@ -161,7 +162,7 @@ class CLIPScore:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Unit vectors `(len(texts), J)`."""
+        """Return unit vectors `(len(texts), J)`."""
         parts = []
         for first in range(0, len(texts), batch_size):
             tokens = self.tokenizer(list(texts[first : first + batch_size])).to(self.device)
@@ -170,7 +171,7 @@ class CLIPScore:
 
 
 def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
-    """Mean cosine of pairs (picture i, prompt i), unit vectors `(N, J)` each."""
+    """Return the mean cosine of the pairs (image i, prompt i), given unit vectors `(N, J)` each."""
     if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2 or len(image_embeds) == 0:
         raise ValueError(
             "the CLIP score needs one embedded prompt per picture, "

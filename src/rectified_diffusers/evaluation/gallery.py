@@ -1,4 +1,4 @@
-"""Pictures of a pipeline from noise that depends on nothing but a seed, kept on the disk as they come."""
+"""Generate a pipeline's images from noise that depends only on a seed, and store them on disk as they are produced."""
 
 import copy
 import hashlib
@@ -19,15 +19,15 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.seeds import generator_of
 
-CHUNK = 64  # pictures in a file, and what a killed run loses at most
+CHUNK = 64  # images per file, the most that an interrupted run loses
 _TIMED = 5
 
 
 def for_evaluation(pipeline: Any) -> Any:
-    """Copy a pipeline, sharing its models, to be evaluated: its own progress bar hidden, no safety checker.
+    """Return a copy of a pipeline for evaluation that shares its models, without progress bar and safety checker.
 
-    A diffusion pipeline gets DPM-Solver++, the solver of the triplets. A safety checker would put black pictures among
-    the others, which distances of distributions punish out of proportion.
+    A diffusion pipeline gets DPM-Solver++, the solver used for triplets. A safety checker would insert black images,
+    which affect distribution distances disproportionately.
     """
     adapted = copy.copy(pipeline)
     config = pipeline.scheduler.config
@@ -40,7 +40,7 @@ def for_evaluation(pipeline: Any) -> Any:
 
 
 def fingerprint(pipeline: Any) -> str:
-    """Digest all weights of a pipeline, its scheduler and its class: equal ones draw equal pictures."""
+    """Return a digest of a pipeline's class, scheduler and weights. Equal digests imply equal images."""
     digest = hashlib.blake2b(type(pipeline).__name__.encode(), digest_size=16)
     scheduler = {name: str(value) for name, value in pipeline.scheduler.config.items()}
     digest.update(json.dumps([type(pipeline.scheduler).__name__, scheduler], sort_keys=True).encode())
@@ -48,14 +48,14 @@ def fingerprint(pipeline: Any) -> str:
         if isinstance(model, nn.Module):
             for name, tensor in sorted(model.state_dict().items()):
                 digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                if not tensor.is_meta:  # put away by offloading
+                if not tensor.is_meta:  # moved there by offloading
                     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Drawer:
-    """A pipeline with the settings that it draws with."""
+    """A pipeline with its generation settings."""
 
     pipeline: Any
     steps: int
@@ -63,7 +63,7 @@ class Drawer:
     batch_size: int = 16
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[str]) -> Tensor:
-        """Draw one picture per prompt and seed, `(N, 3, H, W)` uint8 on the CPU."""
+        """Generate one image per prompt and seed, `(N, 3, H, W)` uint8 on the CPU."""
         parts = []
         for first in range(0, len(prompts), self.batch_size):
             batch = slice(first, first + self.batch_size)
@@ -78,7 +78,7 @@ class Drawer:
         return torch.cat(parts)
 
     def seconds_per_image(self, prompts: Sequence[str]) -> float:
-        """Median time of a single picture from prompt to pixels, after one to warm up."""
+        """Return the median time in seconds of a single image from prompt to pixels, after one warm-up image."""
         times = []
         for i in range(_TIMED + 1):
             begin = time.perf_counter()
@@ -88,12 +88,12 @@ class Drawer:
 
 
 class Gallery:
-    """Pictures in chunks, and their features: what is on the disk is read, what is not is made and put there.
+    """Images in chunks, and their features, cached on disk: missing files are generated and stored.
 
     Args:
-        folder: of these pictures alone; its name should digest all that they depend on.
-        make: pictures `(last - first, 3, H, W)` uint8 of numbers first to last.
-        keep: whether pictures are put on the disk, or their features only.
+        folder: folder for these images only. Its name should be a digest of everything that they depend on.
+        make: returns images `(last - first, 3, H, W)` uint8 for the indices from `first` to `last`, exclusive.
+        keep: whether to store the images; if False, only their features are stored.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Gallery:
         self.folder, self.count, self.make, self.label, self.keep = folder, count, make, label, keep
 
     def pictures(self, first: int) -> Tensor:
-        """Give the chunk that begins with picture `first`."""
+        """Return the chunk that starts with image `first`."""
         last = min(first + CHUNK, self.count)
         if not self.keep:
             return self.make(first, last)
@@ -110,10 +110,10 @@ class Gallery:
         return cached(path, lambda: {"images": self.make(first, last)})["images"]
 
     def see(self, name: str, features: Callable[[Tensor], Tensor], progress: bool = False) -> Tensor:
-        """Give the features `(N, D)` of all pictures.
+        """Return the features `(N, D)` of all images.
 
         Args:
-            name: of the features, in the names of the files.
+            name: name of the features, used in file names.
         """
         paths = {first: self.folder / f"{first:06}.{name}.safetensors" for first in range(0, self.count, CHUNK)}
         missing = [first for first, path in paths.items() if not path.exists()]
@@ -129,7 +129,7 @@ class Gallery:
 
 
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Give the tensors in a safetensors file, which is made if it is not there; it is there whole or not at all."""
+    """Return the tensors in a safetensors file, which is written atomically with `make` if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -142,5 +142,5 @@ def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
 
 
 def digest_of(value: Any) -> str:
-    """Digest anything that JSON can say, for the name of a folder."""
+    """Return a digest of any JSON value, for use as a folder name."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,7 +1,7 @@
-"""Distances between sets of features: Frechet, kernel; diversity within a caption; intervals over seeds.
+"""Compute Frechet and kernel distances between feature sets, diversity per caption, and intervals over seeds.
 
-The features are any callable on uint8 images; Inception-v3 makes the Frechet distance the FID (arXiv:1706.08500).
-Values of different features or sample sizes do not compare.
+Features can be any callable on uint8 images. With Inception-v3, the Frechet distance is the FID (arXiv:1706.08500).
+Values for different features or sample sizes are not comparable.
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Features = Callable[[Tensor], Tensor]
-"""Images `(B, 3, H, W)` uint8 to features `(B, D)`."""
+"""Maps images `(B, 3, H, W)` uint8 to features `(B, D)`."""
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come batch by batch, accumulated in float64.
+    """Accumulate mean and covariance of features batch by batch, in float64.
 
     Batches are merged as in Chan, Golub and LeVeque (1983): sums of squares about the running mean, so that a large
-    mean costs no digits.
+    mean costs no precision.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -30,7 +30,7 @@ class FeatureStatistics:
         self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
 
     def update(self, features: Tensor) -> None:
-        """Take in features `(B, D)` of any device and floating dtype."""
+        """Add features `(B, D)`, on any device and of any floating-point dtype."""
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features must be (B, {len(self.mean)}), got {tuple(features.shape)}.")
         if not torch.isfinite(features).all():
@@ -48,14 +48,14 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased covariance `(D, D)`, float64."""
+        """Return the unbiased covariance `(D, D)`, float64."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.count}.")
         return self._scatter / (self.count - 1)
 
 
 def statistics_of(features: Iterable[Tensor]) -> FeatureStatistics:
-    """Accumulate batches of features `(B, D)`."""
+    """Return the statistics of batches of features `(B, D)`."""
     statistics = None
     for batch in features:
         statistics = statistics or FeatureStatistics(batch.shape[-1])
@@ -66,11 +66,12 @@ def statistics_of(features: Iterable[Tensor]) -> FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Squared Frechet (2-Wasserstein) distance of the Gaussians with these means and covariances.
+    """Return the squared Frechet (2-Wasserstein) distance of the Gaussians with these means and covariances.
 
     |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2), Eq. (6) of arXiv:1706.08500. The last trace is the sum of the
-    singular values of C1^(1/2) C2^(1/2): it needs no root of a product that is not symmetric, and fewer images than
-    dimensions (a singular covariance) cost no digits. Never negative: what rounding leaves below 0 is returned as 0.
+    singular values of C1^(1/2) C2^(1/2). This needs no root of a product that is not symmetric, and loses no precision
+    with fewer images than dimensions (a singular covariance). Never negative: values below 0 from rounding are
+    returned as 0.
     """
     if len(first.mean) != len(second.mean):
         raise ValueError(
@@ -84,14 +85,17 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _square_root(covariance: Tensor) -> Tensor:
-    """Symmetric square root of a positive semidefinite matrix; eigenvalues below 0 are rounding and count as 0."""
+    """Return the symmetric square root of a positive semidefinite matrix.
+
+    Eigenvalues below 0 come from rounding and count as 0.
+    """
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Mean over subsets of the squared maximum mean discrepancy, and its standard deviation between them."""
+    """Mean and standard deviation of the squared maximum mean discrepancy over subsets."""
 
     mean: float
     std: float
@@ -100,9 +104,10 @@ class KernelDistance:
 
 
 def squared_discrepancy(first: Tensor, second: Tensor) -> float:
-    """Unbiased squared MMD of features `(N, D)` and `(M, D)` under k(x, y) = (x . y / D + 1)^3.
+    """Return the unbiased squared MMD of features `(N, D)` and `(M, D)` with kernel k(x, y) = (x . y / D + 1)^3.
 
-    Means of k within both sets, without the pairs of a feature with itself, less twice the mean between them.
+    It is the sum of the means of k within each set, excluding pairs of a feature with itself, minus twice the mean of
+    k between the sets.
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(
@@ -118,9 +123,9 @@ def squared_discrepancy(first: Tensor, second: Tensor) -> float:
 def kernel_distance(
     first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Estimate the squared MMD over random subsets, as the KID is reported: 100 subsets of 1,000 features.
+    """Estimate the squared MMD over random subsets, by default 100 subsets of 1,000 features as the KID is reported.
 
-    Sets that are smaller than `subset_size` are taken whole, once.
+    If both sets have the same size of at most `subset_size`, the full sets are used once.
     """
     size = min(subset_size, len(first), len(second))
     if size == len(first) == len(second):
@@ -144,13 +149,13 @@ def _mean_of_pairs(x: Tensor) -> Tensor:
 
 
 def diversity(features: Tensor) -> float:
-    """Mean cosine distance between pictures of one prompt, over all pairs of them and all prompts; in [0, 2].
+    """Return the mean cosine distance between images of one prompt, over all pairs and all prompts; in [0, 2].
 
-    0 is one picture over and over. Compare it with the figure of real pictures, not with 1: a model can be too
-    diverse, too, and noise is.
+    0 means identical images. Compare the value with that of real images, not with 1: a model can also be too diverse,
+    as noise is.
 
     Args:
-        features: of `M` pictures of each of `P` prompts, `(P, M, D)`.
+        features: features `(P, M, D)` of `M` images for each of `P` prompts.
     """
     if features.ndim != 3 or features.shape[1] < 2 or len(features) == 0:
         raise ValueError(f"features must be (P, M, D) with at least 2 pictures a prompt, got {tuple(features.shape)}.")
@@ -165,12 +170,12 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of a figure over seeds, with the half width of its 95% confidence interval.
+    """The mean of a metric over seeds, with the half width of its 95% confidence interval.
 
     Attributes:
-        half_width: t * s / sqrt(n), with Student's t of n - 1 degrees of freedom; None for a single seed, which says
-            nothing about the spread.
-        values: the figure of each seed.
+        half_width: t * s / sqrt(n), with Student's t for n - 1 degrees of freedom. None for a single seed, which
+            gives no information about the spread.
+        values: the metric's value for each seed.
     """
 
     mean: float
@@ -178,13 +183,13 @@ class Interval:
     values: tuple[float, ...]
 
     def __format__(self, spec: str) -> str:
-        """Format mean and half width with one spec: `f"{interval:.1f}"` is `21.4 ± 0.3`."""
+        """Format mean and half width with the same spec: `f"{interval:.1f}"` is `21.4 ± 0.3`."""
         mean = format(self.mean, spec)
         return mean if self.half_width is None else f"{mean} ± {format(self.half_width, spec)}"
 
 
 def interval_of(values: Sequence[float]) -> Interval:
-    """Give the interval of a figure from its values, one per seed."""
+    """Return the interval of a metric from its values, one per seed."""
     if not values:
         raise ValueError("an interval needs the figure of at least one seed, got none.")
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: paths over t, straightness per bin, one seed across models, quality against steps."""
+"""Plot an evaluation: paths over t, straightness per bin, one seed across models, quality against steps."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _CURVES = ("frechet_distance_seen", "frechet_distance_held_out", "alignment_seen
 
 
 def write_plots(folder: str | Path) -> list[Path]:
-    """Plot the evaluation in a folder into its `plots/`; what it has no figures for is left out.
+    """Plot the evaluation in a folder and write the plots to its `plots/`. Plots without data are omitted.
 
     Returns:
-        The PNG files.
+        The paths of the PNG files.
     """
     folder = Path(folder)
     report = Evaluation.read(folder)
@@ -43,9 +43,9 @@ def write_plots(folder: str | Path) -> list[Path]:
 
 
 def plot_trajectories(paths: Mapping[str, Trajectories]) -> "Figure":
-    """Plot numbers of the latent above, of the picture below, over t; a column per model.
+    """Plot values of the latent (top) and of the image (bottom) over t, one column per model.
 
-    Behind each path is its chord, pale and dashed: where the flow is straight the two are one.
+    A pale dashed chord is drawn behind each path. For a straight flow the two coincide.
     """
     columns = len(paths)
     figure = _new_figure(3.4 * columns + 0.6, 5.6)
@@ -66,10 +66,10 @@ def plot_trajectories(paths: Mapping[str, Trajectories]) -> "Figure":
 
 
 def plot_straightness(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> "Figure":
-    """Plot the integrand of S(Z) over t, one line of steps per model.
+    """Plot the integrand of S(Z) over t, one step line per model.
 
     Args:
-        bins: mean of the integrand per bin and the bounds of the bins, by name of the model.
+        bins: maps the model's name to the mean of the integrand per bin and the bin edges.
     """
     figure = _new_figure(6.4, 4)
     axis = figure.subplots()
@@ -84,10 +84,10 @@ def plot_straightness(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]
 
 
 def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure":
-    """Show pictures from the same noise: a row per model, a column per prompt.
+    """Plot images generated from the same noise: one row per model, one column per prompt.
 
     Args:
-        pictures: `(len(prompts), 3, H, W)` uint8 by name of the model.
+        pictures: maps the model's name to images `(len(prompts), 3, H, W)` uint8.
     """
     rows, columns = len(pictures), len(prompts)
     figure = _new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
@@ -107,7 +107,7 @@ def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure
 def plot_quality(report: Evaluation) -> "Figure":
     """Plot Frechet distance and alignment against the number of steps, with intervals over seeds.
 
-    The dashed lines are what real pictures have: the floor of the distance.
+    Dashed lines are the values of real images: for the distance, its floor.
     """
     keys = [key for key in _CURVES if any(key in row.figures for row in report.rows)]
     figure = _new_figure(max(4.6 * len(keys), 6.4), 4.4)
@@ -118,7 +118,7 @@ def plot_quality(report: Evaluation) -> "Figure":
         for i, (name, rows) in enumerate(curves.items()):
             means = [row.figures[key].mean for row in rows]
             errors = [row.figures[key].half_width or 0.0 for row in rows]
-            # Side by side, so that intervals at one number of steps do not hide each other.
+            # Offset the curves so that intervals at the same number of steps do not overlap.
             steps = [row.steps * 2 ** (0.1 * (i - (len(curves) - 1) / 2)) for row in rows]
             axis.errorbar(steps, means, errors, marker="o", capsize=3, color=f"C{i % 10}", label=name)
         if key in report.real:
@@ -132,7 +132,7 @@ def plot_quality(report: Evaluation) -> "Figure":
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    """Make a figure that belongs to no window and no global state."""
+    """Return a figure without a window or global state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -166,7 +166,7 @@ def _quality_of(report: Evaluation) -> "Figure | None":
 
 
 def _one_per_model(report: Evaluation) -> list[Row]:
-    """Give a row per name and guidance, of those that were measured with more steps than one."""
+    """Return one row per name and guidance that has straightness values, which need more than one step."""
     found: dict[tuple[str, float], Row] = {}
     for row in report.rows:
         if row.per_bin:
@@ -175,13 +175,13 @@ def _one_per_model(report: Evaluation) -> list[Row]:
 
 
 def _title(row: Row, report: Evaluation) -> str:
-    """Name a row, with its guidance if the name has several."""
+    """Return the title of a row, including the guidance if rows of this name have several."""
     scales = {other.guidance_scale for other in report.rows if other.name == row.name}
     return f"{row.name}, guidance {row.guidance_scale:g}" if len(scales) > 1 else row.name
 
 
 def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows into curves over the steps."""
+    """Group rows into curves over the number of steps, by title."""
     curves: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         curves[row.name, row.guidance_scale].append(row)

@@ -1,4 +1,4 @@
-"""What an evaluation found: rows of figures as JSON, to be read again and added to, and as a Markdown table."""
+"""Store the results of an evaluation: rows of metrics as JSON, which can be extended, and as a Markdown table."""
 
 import json
 import os
@@ -44,14 +44,14 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of one model at one number of steps.
+    """The metrics of one model at one number of steps.
 
     Attributes:
-        model: digest of its weights.
-        per_bin, edges: the integrand of S(Z) per bin of t, mean over seeds, and the bounds of the bins; see
-            `straightness.Straightness`. Empty where it was not measured.
-        gallery: folder of its pictures of the first seed, relative to the report's.
-        trajectories: file of its trajectories, relative to the report's; empty where none were followed.
+        model: digest of the model's weights.
+        per_bin, edges: the integrand of S(Z) per bin of t, mean over seeds, and the bin edges; see
+            `straightness.Straightness`. Empty if not measured.
+        gallery: folder of the model's images for the first seed, relative to the report's folder.
+        trajectories: file of the model's trajectories, relative to the report's folder; empty if not recorded.
     """
 
     name: str
@@ -72,12 +72,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows that compare: made of the same captions and noise, seen by the same judges.
+    """Comparable rows: the same captions and noise, measured by the same scorers.
 
     Attributes:
-        settings: all that the figures depend on besides the model.
-        real: figures of real pictures; of the distances, the floor that real pictures have from each other.
-        prompts: the first captions of the first seed, those of the grids.
+        settings: all settings that affect the metrics, besides the model.
+        real: metrics of real images. For the distances, this is the floor: the distance between sets of real images.
+        prompts: the first captions of the first seed, used in the grids.
     """
 
     settings: dict[str, Any]
@@ -87,13 +87,13 @@ class Evaluation:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def with_row(self, row: Row) -> "Evaluation":
-        """Add a row, or put it in the place of the one with its name, steps and guidance."""
+        """Return the evaluation with a row added. It replaces a row with the same name, steps and guidance."""
         if any(old.key == row.key for old in self.rows):
             return replace(self, rows=tuple(row if old.key == row.key else old for old in self.rows))
         return replace(self, rows=(*self.rows, row))
 
     def write(self, folder: Path) -> None:
-        """Write both files, each as a whole."""
+        """Write the JSON and Markdown files, each atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((FILE, json.dumps(asdict(self), indent=2) + "\n"), (TABLE, self.as_markdown())):
             partial = folder / f"{name}.{os.getpid()}.tmp"
@@ -102,7 +102,7 @@ class Evaluation:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Evaluation":
-        """Read what `write` wrote."""
+        """Read an evaluation that `write` wrote."""
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}; give a folder that `evaluate` has written.")
@@ -114,7 +114,7 @@ class Evaluation:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> "Evaluation":
-        """Begin a report, or go on with the one in the folder, which must have the same settings."""
+        """Return the evaluation in the folder, which must have the same settings, or a new one if there is none."""
         settings = json.loads(json.dumps(settings))  # tuples are lists in the file
         if not (folder / FILE).exists():
             return cls(settings)
@@ -128,7 +128,7 @@ class Evaluation:
         return found
 
     def as_markdown(self) -> str:
-        """Give the table; the floor stands beside every Frechet distance."""
+        """Return the Markdown table and its notes. Each Frechet distance is shown with its floor."""
         keys = [key for key in FIGURES if any(key in figures for figures in self._all_figures())]
         heads = ["", "steps", "guidance", *(FIGURES[key][0] for key in keys), "s / image"]
         lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -181,13 +181,13 @@ class Evaluation:
 
 
 def provenance(device: Any) -> dict[str, Any]:
-    """Say what machine and which releases an evaluation ran on, and when."""
+    """Return the machine, the date and the package versions of an evaluation."""
     versions = []
     for package in _PACKAGES:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            continue  # an optional one
+            continue  # an optional package
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text(encoding="utf-8")) if info.is_file() else None
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Networks that look at pictures: loaded when they are first needed, and named by what their features depend on."""
+"""Scorer networks for images, loaded on first use and named after everything that their features depend on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ CANDIDATES = 100
 
 
 class Judge:
-    """Features of pictures by a network that is loaded on first use: what is cached needs none."""
+    """Compute image features with a network that is loaded on first use. Cached features do not load it."""
 
     def __init__(self, name: str, load: Callable[[], Callable[[Tensor], Tensor]], progress: bool) -> None:
         self.name, self._load, self.progress = name, load, progress
@@ -29,7 +29,7 @@ class Judge:
         return self._load()
 
     def see(self, gallery: Gallery) -> Tensor:
-        """Features `(N, D)` of a gallery."""
+        """Return the features `(N, D)` of a gallery."""
         return gallery.see(self.name, lambda images: self._network(images), self.progress)
 
 
@@ -43,10 +43,10 @@ def inception_judge(weights: Path | None, device: Any, progress: bool) -> Judge:
 
 
 class AlignmentJudge:
-    """The judge of examples/emoji/alignment.py: pictures find their caption among all captions of the data.
+    """The scorer trained by examples/emoji/alignment.py: retrieves an image's caption among all captions of the data.
 
     Attributes:
-        unseen_style: the style of pictures that the judge was not trained on; empty if its folder names none.
+        unseen_style: the image style that the scorer was not trained on; empty if its folder names none.
     """
 
     def __init__(self, config: EvaluationConfig, captions: Sequence[str], work: Path, device: Any, bar: bool) -> None:
@@ -73,7 +73,7 @@ class AlignmentJudge:
 
 
 class CLIPJudge:
-    """The CLIP score of pictures and their prompts."""
+    """Compute the CLIP score of images and their prompts."""
 
     def __init__(self, config: EvaluationConfig, device: Any, progress: bool) -> None:
         self.model, self.pretrained, self.device = config.clip_model or "", config.clip_pretrained, device
@@ -90,7 +90,7 @@ class CLIPJudge:
 
 
 class Judges:
-    """All that an evaluation was asked to look with."""
+    """All scorers that an evaluation is configured with."""
 
     def __init__(
         self, config: EvaluationConfig, captions: Sequence[str], work: Path, device: Any, progress: bool
@@ -104,7 +104,7 @@ class Judges:
         self.clip = CLIPJudge(config, device, progress) if config.clip_model else None
 
     def names(self) -> dict[str, str | None]:
-        """Name what the figures depend on."""
+        """Return the names of the scorers that the metrics depend on."""
         return {
             "features": self.main.name,
             "alignment": self.alignment and self.alignment.name,
@@ -113,7 +113,7 @@ class Judges:
 
 
 def _name_of(weights: Path | None) -> str:
-    """Digest a file of weights; `published` are those that a library downloads."""
+    """Return a digest of a weights file, or `published` for None: the weights that a library downloads."""
     if weights is None:
         return "published"
     if not Path(weights).is_file():

@@ -1,10 +1,10 @@
-"""How straight a flow is: S(Z), and the velocity of a pipeline to measure it with.
+"""Measure the straightness S(Z) of a flow or of a pipeline.
 
     S(Z) = integral over t in [0, 1] of E |(Z_1 - Z_0) - v(Z_t, t)|^2 dt        (arXiv:2209.03003, arXiv:2309.06380)
 
-Zero if and only if every path is a straight line travelled at constant speed: then one Euler step is exact. Here
-|.|^2 is the mean over the dimensions of a latent, not the sum, so that sizes of latents can be compared; multiply by
-C * H * W for the formula as printed.
+It is zero if and only if every path is a straight line traversed at constant speed; one Euler step is then exact. Here
+|.|^2 is the mean over the dimensions of a latent, not the sum, so that values for different latent sizes are
+comparable. Multiply by C * H * W for the formula as printed.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from rectified_diffusers.models.velocity import PipelineVelocity
 
 @dataclass(frozen=True)
 class Straightness:
-    """S(Z) per dimension, an estimate over `count` paths.
+    """S(Z) per dimension, estimated over `count` paths.
 
     Attributes:
         total: the integral over [edges[0], edges[-1]].
-        per_bin: mean of the integrand in each bin of t. `total` is the sum of these times the widths of the bins.
-        edges: bounds of the bins, one more than bins. The first is above 0 for a diffusion model, whose schedule
-            begins there: the part before it is left out, which is to the diffusion model's advantage.
+        per_bin: mean of the integrand in each bin of t. `total` is the sum of these times the bin widths.
+        edges: bin edges, one more than bins. For a diffusion model, the first edge is above 0, where its schedule
+            starts. The part before it is excluded, which favors the diffusion model.
         count: number of paths.
     """
 
@@ -44,12 +44,12 @@ def straightness(
 ) -> Straightness:
     """Estimate S(Z) over the Euler trajectories of `velocity` from `noise`, with `steps` evaluations.
 
-    On part of the time, the displacement is divided by its duration: (Z_end - Z_start) / (end - start).
+    Over part of the time interval, the displacement is divided by its duration: (Z_end - Z_start) / (end - start).
 
     Args:
-        velocity: v(x, t) of x `(B, ...)` and t `(B,)`.
+        velocity: v(x, t) for x `(B, ...)` and t `(B,)`.
         noise: the state at `start`, `(B, ...)`.
-        steps: Euler steps, a multiple of `bins`. One step is straight by construction: use many.
+        steps: number of Euler steps, a multiple of `bins`. Use many: a single step is straight by construction.
         start, end: flow times, start < end.
     """
     if bins < 1 or steps < 2 or steps % bins:
@@ -60,7 +60,7 @@ def straightness(
         raise ValueError(f"noise must be (B, ...) with B at least 1, got {tuple(noise.shape)}.")
     duration = end - start
     trajectory = euler(velocity, noise, steps, start, end, return_trajectory=True).double()  # (steps + 1, B, ...)
-    velocities = trajectory.diff(dim=0) * (steps / duration)  # an Euler step is dt * v: no need to ask v again
+    velocities = trajectory.diff(dim=0) * (steps / duration)  # an Euler step is dt * v: no need to evaluate v again
     deviation = velocities - (trajectory[-1] - trajectory[0]) / duration
     integrand = deviation.square().flatten(1).mean(dim=1)  # (steps,), mean over paths and dimensions
     per_bin = integrand.view(bins, -1).mean(dim=1)
@@ -69,7 +69,7 @@ def straightness(
 
 
 def pool(parts: Sequence[Straightness]) -> Straightness:
-    """Merge estimates over several batches of paths into one over all of them."""
+    """Return one estimate over all paths from estimates over several batches."""
     if not parts or any(part.edges != parts[0].edges for part in parts):
         raise ValueError(f"pool needs estimates over the same bins, got edges {sorted({p.edges for p in parts})}.")
     count = sum(part.count for part in parts)
@@ -93,9 +93,9 @@ def pipeline_straightness(
 ) -> Straightness:
     """Estimate S(Z) of a text-to-image pipeline, flow or diffusion, over one path per prompt.
 
-    The pipeline is of a family that `Denoiser.of` knows, at its default size or at one given in pixels. Noise comes
-    from `seed` on the CPU, the same for any pipeline with latents of this shape. A diffusion pipeline is measured from
-    where its schedule begins, see `Straightness.edges`.
+    The pipeline must be of a family that `Denoiser.of` supports. Images have its default size unless `height` and
+    `width` are given in pixels. Noise is sampled from `seed` on the CPU, the same for all pipelines with latents of
+    this shape. A diffusion pipeline is measured from the start of its schedule, see `Straightness.edges`.
     """
     shape = latent_shape(pipeline, height, width)
     noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""How single numbers of a picture change over t: straight lines for a straight flow, bends for a curved one."""
+"""Record how single values of an image change over t: straight lines for a straight flow, curves for a curved one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from rectified_diffusers.models.velocity import PipelineVelocity
 
 @dataclass(frozen=True)
 class Trajectories:
-    """One path from noise to data, of which some numbers are followed.
+    """Selected values along one path from noise to data.
 
     Attributes:
         t: flow times `(T,)`.
-        latents: values of some positions of the latent `(T, K)`.
-        pixels: values in [0, 1] of some positions of the picture that the VAE decodes from the state `(T, K)`.
+        latents: values at selected positions of the latent `(T, K)`.
+        pixels: values in [0, 1] at selected positions of the image that the VAE decodes from the state `(T, K)`.
     """
 
     t: Tensor
@@ -30,13 +30,13 @@ class Trajectories:
 def trajectories(
     pipeline: Any, prompt: str, guidance_scale: float = 1.0, steps: int = 25, values: int = 20, seed: int = 0
 ) -> Trajectories:
-    """Follow some numbers along the Euler path of a text-to-image pipeline, flow or diffusion.
+    """Record selected values along the Euler path of a text-to-image pipeline, flow or diffusion.
 
-    Noise and positions come from the seed on the CPU: for pipelines with latents and pictures of one size they are
-    the same. A diffusion pipeline is followed from where its schedule begins.
+    Noise and positions are sampled from the seed on the CPU: they are the same for pipelines with latents and images
+    of the same size. A diffusion pipeline is recorded from the start of its schedule.
 
     Args:
-        values: numbers followed, of the latent and of the picture each.
+        values: number of values to record, of the latent and of the image each.
     """
     noise = torch.randn(1, *latent_shape(pipeline), generator=torch.Generator().manual_seed(seed))
     velocity = PipelineVelocity.of(pipeline, [prompt], guidance_scale)
@@ -48,14 +48,14 @@ def trajectories(
 
 
 def _decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Decode VAE-scaled latents to pictures `(B, 3, H, W)` in [0, 1]."""
+    """Decode VAE-scaled latents to images `(B, 3, H, W)` in [0, 1]."""
     vae = pipeline.vae
     latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
     return (vae.decode(latents.to(vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
 
 
 def _follow(states: Tensor, values: int, seed: int) -> Tensor:
-    """Take some positions, drawn from the seed, of every state `(T, ...)`: `(T, K)` float32 on the CPU."""
+    """Return `(T, K)` float32 values on the CPU: K positions, sampled from the seed, of every state `(T, ...)`."""
     flat = states.flatten(1).float().cpu()
     generator = torch.Generator().manual_seed(seed)
     return flat[:, torch.randperm(flat.shape[1], generator=generator)[:values]]
