@@ -1,4 +1,4 @@
-"""The figure of `sharpness.py`, from its results."""
+"""Plot the results of `sharpness.py`."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The toys of `sharpness.py`: data that is a mixture of Gaussians, small networks, two teachers, one training loop."""
+"""Toy models of `sharpness.py`: Gaussian-mixture data, small networks, two teachers, one training loop."""
 
 import copy
 import hashlib
