@@ -57,7 +57,7 @@ def named(kind: str, folders: list[Path]) -> list[tuple[str, Path]]:
 
 
 def measure(args: argparse.Namespace) -> Evaluation:
-    """Evaluate the models into one folder."""
+    """Evaluate all models in one folder."""
     models = [
         ("diffusion teacher", args.teacher, (25,), args.teacher_guidance),
         *((name, folder, (25, 1), args.reflow_guidance) for name, folder in named("2-RF", args.reflow)),
