@@ -1,17 +1,17 @@
-"""What each option of the training is worth for a one-step model: alone, and the best of each kind together.
+"""Measure the effect of each training option on a one-step model: alone, and the best of each kind together.
 
     python benchmarks/ablation.py --teacher work/teacher --data work/data --prompts work/prompts.txt \\
         --weights work/weights --alignment work/alignment --budget cpu
 
 The base is the row `2-RF + distillation` of table.py: the paper's setting, with the learning rates of the budget.
-Every variant changes one option of it and has the same number of training examples; a finish takes its share of that
-from the stages before it, and has fewer examples as each is more work. A variant that is the base, as one of the
-initialisations is, has no row. The last row has of each kind the variant with the lowest Frechet distance (seen
-captions, mean over the seeds), where one is below the base. Resumable, as table.py is, and sharing its work folder:
-what table.py has trained is not trained again.
+Every variant changes one option of the base and has the same number of training examples. A distribution-matching
+stage takes its share of the budget from the stages before it, and has fewer examples because each costs more. A
+variant equal to the base, as one of the initializations is, has no row. The last row combines, for each kind, the
+variant with the lowest Frechet distance (seen captions, mean over the seeds), if it is below the base. The script is
+resumable and shares the work folder of table.py: models that table.py has trained are not trained again.
 
-Of the EMA, only decays of 0.9 and less differ at a small budget: diffusers' average keeps (1 + n) / (10 + n) of itself
-at step n, if that is less than the decay.
+At a small budget only EMA decays of 0.9 and less differ: diffusers' average keeps (1 + n) / (10 + n) of itself at step
+n, if that is less than the decay.
 """
 
 import argparse
@@ -51,13 +51,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "a quarter, with real pictures": {"finish": {"share": "1/4", "real": True}},
     },
 }
-"""By kind and name, the options that a variant changes: of the stages of a trainer, of the distillation by its loss in
-the base, of all of them, the number of triplets or the share of real ones, or the share of the budget that a finish
-has and whether it sees real pictures."""
+"""The options that a variant changes, by kind and name: those of a trainer's stages, of the distillation stage with
+this loss in the base, or of all stages; the number of triplets or the share of real ones; or the budget share of a
+distribution-matching stage, and whether it sees real images."""
 
 
 def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
-    """Give the base with some options changed."""
+    """Return the base with some options changed."""
     stages = []
     for stage in base.stages:
         key = stage.method if stage.method == "reflow" else stage.options["loss"]
@@ -73,7 +73,7 @@ def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
 
 
 def lines_of(kinds: list[str], initialisation: str = "weights") -> dict[str, Line]:
-    """Give the base and the variants of some kinds, by kind and name, but for those that are the base."""
+    """Return the base and the variants of some kinds, by kind and name, except those equal to the base."""
     lines = {"base": replace(ROWS[BASE], name="base: " + ROWS[BASE].name)}
     for kind in kinds:
         for name, changes in VARIANTS[kind].items():

@@ -1,13 +1,13 @@
-"""How long the first answer takes: importing, --help, and the first picture of the bundled model, in new processes.
+"""Measure startup times in new processes: import, --help, and the first image of the bundled model.
 
     python benchmarks/cold_start.py
     python benchmarks/cold_start.py --device cuda --model sd15    # a saved pipeline of random weights, also compiled
 
-Medians of --rounds new processes each, with the files in the system's cache; the targets are those of the project.
-With --imports, the packages that the first picture spends most of its imports on. With --model, what each process
-spends on imports, on loading a pipeline of that shape from 16-bit files to the device, and on its first picture: as it
-is, optimized, and compiled. Compiled code stays in torch's cache on the disk, so that a second process compiles less;
-the first one compiles everything if the cache was empty, which the report says.
+Reports medians over --rounds new processes, with the files in the system's cache, next to the project's targets.
+--imports also reports the packages with the longest import times before the first image. --model measures, for each
+process, the imports, loading a pipeline of that shape from 16-bit files to the device, and the first image: eager,
+optimized, and compiled. Compiled code stays in torch's cache on disk, so a second process compiles less. The first one
+compiles everything if the cache was empty, which the report says.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def run(words: list[str], threads: int) -> str:
 
 
 def imports(words: list[str], threads: int) -> list[tuple[str, float]]:
-    """Seconds that each package's own modules took to import, most first; the bookkeeping is in them."""
+    """Return the import seconds of each package's own modules, longest first, including the cost of measuring."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     words = [words[0], "-X", "importtime", *words[1:]]
     told = subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stderr
@@ -114,7 +114,7 @@ def compile_cache() -> Path:
 
 
 def measure_model(args: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Load and draw in new processes; `save` is called after each."""
+    """Load and generate in new processes; call `save` after each."""
     results |= {"stages": [], "compile cache": "filled" if compile_cache().exists() else "empty"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, args.model)
@@ -160,12 +160,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--imports", action="store_true", help="also say which packages the imports are of")
+    parser.add_argument("--imports", action="store_true", help="also report import times by package")
     parser.add_argument("--model", choices=("sd15", "stacked", "sdxl"), help="a shape with random weights")
-    parser.add_argument("--device", default="cpu", help="of --model")
+    parser.add_argument("--device", default="cpu", help="device of --model")
     ways = ("eager", "optimized", "compiled")
-    parser.add_argument("--ways", choices=ways, nargs="+", default=ways, help="of --model")
-    parser.add_argument("--small", action="store_true", help="a narrow model, to try --model")
+    parser.add_argument("--ways", choices=ways, nargs="+", default=ways, help="variants of --model")
+    parser.add_argument("--small", action="store_true", help="a narrow model, to test --model")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cold_start"), help="without suffix")
     args = parser.parse_args()

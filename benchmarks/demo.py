@@ -1,15 +1,16 @@
-"""How long a visitor of `rectified-diffusers demo` waits: for the first picture, and for each one after it.
+"""Measure how long a user of `rectified-diffusers demo` waits for the first image and for each later one.
 
     python benchmarks/demo.py
 
-The command is started as a user starts it, in a new process; the page is opened in a headless Chromium, which runs
-already, as a user's does. Seconds are medians: of --rounds new processes for what happens once in each, of all changes
-in all of them (--changes a round) for the rest. A change's clock runs in the page, from the browser's input event
-until the new picture is decoded and the frame that shows it is drawn; Playwright's own messages are not in it. The
-browser, the page's server and the model share the machine's cores.
+The command starts in a new process, as for a user. The page opens in a headless Chromium that is already running.
+Times are medians: over --rounds new processes for events that happen once per process, and over all changes in all
+processes (--changes per round) for the rest. The time of a change is measured in the page, from the browser's input
+event until the new image is decoded and its frame is painted; it excludes Playwright's own messages. The browser, the
+page's server and the model share the machine's cores.
 
-The kinds of change: one more key; a text filled in at once; a text pasted from the clipboard; another seed; and the
-last key of a word that is typed with --key-milliseconds between keys, which finds the model at work on an earlier one.
+The kinds of change are: one more key; a text filled in at once; a text pasted from the clipboard; another seed; and
+the last key of a word that is typed with --key-milliseconds between keys, while the model is still working on an
+earlier key.
 """
 
 import argparse
@@ -35,7 +36,7 @@ TYPED = " at night"
 THINGS = ("apple", "rocket", "fish", "cake", "heart", "tree", "pizza", "ghost", "mushroom", "umbrella")
 COLOURS = ("red", "blue", "green", "yellow", "pink", "white", "black", "orange", "brown", "purple", "grey", "golden")
 
-# Resolves to the milliseconds from the last input event until the picture of `caption` is on the screen.
+# Resolves to the milliseconds from the last input event until the image of `caption` is on the screen.
 WATCH = """
 (caption) => {
   let asked = performance.now();
@@ -65,7 +66,7 @@ Prompts = Iterator[str]
 
 
 def new_prompts() -> Prompts:
-    """Give prompts that differ, also from the page's own, "a red apple": what is on the screen cannot appear there."""
+    """Yield distinct prompts, none equal to the page's initial "a red apple", so that every image on screen is new."""
     number = 1
     while True:
         yield f"a {COLOURS[number % 12]} {THINGS[number // 12 % 10]}" + f" {number // 120}" * (number >= 120)
@@ -74,7 +75,7 @@ def new_prompts() -> Prompts:
 
 @contextmanager
 def served(threads: int, words: list[str]) -> Iterator[tuple[str, float]]:
-    """Start the command; give the page's address, and when the command was given."""
+    """Start the command; yield the page's address and the start time."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     begin = time.perf_counter()
     with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, text=True, env=environment) as process:
@@ -89,7 +90,7 @@ def served(threads: int, words: list[str]) -> Iterator[tuple[str, float]]:
 
 
 def changed(page: Page, caption: str, change: Callable[[], None]) -> float:
-    """Change the screen and wait for the picture of it; seconds."""
+    """Make a change and return the seconds until its image is shown."""
     page.evaluate(WATCH, caption)
     change()
     milliseconds = page.evaluate(f"Promise.race([window.shown, new Promise(r => setTimeout(r, {GIVE_UP}, null))])")
@@ -154,7 +155,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def as_markdown(results: dict[str, Any]) -> list[str]:
-    """Give the lines of the report, without where it was made."""
+    """Return the lines of the report, without its provenance."""
     lines = ["# The demo, as its visitor waits for it", ""]
     lines += [f"| from the command until (median of {len(results['start'])}) | seconds | target |", "|---|---|---|"]
     for name in results["start"][0]:
@@ -173,11 +174,11 @@ def as_markdown(results: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="new processes of the command")
-    parser.add_argument("--changes", type=int, default=20, help="of each kind, a round")
-    parser.add_argument("--key-milliseconds", type=int, default=100, help="between the keys of a typed word")
+    parser.add_argument("--changes", type=int, default=20, help="changes of each kind per round")
+    parser.add_argument("--key-milliseconds", type=int, default=100, help="time between the keys of a typed word")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/demo"), help="without suffix")
-    parser.add_argument("more", nargs="*", help="further options of the command, behind --")
+    parser.add_argument("more", nargs="*", help="further options of the command, after --")
     args = parser.parse_args()
     results = {"provenance": provenance() | {"threads": str(args.threads)}, **measure(args)}
     write_results(args.output, results, as_markdown(results))

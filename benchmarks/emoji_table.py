@@ -1,12 +1,12 @@
-"""The table of the emoji model: teacher, 2-Rectified Flow and one step, side by side, on captions seen and held out.
+"""Compare the emoji teacher, 2-Rectified Flow and one-step model on seen and held-out captions.
 
     python benchmarks/emoji_table.py --teacher work/teacher --reflow work/2-rectified-flow --distilled work/one-step \\
         --data work/data --weights work/weights --alignment work/alignment
 
-It is `rectified-diffusers evaluate --plots`, once per model into one folder. Every row draws the same captions from
-the same noise; each caption has two real pictures, one set is the reference, the other gives
-the floor; R-precision is that of the judge of examples/emoji/alignment.py. Kill it and run the same command again,
-and it goes on. The figures and their plots end in benchmarks/results.
+Runs `rectified-diffusers evaluate --plots` once per model, into one folder. Every row generates the same captions from
+the same noise. Each caption has two real images: one set is the reference, the other gives the floor. R-precision is
+computed with the scorer of examples/emoji/alignment.py. If the script is killed, run the same command again to resume.
+The results and plots are written to benchmarks/results.
 """
 
 import argparse
@@ -32,18 +32,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, required=True, help="pipeline folder")
     for name in ("reflow", "distilled"):
         parser.add_argument(
-            f"--{name}", type=Path, nargs="+", default=[], help="pipeline folders; several are called by their names"
+            f"--{name}", type=Path, nargs="+", default=[], help="pipeline folders; several are labeled by folder"
         )
     parser.add_argument("--data", type=Path, required=True, help="folder that examples/emoji/data.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
     parser.add_argument("--alignment", type=Path, required=True, help="folder that examples/emoji/alignment.py wrote")
-    parser.add_argument("--num-prompts", type=int, default=1000, help="pictures of seen captions, per seed")
+    parser.add_argument("--num-prompts", type=int, default=1000, help="images of seen captions, per seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-guidance", type=float, default=5.0)
     parser.add_argument("--reflow-guidance", type=float, default=1.5)
-    parser.add_argument("--straightness-prompts", type=int, default=32, help="per seed")
+    parser.add_argument("--straightness-prompts", type=int, default=32, help="prompts per seed")
     parser.add_argument("--straightness-steps", type=int, default=100)
-    parser.add_argument("--feature-size", type=int, default=128, help="pixels at which MobileNetV2 sees the pictures")
+    parser.add_argument("--feature-size", type=int, default=128, help="image size for MobileNetV2, in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, default=Path("work/emoji_table"), help="folder of the evaluation")
@@ -52,12 +52,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def named(kind: str, folders: list[Path]) -> list[tuple[str, Path]]:
-    """Call the one model of a kind by the kind, several by their folders too."""
+    """Label a single model by its kind, and several models by their folders too."""
     return [(kind if len(folders) == 1 else f"{kind}: {folder}", folder) for folder in folders]
 
 
 def measure(args: argparse.Namespace) -> Evaluation:
-    """Evaluate the models into one folder."""
+    """Evaluate all models in one folder."""
     models = [
         ("diffusion teacher", args.teacher, (25,), args.teacher_guidance),
         *((name, folder, (25, 1), args.reflow_guidance) for name, folder in named("2-RF", args.reflow)),

@@ -1,16 +1,16 @@
-"""All that needs a GPU, in one command and within a budget of seconds: tests, latency, training, triplets, cold start.
+"""Run everything that needs a GPU within a time budget: tests, latency, training, triplets, cold start.
 
     python benchmarks/gpu.py --budget 600 --output results
-    python benchmarks/gpu.py --budget 600 --output results        # again: does what is missing
-    python benchmarks/gpu.py --device cpu --small --budget 600    # a rehearsal with narrow models
+    python benchmarks/gpu.py --budget 600 --output results        # again: runs what is missing
+    python benchmarks/gpu.py --device cpu --small --budget 600    # a test run with narrow models
 
-The parts run in order of importance, each in a process of its own that writes its figures as they come. A part that
-is over its time is ended and what it had measured is kept; one that fails leaves its error; one that cannot finish in
-the time that is left is skipped. RESULTS holds results.json, report.md and log.txt. If the machine ends commands after
-ten minutes, give a budget that is half a minute shorter.
+The parts run in order of importance, each in a separate process that writes its results as they arrive. A part that
+exceeds its time is stopped, and its measurements so far are kept. The error of a failed part is recorded. A part that
+cannot finish in the remaining time is skipped. The output folder contains results.json, report.md and log.txt. If the
+machine stops commands after ten minutes, set a budget that is half a minute shorter.
 
-No weights and no network are needed: `examples/emoji` and `src/rectified_diffusers/assets` may be left out of the copy
-of this repository that goes to the machine. Packages that are missing there travel as wheels, most often one:
+No weights and no network are needed: the copy of this repository on the machine may omit `examples/emoji` and
+`src/rectified_diffusers/assets`. Install missing packages from wheels, usually just one:
 
     pip download --no-deps --dest wheels diffusers                           # where there is a network
     pip install --no-index --no-deps --find-links wheels diffusers           # on the machine with the GPU
@@ -66,7 +66,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
     batch = "2" if args.small else "8"
 
     def latency(model: str, batches: str, least: float) -> list[Part]:
-        """Eager ways first: they compile nothing, so that their figures are there soon."""
+        """Eager variants first: they compile nothing, so their results arrive early."""
         words = ("benchmarks/latency.py", *on, *size, "--model", model, "--batches", batches)
         words += ("--apart",) if model == "sdxl" and batches != "1" else ()  # one process in memory at a time
         slow = () if model == "stacked" or "--apart" in words else ("sd",)
@@ -103,7 +103,7 @@ def parts_of(args: argparse.Namespace) -> list[Part]:
 
 
 class Results:
-    """The output folder: what was measured so far, whole after each part."""
+    """The output folder: the measurements so far, complete after each part."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -128,7 +128,7 @@ class Results:
         self.write()
 
     def keep(self, name: str, row: dict[str, Any]) -> None:
-        """Take up what a part has written and how it ended; what an earlier try measured stays if it has nothing."""
+        """Store the output and status of a part; keep the results of an earlier try if there are none."""
         row = {**row, "date": now()}
         for key, suffix in (("results", ".json"), ("report", ".md")):
             file = self.part.with_suffix(suffix)
@@ -169,7 +169,7 @@ def _lines(row: dict[str, Any]) -> list[str]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Describe the machine, without the seconds that an import of torch takes."""
+    """Describe the machine without importing torch, which takes seconds."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -195,7 +195,7 @@ def environment(device: str) -> dict[str, Any]:
 
 @contextmanager
 def process_of(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a script in a process group of its own, of which nothing is left at the end."""
+    """Start a script in a process group of its own, which is ended completely afterwards."""
     path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
     known = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("ab") as file:
@@ -223,7 +223,7 @@ def process_of(words: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
 
 
 def run_part(part: Part, results: Results, limit: float) -> None:
-    """Run a part for at most `limit` seconds and keep what it gives."""
+    """Run a part for at most `limit` seconds and keep its results."""
     log = results.folder / "log.txt"
     words = [*part.words, "--output", str(results.part.absolute())]
     with log.open("a", encoding="utf-8") as file:
@@ -263,11 +263,11 @@ def run(parts: Sequence[Part], results: Results, budget: float) -> None:
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=600, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=600, help="seconds for the entire run")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"), help="folder of the results")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="narrow models, to try it on a CPU")
-    parser.add_argument("--only", nargs="+", default=[], help="parts whose names begin with one of these")
+    parser.add_argument("--small", action="store_true", help="narrow models, for a test on a CPU")
+    parser.add_argument("--only", nargs="+", default=[], help="prefixes of the parts to run")
     return parser.parse_args(words)
 
 

@@ -1,9 +1,9 @@
-"""Run the tests with a marker and write their outcomes as they come, so that none is lost when time is up.
+"""Run the tests with a marker and write each outcome at once, so that none is lost if time runs out.
 
     python benchmarks/gpu_tests.py
     python benchmarks/gpu_tests.py --marker gpu --files tests/test_gpu.py
 
-Only files that name the marker are collected: to import all the others takes minutes.
+Only files that name the marker are collected: importing all the others takes minutes.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def as_markdown(marker: str, tests: list[dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--marker", default="gpu")
-    parser.add_argument("--device", default="cuda", help="that the report names")
+    parser.add_argument("--device", default="cuda", help="device name for the report")
     parser.add_argument("--files", nargs="+", help="test files (default: those that name the marker)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu_tests"), help="without suffix")
     args = parser.parse_args()

@@ -1,23 +1,24 @@
-"""How long a picture takes, from the prompt's text to its bytes, by four ways in one run, and how near to the floor.
+"""Measure the latency of an image, from prompt to bytes, in four variants, and compare it with the hardware limit.
 
     python benchmarks/latency.py                                     # this CPU, Stable Diffusion 1.5's shapes
     python benchmarks/latency.py --device cuda --rounds 20 --batches 1 8
 
-The models have the exact shapes of Stable Diffusion 1.5 (or InstaFlow-1.7B, or SDXL) and random weights, on which
-speed does not depend. The ways:
+The models have the exact shapes of Stable Diffusion 1.5 (or InstaFlow-1.7B, or SDXL) and random weights; speed does
+not depend on the weights. The variants:
 
-- eager: one step in float32 with the full VAE, as the community's InstaFlow pipeline draws. On CUDA there is
-  `eager-half` as well, the same in float16.
+- eager: one step in float32 with the full VAE, as in the community's InstaFlow pipeline. On CUDA there is also
+  `eager-half`, the same in float16.
 - fast: `optimize(pipeline)`, with the full VAE.
 - tiny: `optimize(pipeline, decoder=AutoencoderTiny)`.
-- sd: a Stable Diffusion, 25 steps of DPM-Solver++ with guidance 7.5, float32. On a CPU one run is of --sd-steps steps
-  and of one more, and the 25 are extrapolated from both.
+- sd: Stable Diffusion, 25 steps of DPM-Solver++ with guidance 7.5, float32. On a CPU, runs of --sd-steps steps and of
+  one step more are timed, and the time of 25 steps is extrapolated from both.
 
-Each way lives in a process of its own, since a setting of the memory and compiled code belong to a process. Only one
-of them works at a time; the ways take turns (sd comes after them), and the medians are reported. Two exceptions save
-time on a GPU: the processes start together, and there the first pictures, in which compiled ways compile, are drawn
-side by side. Every picture has a prompt of its own, so that no cached embedding is timed; what the cache saves is the
-stage "text". The results so far are written after each turn, and a way that fails leaves the others alone.
+Each variant runs in a separate process, because memory settings and compiled code belong to a process. Only one
+variant runs at a time; the variants take turns (sd runs after the others), and the medians are reported. There are two
+exceptions on a GPU, to save time: the processes start together, and the first images, during which compiled variants
+compile, are generated concurrently. Every image has a different prompt, so that no cached embedding is timed; the
+cache would save the stage "text". The results so far are written after each turn. A variant that fails does not affect
+the others.
 """
 
 import argparse
@@ -40,7 +41,7 @@ SD_STEPS, SD_GUIDANCE = 25, 7.5
 
 
 def build(args: argparse.Namespace, way: str) -> Any:
-    """Build the pipeline of a way on its device."""
+    """Build the pipeline of a variant on its device."""
     half = torch.float16 if args.device.startswith("cuda") else torch.bfloat16
     eager = torch.float16 if way == "eager-half" else torch.float32
     dtype = eager if way in ("eager", "eager-half", "sd") else half
@@ -52,14 +53,14 @@ def build(args: argparse.Namespace, way: str) -> Any:
 
 
 class Way:
-    """One way to draw, in its process: whole pictures, and their stages one by one."""
+    """One variant in its process: times complete images and their separate stages."""
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.args, self.name, self.count = args, name, 0
         self.pipeline = build(args, name)
 
     def prompts(self, batch: int) -> list[str]:
-        """Sentences that nobody has asked for yet."""
+        """Return prompts that have not been used before."""
         self.count += batch
         return [f"a red apple, number {self.count + i}" for i in range(batch)]
 
@@ -73,7 +74,7 @@ class Way:
             raise RuntimeError(f"expected {batch} pictures of {self.args.size} pixels, got {pictures}")
 
     def whole(self, batch: int) -> float:
-        """Seconds of one call, prompts to pictures; those of 25 steps are extrapolated where they take minutes."""
+        """Return the seconds of a call, from prompts to images; 25 steps are extrapolated where they take minutes."""
         time = lambda steps: seconds(lambda: self.draw(batch, steps), self.args.device)  # noqa: E731
         if self.name != "sd":
             return time(1)
@@ -85,7 +86,7 @@ class Way:
 
     @torch.no_grad()
     def stages(self, batch: int) -> dict[str, float]:
-        """Seconds of the stages, each called by itself."""
+        """Return the seconds of the stages, each called separately."""
         pipe, device, found = self.pipeline, self.args.device, {}
         prompts = self.prompts(batch)
         found["text"] = seconds(lambda: pipe.encode_prompt(prompts, device=device, **self.encoding()), device)
@@ -112,7 +113,7 @@ class Way:
 
 
 def work(args: argparse.Namespace, name: str, pipe: Any) -> None:
-    """Answer the parent's questions until it hangs up; send what goes wrong as the last answer."""
+    """Answer the parent's requests until it closes the pipe; send an error as the last answer."""
     torch.set_num_threads(args.threads)
     try:
         way = Way(args, name)
@@ -126,11 +127,11 @@ def work(args: argparse.Namespace, name: str, pipe: Any) -> None:
 
 
 class Failed(RuntimeError):
-    """A way's process ended."""
+    """The process of a variant ended."""
 
 
 class Ways:
-    """Several ways, each in its process; those that fail are left out from then on."""
+    """Several variants, each in its process; a variant that fails is skipped from then on."""
 
     def __init__(self, args: argparse.Namespace, names: list[str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -144,7 +145,7 @@ class Ways:
             self.guarded(name, lambda name=name: self.receive(name))
 
     def guarded(self, name: str, call: Callable[[], Any]) -> Any:
-        """Return what a call gives, None if the way has failed."""
+        """Return the result of a call, or None if the variant has failed."""
         if name in self.errors:
             return None
         try:
@@ -174,7 +175,7 @@ class Ways:
         return self.guarded(name, lambda: self.receive(name))
 
     def ask_all(self, question: str, batch: int, side_by_side: bool) -> dict[str, Any]:
-        """Ask every way: one after the other, or all before the first has answered."""
+        """Send a request to every variant: in turn, or to all before the first has answered."""
         if not side_by_side:
             return {name: self.ask(name, question, batch) for name in self.ends}
         for name in self.ends:
@@ -190,9 +191,9 @@ class Ways:
 
 
 def measure(args: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Time the ways, which take turns; on a CPU sd comes after them, since all at once are more than 24 GB hold.
+    """Time the variants in turns; on a CPU sd runs after the others, because together they need more than 24 GB.
 
-    With --apart, every way by itself. `save` is called after each turn.
+    With --apart, each variant runs separately. `save` is called after each turn.
     """
     results |= {"rates": {}, "sizes": {batch: {} for batch in args.batches}}
     turns = [[name] for name in args.ways]
@@ -219,7 +220,7 @@ def measure(args: argparse.Namespace, results: dict[str, Any], save: Callable[[]
 def take_turns(
     args: argparse.Namespace, ways: Ways, batch: int, rows: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """Time some ways by turns; warm-up turns come first, in which compiled ones compile."""
+    """Time some variants in turns, after warm-up turns in which compiled ones compile."""
     for turn in range(-args.warm_up, args.rounds):
         first = turn == -args.warm_up
         side_by_side = turn < 0 and args.device.startswith("cuda")
@@ -239,9 +240,9 @@ def take_turns(
 
 
 def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tuple[float, float]]) -> dict[str, Any]:
-    """Least seconds of U-Net and decoder: operations over the matrix rate, or bytes over the copy rate if more.
+    """Return lower bounds of U-Net and decoder seconds: operations / matrix rate, or bytes / copy rate if larger.
 
-    Counted on the unchanged models: folding an enlargement into its convolution does with fewer operations. Bytes are
+    Counted on the unchanged models: folding an upsampling layer into its convolution needs fewer operations. Bytes are
     the weights once, and what each layer reads and writes.
     """
     dtype = torch.float32 if way == "eager" else torch.bfloat16
@@ -279,7 +280,7 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
 
 
 def as_markdown(results: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """Return the lines of the report, without where it was made."""
+    """Return the lines of the report, without its provenance."""
     lines = [f"# Latency: {args.model}, {args.size}x{args.size}, {args.device}", ""]
     stages = ("text", "text again", "U-Net", "decoder", "bytes")
     for batch, rows in results["sizes"].items():
@@ -317,13 +318,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=["eager", "eager-half", "fast", "tiny", "sd"])
     parser.add_argument("--size", type=int, help="pixels (default: 512, sdxl 1024, small models 128)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way that count")
-    parser.add_argument("--warm-up", type=int, default=1, help="turns before them")
-    parser.add_argument("--apart", action="store_true", help="one way after the other: one in memory at a time")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each variant")
+    parser.add_argument("--warm-up", type=int, default=1, help="turns before the timed ones")
+    parser.add_argument("--apart", action="store_true", help="one variant in memory at a time")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--sd-steps", type=int, help=f"steps run of sd (default: 2 on a CPU, {SD_STEPS} on a GPU)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="of the fast ways (default: auto)")
-    parser.add_argument("--small", action="store_true", help="narrow models, to try the script")
+    parser.add_argument("--sd-steps", type=int, help=f"steps of sd to run (default: 2 on a CPU, {SD_STEPS} on a GPU)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="for fast and tiny (default: auto)")
+    parser.add_argument("--small", action="store_true", help="narrow models, to test the script")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latency"), help="without suffix")
     args = parser.parse_args(words)
     on_cuda = args.device.startswith("cuda")

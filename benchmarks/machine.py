@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: where and when they ran, how fast that machine is, medians of times."""
+"""Helpers of the speed benchmarks: provenance of a run, speed of the machine, medians of times."""
 
 import json
 import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # and in the functions: who only names commit and date does n
 
 
 def provenance(device: str = "cpu") -> dict[str, str]:
-    """Command, commit, hardware, date, versions."""
+    """Return command, commit, hardware, date and versions."""
     import torch
 
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
@@ -40,7 +40,7 @@ def provenance(device: str = "cpu") -> dict[str, str]:
 
 
 def commit() -> str:
-    """Name the commit of the code; BENCHMARK_COMMIT names it for a copy of the code without its repository."""
+    """Return the commit of the code; set BENCHMARK_COMMIT for a copy of the code without its repository."""
 
     def git(*words: str) -> str:
         try:
@@ -53,14 +53,14 @@ def commit() -> str:
 
 
 def now() -> str:
-    """Date and time to the minute, UTC."""
+    """Return date and time to the minute, UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="minutes")
 
 
 def write_results(output: Path, results: dict[str, Any], lines: Sequence[str], quiet: bool = False) -> None:
-    """Print a report and write it as OUTPUT.md, its provenance at the end, beside OUTPUT.json with the figures.
+    """Print a report and write it to OUTPUT.md, with its provenance at the end, and the results to OUTPUT.json.
 
-    A reader at any time finds whole files, those of before or the new ones.
+    At any time the files are complete: the previous ones or the new ones.
     """
     text = "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in results["provenance"].items()), ""])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call, with what it queued on a GPU."""
+    """Return the wall time of one call, including the work that it queued on a GPU."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -93,10 +93,10 @@ def median(times: Sequence[float]) -> float:
 
 
 def rates(dtype: "torch.dtype", device: str, small: bool = False) -> tuple[float, float]:
-    """Measure the best of this machine: FLOP/s of a matrix product, bytes/s of a copy, read and written.
+    """Measure the peak rates of this machine: FLOP/s of a matrix product, bytes/s of a copy (reads and writes).
 
     Args:
-        small: too little for an exact rate, to try a script.
+        small: too small for an exact rate, to test a script.
     """
     import torch
 
@@ -115,7 +115,7 @@ def rates(dtype: "torch.dtype", device: str, small: bool = False) -> tuple[float
 
 
 def peak_memory(device: str) -> float:
-    """Most GB that this process has held so far."""
+    """Return the peak memory of this process so far, in GB."""
     if device.startswith("cuda"):
         import torch
 

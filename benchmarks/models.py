@@ -1,7 +1,7 @@
-"""Pipelines for the speed benchmarks: shapes of Stable Diffusion 1.5, InstaFlow-1.7B and SDXL, random weights.
+"""Pipelines for the speed benchmarks: Stable Diffusion 1.5, InstaFlow-1.7B and SDXL shapes with random weights.
 
-Speed does not depend on the weights, so that nothing is downloaded: the tokenizer is built here, too. Models are
-allocated on their device without the initialization of their classes, which takes most of a minute on a CPU.
+Speed does not depend on the weights, so nothing is downloaded; the tokenizer is also built here. Models are allocated
+on their device without the initialization of their classes, which takes most of a minute on a CPU.
 """
 
 import json
@@ -53,7 +53,7 @@ TEXT_G: dict[str, Any] = {
     "num_hidden_layers": 32,
     "projection_dim": 1280,
 }
-# Narrow models that run on a CPU in a moment, to try the scripts.
+# Narrow models that run quickly on a CPU, to test the scripts.
 SMALL_UNET: dict[str, Any] = {
     "sample_size": 16,
     "block_out_channels": (32, 32, 32, 32),
@@ -97,7 +97,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make(cls: Any, dtype: torch.dtype, device: str, *args: Any, **config: Any) -> Any:
-    """Build a model with random weights of the usual size, without the time that its own initialization takes."""
+    """Build a model with random weights of the usual scale, without its slow initialization."""
     with torch.device("meta"):
         model = cls(*args, **config)
     model = model.to(dtype).to_empty(device=device).eval()

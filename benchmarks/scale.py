@@ -1,8 +1,8 @@
-"""The figures under the plan of docs/scale.md that need no GPU: operations by count, bytes and reading by measurement.
+"""Compute the numbers of docs/scale.md that need no GPU: count operations, measure bytes and reading speed.
 
     python benchmarks/scale.py
 
-Operations are counted by torch on the exact shapes of Stable Diffusion 1.5 at 512x512, without weights (device meta).
+torch counts the operations on the exact shapes of Stable Diffusion 1.5 at 512x512, without weights (device meta).
 """
 
 import argparse
@@ -30,7 +30,7 @@ VAE = {
 
 
 def count_operations() -> dict[str, float]:
-    """Count the floating-point operations of one forward pass for one picture; a product and its sum are two."""
+    """Count the floating-point operations of a forward pass for one image; a multiply-add is two operations."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
         vae, text = AutoencoderKL(**VAE), CLIPTextModel(CLIPTextConfig(**TEXT))
@@ -50,7 +50,7 @@ def count_operations() -> dict[str, float]:
 
 
 def measure_reading(rows: int, shards: int) -> tuple[float, float]:
-    """Write shards of synthetic triplets; give bytes per triplet and triplets read per second, in random order."""
+    """Write shards of synthetic triplets; return bytes per triplet and triplets read per second, in random order."""
     with tempfile.TemporaryDirectory() as folder:
         prompts = ["a photograph of an astronaut riding a horse on the moon, detailed"] * rows
         for i in range(shards):

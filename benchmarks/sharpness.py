@@ -84,25 +84,25 @@ class Cell:
 
 
 def relative_error(predicted: Tensor, data: Tensor) -> float:
-    """Squared error as a share of the data's variance: 1 is what the mean of all data scores."""
+    """Return the squared error as a share of the data's variance: predicting the mean of all data gives 1."""
     return ((predicted - data).square().sum() / (data - data.mean(0)).square().sum()).item()
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor, projections: int) -> float:
-    """2-Wasserstein distance of two sets of equal size along random directions, as root mean square over them."""
+    """Return the root mean square of the 2-Wasserstein distances of two equally large sets along random directions."""
     directions = torch.randn(first.shape[1], projections, generator=generator_for("directions"))
     directions = directions / directions.norm(dim=0)
     return ((first @ directions).sort(0).values - (second @ directions).sort(0).values).square().mean().sqrt().item()
 
 
 def mode_distance(samples: Tensor, mixture: Mixture) -> float:
-    """Root mean square distance to the nearest mode, over that of the data: 1 is as sharp as the data."""
+    """Return the root mean square distance to the nearest mode, relative to the data: 1 is as sharp as the data."""
     nearest = torch.cat([torch.cdist(part, mixture.means).amin(1) for part in samples.split(1024)])
     return (nearest.square().mean() / samples.shape[1]).sqrt().item() / mixture.std
 
 
 class Bench:
-    """The toys of one seed and the last flow that was reflowed; no figure depends on which cells were asked for."""
+    """The toys of one seed and the last reflowed flow; no result depends on which cells are requested."""
 
     def __init__(self, size: Size, seed: int) -> None:
         self.size, self.seed, self.toys = size, seed, Toys(size, seed)
@@ -121,7 +121,7 @@ class Bench:
         }
 
     def reflow(self, cell: Cell, stage: Stage) -> Flow:
-        """Run a cell's stage of reflow, or return what the same stage of another recipe gave."""
+        """Run a cell's stage of reflow, or return the result of the same stage of another recipe."""
         shared = dataclasses.replace(cell, recipe="reflow")
         if self.reflowed is None or self.reflowed[0] != shared:
             self.reflowed = shared, stage.train(self.toys.student(cell.start), self.size, shared.name)
@@ -171,7 +171,7 @@ class Bench:
 
 
 def cells_of(seed: int, args: argparse.Namespace) -> Iterator[Cell]:
-    """List the cells of a seed: every recipe at every budget, and at one budget with other learning rates, too."""
+    """List the cells of a seed: every recipe at every budget, and one budget also with other learning rates."""
     rate = args.learning_rate
     for teacher, starts in STARTS.items():
         for start in starts:
@@ -182,7 +182,7 @@ def cells_of(seed: int, args: argparse.Namespace) -> Iterator[Cell]:
 
 
 class Store:
-    """A file for each finished cell, below a folder of its own for each size."""
+    """One file per finished cell, in a separate folder for each size."""
 
     def __init__(self, work: Path, size: Size) -> None:
         text = json.dumps(dataclasses.asdict(size), sort_keys=True)
@@ -206,7 +206,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def rows_of(found: dict[Cell, dict[str, float]]) -> list[dict[str, Any]]:
-    """Gather the seeds of each kind of cell, with the ratio to `direct` of the other recipes, seed by seed."""
+    """Combine the seeds of each kind of cell, with each recipe's ratio to `direct` per seed."""
     rows = []
     seeds = sorted({cell.seed for cell in found})
     for cell in [cell for cell in found if cell.seed == seeds[0]]:
@@ -285,8 +285,8 @@ def main() -> None:
     )
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--small", action="store_true", help="a rehearsal of seconds, on tiny toys")
-    parser.add_argument("--work", type=Path, default=Path("work/sharpness"), help="where finished cells are kept")
+    parser.add_argument("--small", action="store_true", help="a test run of seconds, on tiny toys")
+    parser.add_argument("--work", type=Path, default=Path("work/sharpness"), help="folder of finished cells")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sharpness"), help="without suffix")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The figure of `sharpness.py`, from its results."""
+"""Plot the results of `sharpness.py`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot
 
-# Okabe and Ito's colors, which the color-blind tell apart; start and recipe also differ by line and marker.
+# Okabe and Ito's colors, which color-blind readers can distinguish; start and recipe also differ by line and marker.
 STYLES = {
     "direct": ("direct distillation", "#0072B2", "o"),
     "2rf": ("2-RF + distillation", "#D55E00", "s"),
@@ -22,7 +22,7 @@ FLOOR = "#555555"
 
 
 def draw_figure(results: dict[str, Any], learning_rate: float, path: Path) -> None:
-    """Draw error and distance over the budget, a column for each teacher, and the transport costs beside them."""
+    """Plot error and distance over the budget, one column per teacher, and the transport costs beside them."""
     mpl.use("Agg")
     mpl.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9.5})
     rows = [row for row in results["rows"] if row["learning_rate"] == learning_rate]
@@ -74,12 +74,12 @@ def _curves(axis: Any, rows: list[dict[str, Any]], metric: str) -> None:
             low, high = zip(*((m - w, m + w) for m, w in zip(mean, widths, strict=True)), strict=True)
             face = "white" if start == "bare" else color
             axis.plot(x, mean, line, color=color, marker=marker, markersize=5, markerfacecolor=face, linewidth=1.6)
-            # A lower end below 0 has no place on a logarithmic axis; the band then reaches its edge.
+            # A lower end below 0 does not fit on a logarithmic axis; the band then reaches its edge.
             axis.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def _transport(axis: Any, results: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Draw bars of E |data - noise|^2 / d: independent pairs, the teacher's, and the 2-RF's at the largest budget."""
+    """Plot bars of E |data - noise|^2 / d: independent pairs, the teacher's, and the 2-RF's at the largest budget."""
     for place, (teacher, found) in enumerate(results["teachers"].items()):
         start = {"sharp": "new", "smooth": "matched"}[teacher]
         last = [row for row in rows if "transport_cost" in row and row["start"] == start][-1]

@@ -1,4 +1,4 @@
-"""The toys of `sharpness.py`: data that is a mixture of Gaussians, small networks, two teachers, one training loop."""
+"""Toy models of `sharpness.py`: Gaussian-mixture data, small networks, two teachers, one training loop."""
 
 import copy
 import hashlib
@@ -25,14 +25,14 @@ from rectified_diffusers.flow import (
 
 
 def generator_for(*names: object) -> torch.Generator:
-    """Return the CPU generator of one use: a function of its names alone."""
+    """Return the CPU generator of one use, seeded only by its names."""
     digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the toys and trainings are; see `sharpness.py` for what is counted.
+    """Sizes of the toys and trainings; `sharpness.py` describes what is counted.
 
     Attributes:
         examples_per_pair: training examples drawn for each pair, so that the number of pairs follows the budget.
@@ -54,7 +54,7 @@ class Size:
     chunk: int = 2048
 
     def pairs(self, steps: int) -> int:
-        """Number of pairs for so many training steps."""
+        """Return the number of pairs for a number of training steps."""
         return steps * self.batch_size // self.examples_per_pair
 
 
@@ -76,7 +76,7 @@ class Mixture:
 
     @classmethod
     def draw(cls, size: Size, seed: int) -> "Mixture":
-        """Draw modes from a Gaussian whose i-th variance falls as 1 / i, and has the mean 1."""
+        """Sample modes from a Gaussian whose i-th variance falls as 1 / i; the mean variance is 1."""
         variances = 1 / torch.arange(1, size.dimensions + 1)
         scales = (variances / variances.mean()).sqrt()
         return cls(
@@ -126,7 +126,7 @@ class Network(nn.Module):
 
 
 class Flow(nn.Module):
-    """A network whose output is the velocity as it is: one with new weights, or a diffusion model's bare weights."""
+    """A network whose output is the velocity, with new weights or a diffusion model's bare weights."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Flow(nn.Module):
 
 
 class MatchedFlow(Flow):
-    """A network that predicts epsilon, as the velocity that it stands for: what `snr_matching` begins with."""
+    """A network that predicts epsilon, converted to a velocity: the initialization of `snr_matching`."""
 
     def __init__(self, network: Network, schedule: VariancePreserving) -> None:
         super().__init__(network)
@@ -154,7 +154,7 @@ def stable_diffusion_schedule() -> VariancePreserving:
 
 
 def optimize(flow: nn.Module, loss: Callable[[], Tensor], steps: int, learning_rate: float) -> None:
-    """Take so many steps of Adam, with a learning rate that falls to 0 as a cosine."""
+    """Train with Adam and a cosine learning rate that falls to 0."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -193,7 +193,7 @@ class Stage:
     learning_rate: float
 
     def evaluations(self, size: Size) -> int:
-        """Network evaluations for the pairs, and for a forward pass of each example and a backward pass of two."""
+        """Network evaluations: those of the pairs, and 3 per example (one forward, two backward)."""
         return len(self.pairs) * size.evaluations + 3 * self.steps * size.batch_size
 
     def train(self, flow: Flow, size: Size, *names: object) -> Flow:
@@ -215,7 +215,7 @@ class Stage:
 
 
 def draw_pairs(velocity: Velocity, count: int, size: Size, *names: object) -> Pairs:
-    """Follow a flow from new noise, by Heun's method."""
+    """Sample from a flow with Heun's method, starting from new noise."""
     return join([draw_chunk(velocity, size, *names, first) for first in range(0, count, size.chunk)])[:count]
 
 
@@ -230,7 +230,7 @@ def join(parts: Sequence[Pairs]) -> Pairs:
 
 
 class Toys:
-    """The data of one seed, its two teachers, and what students begin with."""
+    """The data of one seed, its two teachers, and the initial students."""
 
     def __init__(self, size: Size, seed: int) -> None:
         self.size, self.seed = size, seed
@@ -260,14 +260,14 @@ class Toys:
         return self.mixture.velocity if teacher == "sharp" else self.student("matched")
 
     def student(self, start: str) -> Flow:
-        """Return what training begins with: `new` weights, or those of the diffusion model, `matched` or `bare`."""
+        """Return the initial student: `new` weights, or those of the diffusion model, `matched` or `bare`."""
         if start == "new":
             return Flow(Network(self.size, generator_for(self.seed, "student")))
         network = copy.deepcopy(self.diffusion)
         return MatchedFlow(network, self.schedule) if start == "matched" else Flow(network)
 
     def pairs(self, teacher: str, count: int, use: str) -> Pairs:
-        """Return the first pairs of a teacher for one use; more of them begin with the same."""
+        """Return the first pairs of a teacher for one use; a larger number starts with the same pairs."""
         chunks = self._chunks.setdefault((teacher, use), [])
         while len(chunks) * self.size.chunk < count:
             chunks.append(

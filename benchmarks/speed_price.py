@@ -1,10 +1,10 @@
-"""What each switch of `optimize` gains and costs on a real model: milliseconds, and levels of 255 in its pictures.
+"""Measure the gain and cost of each switch of `optimize` on a real model: milliseconds and image levels of 255.
 
     python benchmarks/speed_price.py                          # the bundled emoji model
     python benchmarks/speed_price.py --model FOLDER --device cuda
 
-Each switch alone and then together, against the pipeline as it was loaded, on the same noise. The largest and the mean
-difference are over all pictures, pixels and colours.
+Compares each switch alone, and then all together, with the unmodified pipeline on the same noise. The largest and the
+mean difference are over all images, pixels and colors.
 """
 
 import argparse

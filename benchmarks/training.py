@@ -1,17 +1,18 @@
-"""Our trainer beside a bare torch loop of the same model, data and loss, in one run: seconds per step and memory.
+"""Compare our trainer with a bare torch loop of the same model, data and loss: seconds per step and memory.
 
     python benchmarks/training.py
     python benchmarks/training.py --model sd15 --device cuda --mixed-precision bf16 --batch-size 16 --steps 20 \
         --gradient-checkpointing off on
 
-The bare loop is what one writes by hand when nothing may fail: all triplets and prompt embeddings in memory, AdamW,
-gradient clipping, an average of the weights, and no more. The trainer reads its triplets from shards, draws what a
-step sees from (seed, step), knows processes and micro-batches, looks for NaN and keeps a log. Medians are compared. On
-a CPU steps alternate, so that whatever else the machine does meets both, and peak memory is measured in a process for
-each. On a GPU, which has nothing else to do, one runs after the other, so that its memory is its own.
+The bare loop is a minimal hand-written loop without error handling: all triplets and prompt embeddings in memory,
+AdamW, gradient clipping, an average of the weights, and nothing else. The trainer reads its triplets from shards,
+samples the inputs of a step from (seed, step), supports several processes and micro-batches, checks for NaN and keeps
+a log. Medians are compared. On a CPU the steps alternate, so that other load on the machine affects both, and peak
+memory is measured in a separate process for each. On a GPU, which has no other load, one runs after the other, so that
+their memory is separate.
 
-The share of the peak is 3 times the operations of a forward pass per example, over the time and the measured rate of a
-matrix product in the same precision; what gradient checkpointing computes again does not count.
+The share of the peak is 3 times the operations of a forward pass per example, divided by the time and by the measured
+rate of a matrix product in the same precision; recomputation by gradient checkpointing does not count.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def config_of(args: argparse.Namespace, output_dir: Path, checkpointing: str) ->
 
 
 def ours(pipeline: Any, dataset: TripletDataset, config: ReflowConfig) -> tuple[Step, ReflowTrainer]:
-    """Give a step of the trainer, with all that `train` does in it but checkpoints."""
+    """Return a step of the trainer, with everything that `train` does in it except checkpoints."""
     trainer = ReflowTrainer(pipeline, dataset, config)
     trainer.resume()
     trainer.begin(0)
@@ -93,7 +94,7 @@ def ours(pipeline: Any, dataset: TripletDataset, config: ReflowConfig) -> tuple[
 
 
 def bare(pipeline: Any, dataset: TripletDataset, config: ReflowConfig, device: torch.device) -> Step:
-    """Give a step of a loop written by hand."""
+    """Return a step of the hand-written loop."""
     unet = copy.deepcopy(pipeline.unet).to(device).train().requires_grad_(True)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -126,7 +127,7 @@ def bare(pipeline: Any, dataset: TripletDataset, config: ReflowConfig, device: t
 
 
 def timed(step: Step, number: int, device: str) -> tuple[float, float]:
-    """Return the seconds of a step by the clock and by the processor, with all that it queued on a GPU."""
+    """Return the wall and CPU seconds of a step, including the work that it queued on a GPU."""
     clock, processor = time.perf_counter(), time.process_time()
     step(number)
     synchronize(device)
@@ -138,7 +139,7 @@ def medians(times: list[tuple[float, float]]) -> list[float]:
 
 
 def start(which: str, args: argparse.Namespace, triplets: Path, folder: Path, checkpointing: str) -> tuple[Step, Any]:
-    """Make one of the two loops ready: its step, and our trainer where it is ours."""
+    """Set up one of the two loops: return its step, and the trainer if it is ours."""
     dataset, config = TripletDataset(triplets), config_of(args, folder, checkpointing)
     if which == "ours":
         return ours(load(args), dataset, config)
@@ -146,7 +147,7 @@ def start(which: str, args: argparse.Namespace, triplets: Path, folder: Path, ch
 
 
 def in_turns(args: argparse.Namespace, triplets: Path, checkpointing: str) -> dict[str, Any]:
-    """Time both in turns, each step of one beside a step of the other, and a checkpoint at the end."""
+    """Time both loops with alternating steps, and a checkpoint at the end."""
     with tempfile.TemporaryDirectory() as folder:
         steps, trainer = {}, None
         for which in LOOPS:
@@ -172,13 +173,13 @@ def seconds_of_saving(trainer: Any, step: int) -> float:
 
 
 def folder_with_room() -> str | None:
-    """Name the memory's file system where a small disk could not take the checkpoints of a large model, else none."""
+    """Return the in-memory file system if a small disk cannot hold a large model's checkpoints, else None."""
     memory, disk = Path("/dev/shm"), shutil.disk_usage(tempfile.gettempdir()).free
     return str(memory) if disk < 32e9 and memory.exists() and shutil.disk_usage(memory).free > disk else None
 
 
 def alone(args: argparse.Namespace, triplets: Path, which: str, checkpointing: str) -> dict[str, Any]:
-    """Time one of the two by itself on a GPU, with its peak memory."""
+    """Time one of the two alone on a GPU, with its peak memory."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -213,7 +214,7 @@ def peak_memory(args: argparse.Namespace, triplets: Path, which: str, checkpoint
 
 
 def operations_per_example(args: argparse.Namespace) -> int:
-    """Count the operations of a forward and a backward pass, which is twice as many as forward."""
+    """Count the operations of a forward and a backward pass; backward counts as twice forward."""
     cls, config = unet_of(args.model, args.small)
     with torch.device("meta"):
         unet, size = cls(**config), config["sample_size"]
@@ -273,8 +274,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradient-checkpointing", choices=("off", "on"), nargs="+", default=["off"])
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="time a checkpoint, too")
-    parser.add_argument("--small", action="store_true", help="narrow models, to try the script")
+    parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help="also time a checkpoint")
+    parser.add_argument("--small", action="store_true", help="narrow models, to test the script")
     parser.add_argument(
         "--output", type=Path, help="without suffix (default: benchmarks/results/training-MODEL-DEVICE)"
     )
@@ -295,7 +296,7 @@ def make_triplets(args: argparse.Namespace, folder: Path) -> int:
 
 
 def measure(args: argparse.Namespace, results: dict[str, Any], save: Callable[[], None]) -> None:
-    """Compare the loops; `save` is called after each figure that took time."""
+    """Compare the loops; call `save` after each slow measurement."""
     results["checkpointing"] = {each: {} for each in args.gradient_checkpointing}
     with tempfile.TemporaryDirectory() as folder:
         triplets = Path(folder)

@@ -1,11 +1,11 @@
-"""Memory of reading triplets and prompts, from a thousand to ten million of them.
+"""Measure the memory of reading triplets and prompts, from a thousand to ten million of them.
 
     python benchmarks/triplet_memory.py work/memory --output benchmarks/results/triplet_memory.json
 
-Writes synthetic sets of tiny latents, (4, 1, 1) in float16, with a prompt each, and reads each set in a process of its
-own, as training does: rows at random, 64 at a time, checked. The peak of that process is its resident memory, with
-the pages of the files that it mapped; times are those of its processor. A set takes about 120 bytes of disk a triplet;
-ten million take some minutes to write and stay in the folder for the next time.
+Writes synthetic sets of tiny latents, (4, 1, 1) in float16, with a prompt each, and reads each set in a separate
+process, as training does: random rows, 64 at a time, with their checksums compared. The peak is the resident memory of
+that process, including the pages of mapped files; times are CPU times. A set takes about 120 bytes of disk per
+triplet. Ten million triplets take some minutes to write; they stay in the folder for the next run.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def write_synthetic(
     triplets_per_shard: int = 256,
     latent_shape: tuple[int, int, int] = SHAPE,
 ) -> None:
-    """Write a set of triplets that no teacher made: white noise, and the noise backwards as its data."""
+    """Write a set of triplets without a teacher: white noise, with the reversed noise as its data."""
     import torch
 
     from rectified_diffusers.data.generate import draw_noise
@@ -65,7 +65,7 @@ def write_synthetic(
 
 
 def peak_mib() -> float:
-    """Give the peak of this process' resident memory.
+    """Return the peak resident memory of this process.
 
     Linux keeps it in /proc; `getrusage` would count the process that started this one.
     """
@@ -121,7 +121,7 @@ def in_a_process(what: str, path: Path) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="for the synthetic sets")
+    parser.add_argument("folder", type=Path, help="folder of the synthetic sets")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of triplets and prompts")
     parser.add_argument("--output", type=Path, help="file of the result, as JSON")
     parser.add_argument("--measure", choices=["triplets", "prompts"], help=argparse.SUPPRESS)

@@ -1,15 +1,15 @@
-"""Triplets per second of `generate_triplets` beside a bare loop over the same teacher, in one run, and peak memory.
+"""Compare `generate_triplets` with a bare loop over the same teacher: triplets per second and peak memory.
 
     python benchmarks/triplets.py
     python benchmarks/triplets.py --teacher sd15 --device cuda --dtype float16 --batch 16 --triplets 64 --shard 32
 
 The teacher is the bundled model, a folder, or a Stable Diffusion of random weights in the shape of 1.5 or XL.
 
-The bare loop asks the pipeline for latents, batch after batch, and keeps them in a list: what one writes by hand when
-nothing may fail. Ours draws noise by (seed, shard), checks what comes back, and writes shards with checksums to the
-disk. The two alternate, so that whatever else the machine does meets both, and medians are compared, of the clock and
-of the processor's time, which other work on the machine does not lengthen. Peak memory is of a process for each on a
-CPU, of the timed runs on a GPU. The results so far are written after each run.
+The bare loop is a minimal hand-written loop without error handling: it generates latents with the pipeline, batch
+after batch, and keeps them in a list. Ours samples noise from (seed, shard), checks the results, and writes shards
+with checksums to disk. The two alternate, so that other load on the machine affects both. Medians are compared, of
+wall time and of CPU time, which other load does not lengthen. Peak memory is measured in a separate process for each
+on a CPU, and in the timed runs on a GPU. The results so far are written after each run.
 """
 
 import argparse
@@ -82,7 +82,7 @@ WAYS: dict[str, Callable[[Any, argparse.Namespace], None]] = {"bare": bare, "our
 
 
 def timed(way: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return seconds by the clock and of the processor, and the peak of a GPU's memory in MiB."""
+    """Return wall seconds, CPU seconds, and the peak GPU memory in MiB."""
     on_cuda = arguments.device.startswith("cuda")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -94,20 +94,20 @@ def timed(way: str, pipeline: Any, arguments: argparse.Namespace) -> dict[str, A
 
 
 def peak_of(way: str) -> float:
-    """Run one way in a process of its own and return the peak of its memory in MiB."""
+    """Run one loop in a separate process and return its peak memory in MiB."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def warm_up(pipeline: Any, arguments: argparse.Namespace) -> None:
-    """Run each way once, on a GPU for one batch of two steps."""
+    """Run each loop once; on a GPU, for one batch of two steps."""
     brief = {"triplets": arguments.batch, "steps": 2} if arguments.device.startswith("cuda") else {}
     for way in WAYS:
         timed(way, pipeline, argparse.Namespace(**{**vars(arguments), **brief}))
 
 
 def summary(runs: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return triplets per second of each way that has run, and how much slower ours is."""
+    """Return triplets per second of each loop that has run, and how much slower ours is."""
     rows: dict[str, Any] = {}
     for way, found in runs.items():
         if found:
@@ -152,7 +152,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--triplets", type=int, default=32)
     parser.add_argument("--shard", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="a narrow teacher, to try the script")
+    parser.add_argument("--small", action="store_true", help="a narrow teacher, to test the script")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/triplets"), help="without suffix")
     parser.add_argument("--only", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args(words)

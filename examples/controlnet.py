@@ -1,4 +1,4 @@
-"""Steer a one-step picture by the edges, the depth or the pose that a detector finds in another picture.
+"""Generate an image in one step, conditioned on edges, depth or pose detected in another image.
 
     python examples/controlnet.py photo.png "a glass bird" --detector canny --output bird.png
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from rectified_diffusers import RectifiedFlowControlNetPipeline
 
-DETECTORS = {  # the class in controlnet_aux, and the ControlNet of Stable Diffusion 1.5 for what it finds
+DETECTORS = {  # the class in controlnet_aux, and the Stable Diffusion 1.5 ControlNet for its output
     "canny": ("CannyDetector", "lllyasviel/control_v11p_sd15_canny"),
     "depth": ("MidasDetector", "lllyasviel/control_v11f1p_sd15_depth"),
     "openpose": ("OpenposeDetector", "lllyasviel/control_v11p_sd15_openpose"),
@@ -26,7 +26,7 @@ DETECTORS = {  # the class in controlnet_aux, and the ControlNet of Stable Diffu
 def load_detector(name: str) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its import replaces models of timm, one warning each
+            warnings.simplefilter("ignore")  # its import replaces models of timm, with one warning each
             import controlnet_aux
     except Exception as error:  # not only ImportError: mediapipe 1.2 breaks it
         remedy = 'pip install "rectified_diffusers[controlnet]"; if mediapipe is installed: pip uninstall mediapipe'
@@ -42,8 +42,8 @@ def main() -> None:
     parser.add_argument("--detector", choices=DETECTORS, default="canny")
     parser.add_argument("--model", default="XCLiu/instaflow_0_9B_from_sd_1_5")
     parser.add_argument("--controlnet", help="folder or Hub id (default: the detector's, for Stable Diffusion 1.5)")
-    parser.add_argument("--resolution", type=int, default=512, help="of the shorter side, a multiple of 64")
-    parser.add_argument("--output", type=Path, required=True, help="the found edges go beside it as NAME.control.png")
+    parser.add_argument("--resolution", type=int, default=512, help="pixels of the shorter side, a multiple of 64")
+    parser.add_argument("--output", type=Path, required=True, help="the control image is saved as NAME.control.png")
     args = parser.parse_args()
 
     size = {"detect_resolution": args.resolution, "image_resolution": args.resolution}

@@ -1,10 +1,10 @@
-"""Change a picture by its prompt: back to the noise it comes from, and there again under another prompt.
+"""Edit an image by its prompt: invert it to its noise, then generate from that noise with another prompt.
 
     python examples/edit.py --model 2-rectified-flow --picture dog.png --source "dog face" --target "cat face"
 
-The model must be a flow of many steps, such as XCLiu/2_rectified_flow_from_sd_1_5. A one-step model knows its
-velocity at the noise alone. The round-trip error says whether the steps are enough: below 0.01 the picture comes back
-as it was.
+The model must be a multi-step flow, such as XCLiu/2_rectified_flow_from_sd_1_5. A one-step model predicts the velocity
+only at the noise end. The round-trip error shows whether the steps are enough: below 0.01 the image is reconstructed
+unchanged.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from rectified_diffusers import RectifiedFlowPipeline, edit, round_trip_error
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="rectified-flow pipeline: folder or Hub id")
-parser.add_argument("--picture", type=Path, help="to edit (default: what the model draws from the source prompt)")
-parser.add_argument("--source", default="dog face", help="what the picture shows")
-parser.add_argument("--target", default="cat face", help="what it shall show")
-parser.add_argument("--steps", type=int, default=16, help="Heun steps each way, two evaluations each")
-parser.add_argument("--guidance-scale", type=float, default=1.5, help="on the way to the target")
-parser.add_argument("--strengths", type=float, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="share of the flow run")
+parser.add_argument("--picture", type=Path, help="image to edit (default: generated from the source prompt)")
+parser.add_argument("--source", default="dog face", help="prompt of the given image")
+parser.add_argument("--target", default="cat face", help="prompt of the edited image")
+parser.add_argument("--steps", type=int, default=16, help="Heun steps in each direction, two evaluations each")
+parser.add_argument("--guidance-scale", type=float, default=1.5, help="guidance towards the target prompt")
+parser.add_argument("--strengths", type=float, nargs="+", default=[0.4, 0.6, 0.8, 1.0], help="shares of the flow")
 parser.add_argument("--output", type=Path, default=Path("edited.png"))
 arguments = parser.parse_args()
 

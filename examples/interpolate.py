@@ -1,9 +1,9 @@
-"""Animate the way from prompt to prompt, one network evaluation per picture.
+"""Animate the interpolation between prompts, with one network evaluation per frame.
 
     python examples/interpolate.py "a red apple" "grinning face" "dog face" --loop --output morph.gif
 
 The same on the command line: rectified-diffusers interpolate "a red apple" "grinning face" --loop -o morph.gif
-A one-step model draws every frame from its own noise and text, so an animation costs as much as its pictures do.
+A one-step model generates every frame from its own noise and text, so an animation costs as much as its frames.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint, inter
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("prompts", nargs="+", metavar="PROMPT")
 parser.add_argument("--model", help="folder or Hub id (default: the bundled emoji model)")
-parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one for all, or one per prompt")
-parser.add_argument("--frames", type=int, default=15, help="pictures from one prompt to the next")
+parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one seed for all prompts, or one per prompt")
+parser.add_argument("--frames", type=int, default=15, help="frames from one prompt to the next")
 parser.add_argument("--loop", action="store_true", help="go back to the first prompt")
 parser.add_argument("--output", type=Path, default=Path("interpolation.gif"), help=".gif, or .mp4 with ffmpeg")
 arguments = parser.parse_args()
@@ -27,7 +27,7 @@ pipeline = RectifiedFlowPipeline.from_pretrained(arguments.model or bundled_chec
 frames = interpolate(pipeline, arguments.prompts, arguments.seeds, arguments.frames, loop=arguments.loop)
 save_animation(frames, arguments.output, frames_per_second=15)
 
-# As a picture for paper: as many rows as columns, of evenly chosen frames.
+# A still image for print: a square grid of evenly spaced frames.
 side = math.isqrt(len(frames))
 chosen = [frames[i * len(frames) // side**2] for i in range(side**2)]
 make_image_grid(chosen, rows=side, cols=side).save(arguments.output.with_suffix(".png"))

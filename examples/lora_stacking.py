@@ -1,10 +1,10 @@
-"""Stack LoRAs on a one-step model by the standard diffusers methods, and take them off again.
+"""Stack LoRAs on a one-step model with the standard diffusers methods, and remove them again.
 
     python examples/lora_stacking.py --model XCLiu/instaflow_0_9B_from_sd_1_5 \
         --lora style.safetensors=0.8 detail.safetensors=0.5 character.safetensors=0.7
 
-Files in diffusers' layout and in kohya's (CivitAI) are read alike. The sheet shows the model itself, with each LoRA,
-and with all of them. LoRAs that were trained on Stable Diffusion 1.5 fit a model that was made from it.
+Files in diffusers' layout and in kohya's (CivitAI) both load. The output image shows the model alone, with each LoRA,
+and with all of them. LoRAs trained on Stable Diffusion 1.5 fit a model that was made from it.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from rectified_diffusers import RectifiedFlowPipeline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="rectified-flow pipeline: folder or Hub id")
-parser.add_argument("--lora", nargs="+", required=True, metavar="FILE=WEIGHT", help="LoRA file, and its weight")
+parser.add_argument("--lora", nargs="+", required=True, metavar="FILE=WEIGHT", help="LoRA file and its weight")
 parser.add_argument("--prompt", default="a red apple on a table")
 parser.add_argument("--output", type=Path, default=Path("lora_stacking.png"))
 arguments = parser.parse_args()
@@ -48,7 +48,7 @@ for name, weight in weights.items():
 pipeline.set_adapters(list(weights), list(weights.values()))
 pictures.append(draw())
 
-# To save a model with the LoRAs inside, this is the moment:
+# To save a model with the LoRAs fused into its weights, do it here:
 #     pipeline.fuse_lora(components=["unet", "text_encoder"])
 #     pipeline.unload_lora_weights()
 #     pipeline.save_pretrained(folder)

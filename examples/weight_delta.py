@@ -1,10 +1,10 @@
-"""Give a one-step model the style of a Stable Diffusion fine-tune, and take it back.
+"""Transfer the style of a Stable Diffusion fine-tune to a one-step model, and remove it again.
 
     python examples/weight_delta.py --model XCLiu/instaflow_0_9B_from_sd_1_5 --fine-tune Lykon/dreamshaper-7 \
         --base stable-diffusion-v1-5/stable-diffusion-v1-5
 
-The difference of the fine-tune's U-Net to its base is added to the model's, and the fine-tune's VAE and text encoder
-take the place of the model's. Give --components alone to keep the model's own.
+The difference between the fine-tune's U-Net and its base is added to the model's U-Net. The fine-tune's VAE and text
+encoder replace the model's. Pass --components without values to keep the model's own.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from rectified_diffusers import RectifiedFlowPipeline, apply_weight_delta, compu
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", required=True, help="rectified-flow pipeline: folder or Hub id")
 parser.add_argument("--fine-tune", required=True, help="fine-tune of the base: folder or Hub id")
-parser.add_argument("--base", required=True, help="what it was made from: folder or Hub id")
-parser.add_argument("--scale", type=float, default=1.0, help="how much of the style (default: 1)")
-parser.add_argument("--components", nargs="*", default=["vae", "text_encoder"], help="models to take from it as well")
+parser.add_argument("--base", required=True, help="base model of the fine-tune: folder or Hub id")
+parser.add_argument("--scale", type=float, default=1.0, help="weight of the style (default: 1)")
+parser.add_argument("--components", nargs="*", default=["vae", "text_encoder"], help="components to swap in")
 parser.add_argument("--prompt", default="a red apple on a table")
 parser.add_argument("--output-dir", type=Path, default=Path())
 arguments = parser.parse_args()
