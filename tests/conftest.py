@@ -41,7 +41,7 @@ def tiny_pipeline() -> Callable[..., Any]:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Give torch.hub an empty cache and no network access."""
+    """Set up torch.hub with no cached weights and no way to fetch them."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise URLError("Name or service not known")
