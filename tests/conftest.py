@@ -1,9 +1,9 @@
-"""Settings that every test shares: one thread, no network, one hypothesis profile."""
+"""Settings shared by all tests: one thread, no network, one hypothesis profile."""
 
 import gc
 import os
 
-# Before torch and huggingface_hub are imported: both read these once.
+# Set before torch and huggingface_hub are imported: both read these once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,19 +21,19 @@ from hypothesis import settings
 settings.register_profile("rectified_diffusers", deadline=None, derandomize=True)
 settings.load_profile("rectified_diffusers")
 torch.set_num_threads(1)
-gc.disable()  # until all tests are imported: nothing of that goes away
+gc.disable()  # until all tests are imported: imported objects are never freed
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Leave the half million objects of the imports out of every later collection of garbage."""
+    """Exclude the half million objects of the imports from every later garbage collection."""
     gc.freeze()
     gc.enable()
 
 
 @pytest.fixture
 def tiny_pipeline() -> Callable[..., Any]:
-    """Give `make_tiny_pipeline(kind="flow" | "diffusion")`; each call builds a new pipeline with the same weights."""
+    """Return `make_tiny_pipeline(kind="flow" | "diffusion")`; each call builds a new pipeline with equal weights."""
     from tests.tiny import make_tiny_pipeline
 
     return make_tiny_pipeline
@@ -41,7 +41,7 @@ def tiny_pipeline() -> Callable[..., Any]:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let torch.hub have no cached weights, and no way to fetch them."""
+    """Set up torch.hub with no cached weights and no way to fetch them."""
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise URLError("Name or service not known")
@@ -63,5 +63,5 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _random_state() -> None:
-    """Start every test from the same global random state, so that their order cannot matter."""
+    """Start every test from the same global random state, so that the order of tests has no effect."""
     torch.manual_seed(0)

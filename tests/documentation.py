@@ -64,7 +64,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def run_page(page: str, folder: str) -> int:
-    """Run the blocks of a page of the repository in a folder, and give their number."""
+    """Run the blocks of a page of the repository in a folder, and return their number."""
     namespace: dict[str, Any] = {}
     blocks = blocks_of(ROOT / page)
     with inside(folder), small_trainings():

@@ -19,7 +19,7 @@ CORNERS = (8, 40)
 
 @contextmanager
 def example(script: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Give what runs a script with arguments for its namespace; its neighbours' short names are forgotten after."""
+    """Yield what runs a script with arguments for its namespace; its neighbours' short names are forgotten after."""
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
 

@@ -25,7 +25,7 @@ VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "t
 
 
 def original_layout(pipeline: Any) -> dict[str, Tensor]:
-    """Give a pipeline's weights as they lie in one file such as `v1-5-pruned-emaonly.safetensors`."""
+    """Return a pipeline's weights as they lie in one file such as `v1-5-pruned-emaonly.safetensors`."""
     layers = pipeline.unet.config.layers_per_block
     weights = {}
     for name, tensor in pipeline.unet.state_dict().items():

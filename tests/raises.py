@@ -36,7 +36,7 @@ class Raise:
 
 
 def raises_in(source: str, path: str) -> Iterator[Raise]:
-    """Give the `raise` statements of a source text, in the order of their lines."""
+    """Yield the `raise` statements of a source text, in the order of their lines."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
     for node in sorted(found, key=lambda node: node.lineno):
         what = "" if node.exc is None else ast.unparse(node.exc).partition("(")[0]
@@ -44,7 +44,7 @@ def raises_in(source: str, path: str) -> Iterator[Raise]:
 
 
 def raises_below(folder: Path) -> Iterator[Raise]:
-    """Give the `raise` statements of all files below a folder, with paths relative to it."""
+    """Yield the `raise` statements of all files below a folder, with paths relative to it."""
     for file in sorted(folder.rglob("*.py")):
         yield from raises_in(file.read_text(encoding="utf-8"), file.relative_to(folder).as_posix())
 
@@ -62,7 +62,7 @@ def unreached(found: Iterator[Raise], report: Mapping[str, Any]) -> list[Raise]:
 
 
 def percent_of_branches(report: Mapping[str, Any]) -> float:
-    """Give the share of branches that were taken, in per cent; a report without branches is refused."""
+    """Return the share of branches that were taken, in per cent; a report without branches is refused."""
     totals = report["totals"]
     if not totals.get("num_branches"):
         raise ValueError("the report counts no branches; run coverage with branch = true, as in .coveragerc.")

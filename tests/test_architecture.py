@@ -24,7 +24,7 @@ def module_name(file: Path) -> str:
 
 
 def imports_of(file: Path) -> Iterator[tuple[str, int]]:
-    """Give the absolute names that a file imports anywhere, with the line; `from a import b` gives a and a.b."""
+    """Yield the absolute names that a file imports anywhere, with the line; `from a import b` gives a and a.b."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:

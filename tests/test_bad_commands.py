@@ -13,7 +13,7 @@ NUMBERS = ("int", "float")
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
-    """Give the parser of every command, of `delta` those of its own commands, by the words that call it."""
+    """Return the parser of every command, of `delta` those of its own commands, by the words that call it."""
     return dict(_below(cli.build_parser(), ""))
 
 
@@ -38,7 +38,7 @@ def options() -> list[tuple[str, str, str]]:
 
 
 def filled(words: str) -> list[str]:
-    """Give a command with all that it requires, none of which is there."""
+    """Return a command with all that it requires, none of which is there."""
     arguments, parser = words.split(), commands()[words]
     one_of = [group._group_actions[0] for group in parser._mutually_exclusive_groups if group.required]
     for action in parser._actions:

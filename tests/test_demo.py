@@ -1,4 +1,4 @@
-"""What the demo page is made of, without the page: orders, history, work that can be stopped, styles, the studio."""
+"""The parts of the demo, without the page: orders, history, work that can be stopped, styles, the studio."""
 
 import base64
 import copy
@@ -45,7 +45,7 @@ def studio() -> Studio:
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
-    """Give a LoRA file of a tiny pipeline."""
+    """Return a LoRA file of a tiny pipeline."""
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
@@ -60,7 +60,7 @@ def lora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def delta(tmp_path_factory):
-    """Give a plain delta file of a tiny pipeline's U-Net."""
+    """Return a plain delta file of a tiny pipeline's U-Net."""
     generator = torch.Generator().manual_seed(2)
     weights = make_tiny_pipeline("flow").unet.state_dict()
     file = tmp_path_factory.mktemp("delta") / "shake.safetensors"

@@ -23,7 +23,7 @@ WAIT = 120_000  # milliseconds: a test waits for what it asserts, and gives up l
 
 @pytest.fixture(scope="module")
 def style(tmp_path_factory):
-    """Give a weight delta of the bundled model: its own weights, turned down a little."""
+    """Return a weight delta of the bundled model: its own weights, turned down a little."""
     from safetensors.torch import load_file, save_file
 
     from rectified_diffusers import bundled_checkpoint
@@ -54,7 +54,7 @@ def controlnet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(controlnet):
-    """Start the command on a free port and give its address."""
+    """Start the command on a free port and return its address."""
     command = [sys.executable, "-m", "rectified_diffusers.cli", "demo", "--port", "0", "--controlnet", str(controlnet)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:

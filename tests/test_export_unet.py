@@ -52,7 +52,7 @@ def transformer(name: str, width: int) -> Shapes:
 
 
 def stock_layout() -> Shapes:
-    """Give names and shapes of Stable Diffusion 1.5's U-Net from its published config.
+    """Return names and shapes of Stable Diffusion 1.5's U-Net from its published config.
 
     v1-inference.yaml: model_channels 320, channel_mult [1, 2, 4, 4], num_res_blocks 2, attention_resolutions
     [4, 2, 1], context_dim 768; the blocks are laid out as by the constructor of CompVis' UNetModel.

@@ -53,7 +53,7 @@ def picture():
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Say whether two pictures differ by more than rounding."""
+    """Return whether two pictures differ by more than rounding."""
     return not torch.allclose(a, b, atol=1e-4)
 
 
@@ -286,7 +286,7 @@ def test_ip_adapter(make, picture):
 
 
 def count_calls(module: torch.nn.Module) -> list[tuple[int, ...]]:
-    """Give a list to which every call of the module adds the shape of its input."""
+    """Return a list to which every call of the module adds the shape of its input."""
     shapes: list[tuple[int, ...]] = []
     module.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
     return shapes

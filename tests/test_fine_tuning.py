@@ -43,7 +43,7 @@ def _quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Give a folder of four captioned pictures in the layout of `datasets`' imagefolder."""
+    """Return a folder of four captioned pictures in the layout of `datasets`' imagefolder."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     lines = []
@@ -56,7 +56,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Give a rectified flow saved as the published ones are: with a diffusion scheduler, which must be ignored."""
+    """Return a rectified flow saved as the published ones are: with a diffusion scheduler, which must be ignored."""
     folder = tmp_path / "model"
     make_tiny_pipeline("diffusion").save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
@@ -66,7 +66,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tune(model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Give `tune(script, options)`, which runs an example in this process and gives its output folder."""
+    """Return `tune(script, options)`, which runs an example in this process and gives its output folder."""
 
     def run(script: str, **options: Any) -> Path:
         known = {"model": model, "train_data_dir": pictures, "output_dir": tmp_path / script, **options}
@@ -129,7 +129,7 @@ def check_that_the_velocity_was_trained(spy: Spy, steps: int) -> None:
 
 
 def one_step_error(pipeline: Any, colour: tuple[int, int, int]) -> float:
-    """Give the RMSE between what one step makes of a noise and the latents of a picture of one colour."""
+    """Return the RMSE between a one-step result and the latents of an image of one color."""
     with torch.no_grad():
         pixels = torch.tensor(colour).div(127.5).sub(1).reshape(1, 3, 1, 1).expand(1, 3, 32, 32)
         data = pipeline.vae.encode(pixels).latent_dist.mean * pipeline.vae.config.scaling_factor

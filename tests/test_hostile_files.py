@@ -57,7 +57,7 @@ class Trap:
 
 @pytest.fixture
 def trap(tmp_path):
-    """Give a function that writes a pickle, and see afterwards that none was opened."""
+    """Yield a function that writes a pickle, and check afterwards that none was opened."""
     sprung = tmp_path / "sprung"
 
     def write(path: Path) -> Path:
@@ -209,7 +209,7 @@ def test_other_models_that_are_pickles(tmp_path, trap, saved):
 
 
 def calls(name: str) -> list[tuple[str, ast.Call]]:
-    """Give the calls of a method of that name in our source, with where they are."""
+    """Return the calls of a method of that name in our source, with where they are."""
     found = []
     for file in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

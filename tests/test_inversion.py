@@ -43,7 +43,7 @@ def latents(count: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def picture(seed: int = 0, size: int = 32) -> Image.Image:
-    """Give a smooth picture."""
+    """Return a smooth picture."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
 

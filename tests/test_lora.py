@@ -74,7 +74,7 @@ class Lora:
         return 0.3 * torch.randn(*shape, generator=self.generator)
 
     def kohya(self) -> dict[str, Tensor]:
-        """Give the tensors of a kohya file: lora_unet_... and lora_te_text_model_..., down, up and alpha.
+        """Return the tensors of a kohya file: lora_unet_... and lora_te_text_model_..., down, up and alpha.
 
         They are copies: a hotswap of PEFT swaps the tensors themselves.
         """
@@ -88,7 +88,7 @@ class Lora:
         return tensors
 
     def peft(self) -> dict[str, Tensor]:
-        """Give the tensors of a diffusers file, whose scale is alpha / rank = 1: so it is multiplied in."""
+        """Return the tensors of a diffusers file, whose scale is alpha / rank = 1: so it is multiplied in."""
         tensors = {}
         for prefix, factors in (("unet.", self.unet), ("text_encoder.text_model.", self.text)):
             for name, (down, up, alpha) in factors.items():

@@ -58,7 +58,7 @@ def make_stack() -> StackedUNet:
 
 
 def make_inputs(height: int = 8, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw x_t, timesteps and text embeddings for two examples."""
+    """Sample x_t, timesteps and text embeddings for two examples."""
     return torch.randn(2, 4, height, width), torch.tensor([1000.0, 370.5]), torch.randn(2, 5, 16)
 
 
@@ -294,7 +294,7 @@ def test_adapter_residuals_go_into_the_first_half():
 def make_lora(
     unet: UNet2DConditionModel, layers: tuple[str, ...] = ("to_q", "to_out.0", "conv1", "conv_in", "conv_out"), seed=0
 ) -> dict[str, Tensor]:
-    """Draw a LoRA of rank 2, named as in a pipeline's file."""
+    """Sample a LoRA of rank 2, named as in a pipeline's file."""
     tuned = type(unet).from_config(unet.config)
     tuned.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(layers)))
     generator = torch.Generator().manual_seed(seed)

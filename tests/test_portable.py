@@ -61,7 +61,7 @@ def expected():
 
 
 def weights_and_names(folder: Path) -> dict[str, bytes]:
-    """Give the files of a folder without those into which diffusers and transformers write where and when."""
+    """Return the files of a folder, except those in which diffusers and transformers record place and time."""
     names = ("model_index.json", "scheduler_config.json", ".py", ".safetensors")
     return {name: content for name, content in read_files(folder).items() if name.endswith(names)}
 

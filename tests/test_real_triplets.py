@@ -36,7 +36,7 @@ OPTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """Give an imagefolder of six pictures, of which one is held out."""
+    """Return an imagefolder of six pictures, of which one is held out."""
     folder, draw = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     lines = []
     for i in range(6):

@@ -44,7 +44,7 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
 
 
 def by_hand(prompt: str, seed: int, strength: float, steps: int, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Give the one-step picture enlarged, and refined."""
+    """Return the one-step picture enlarged, and refined."""
     draw: Any = make_tiny_pipeline("flow")
     small = draw(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
     large = small.resize((2 * SIZE, 2 * SIZE), Image.Resampling.LANCZOS)

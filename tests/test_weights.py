@@ -65,7 +65,7 @@ def models(tmp_path_factory) -> dict[str, Any]:
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """Give a U-Net that is neither the base nor the fine-tune: the one that a style is carried over to."""
+    """Return a U-Net that is neither the base nor the fine-tune: the one that a style is carried over to."""
     torch.manual_seed(5)
     return make_unet()
 

@@ -48,7 +48,7 @@ MERGES = ["t h", "th e</w>", "r e", "re d</w>"]
 
 @cache
 def vocabulary() -> dict[str, int]:
-    """Give the token ids: every byte inside a word, every byte at its end, the merges, start and end of text."""
+    """Return the token ids: every byte inside a word, every byte at its end, the merges, start and end of text."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in MERGES)]
     return {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
@@ -310,7 +310,7 @@ def make_ip_adapter_weights(unet: UNet2DConditionModel, seed: int = 0) -> dict[s
 
 
 def sample(pipeline: Any, seed: int = 0, prompt: Any = "a red apple", **kwargs: Any) -> Any:
-    """Give the latents of a run of two steps, or what `kwargs` ask for; the noise follows from the seed."""
+    """Return the latents of a two-step run, unless `kwargs` say otherwise; the seed determines the noise."""
     kwargs = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(prompt, generator=torch.manual_seed(seed), **kwargs).images
@@ -363,7 +363,7 @@ def _make_sd3(seed: int) -> Any:
 
 
 def _make_flux(seed: int, *, guidance_embeds: bool = True) -> Any:
-    """Give its picture the tests' size: Flux' own default is 128 latents, whatever its networks say."""
+    """Build the pipeline with the tests' image size: Flux's default is 128 latents, regardless of its networks."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds)
     pipeline = FluxPipeline(**make_flux_components(seed, guidance_embeds=guidance_embeds), scheduler=scheduler)
     pipeline.default_sample_size = 8

@@ -1,4 +1,4 @@
-"""Run every command with two versions of the source, and compare what they write, to the byte.
+"""Run every command with two versions of the source, and compare their output files byte by byte.
 
     python -m tests.compare --before COMMIT
     python -m tests.compare --before COMMIT --after COMMIT --only reflow evaluate
@@ -45,7 +45,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 def serve() -> None:
-    """Import the libraries, say where the package is, and run what stdin asks for: folder, name and words."""
+    """Import the libraries, print the package's location, and run the commands from stdin: folder, name and words."""
     for library in LIBRARIES:
         importlib.import_module(library)
     package = importlib.util.find_spec("rectified_diffusers")
@@ -58,7 +58,7 @@ def serve() -> None:
             atexit._run_exitfuncs()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-            os._exit(code)  # taking the interpreter down would cost two seconds more
+            os._exit(code)  # shutting down the interpreter would take two more seconds
         _, status = os.waitpid(child, 0)
         reply(str(os.waitstatus_to_exitcode(status)))
 
@@ -69,7 +69,7 @@ def reply(text: str) -> None:
 
 
 def run_here(folder: str, name: str, words: list[str]) -> int:
-    """Run a command in this process, its output appended to `NAME.out` and `NAME.err`, and give its exit code."""
+    """Run a command in this process, its output appended to `NAME.out` and `NAME.err`, and return its exit code."""
     os.chdir(folder)
     for number, path in ((0, os.devnull), (1, f"{name}.out"), (2, f"{name}.err")):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644), number)
@@ -118,7 +118,7 @@ class Version:
 
 
 def wanted(only: list[str]) -> list[str]:
-    """Give the names of commands that begin with those in `only`, and of those whose files they read; all if none."""
+    """Return the commands that begin with the names in `only`, and those whose files they read; all if it is empty."""
     lines = {**COMMANDS, **OLD}
     unknown = [each for each in only if not any(name.startswith(each) for name in lines)]
     if unknown:
@@ -133,7 +133,7 @@ def wanted(only: list[str]) -> list[str]:
 
 @contextmanager
 def tree_of(version: str) -> Iterator[Path]:
-    """Give the folder of a version; a commit is checked out for the time of the block."""
+    """Yield the folder of a version; a commit is checked out for the duration of the block."""
     if Path(version).is_dir():
         yield Path(version).resolve()
         return
@@ -148,7 +148,7 @@ def tree_of(version: str) -> Iterator[Path]:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Give time and size of every file below a folder, by name; of `inputs`, a link, none."""
+    """Return the time and size of every file below a folder, by name, except for `inputs`, which is a link."""
     files = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
     return {str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.stat().st_size) for file in files}
 

@@ -1,4 +1,4 @@
-"""The lines that both versions run: here is what to mend when a command or an option gets another name.
+"""The command lines that both versions run; edit them when a command or an option is renamed.
 
 Name: lines, one after the other. A command writes files and folders of its own name, by which others find them. A line
 that begins with -c is Python: public names that no command calls.

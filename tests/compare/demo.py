@@ -1,4 +1,4 @@
-"""Ask the page of the command `demo` for a picture, as a browser would."""
+"""Request an image from the page of the command `demo`, as a browser would."""
 
 import io
 import json
@@ -17,7 +17,7 @@ WAIT = 300  # seconds
 
 
 def draw(prompt: str, output: str, *arguments: str) -> None:
-    """Serve the page with the package of this process, draw a prompt, write the picture and end the server."""
+    """Serve the page with the package of this process, generate an image, write it and stop the server."""
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(

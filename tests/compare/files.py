@@ -1,4 +1,4 @@
-"""When are two files equal?
+"""Rules for when two files are equal.
 
 Safetensors: tensors bit by bit, and metadata. Pictures: size, pixels and times of every frame. JSON, and lines of it:
 entry by entry, but for dates, timings, versions and places. ONNX: graph and weights, without the lines of source that
@@ -28,7 +28,7 @@ def is_compared(name: str) -> bool:
 
 
 def difference(before: Path, after: Path) -> str | None:
-    """Say in a line how two files differ; None if they are equal."""
+    """Return in one line how two files differ; None if they are equal."""
     for path, side in ((before, "before"), (after, "after")):
         if not path.exists():
             return f"not written by the version {side}"
@@ -89,7 +89,7 @@ def _of_output(before: Path, after: Path) -> str | None:
 
 
 def of_json(before: Any, after: Any, where: str = "") -> str | None:
-    """Say where two values of JSON differ, but for the keys that are not compared."""
+    """Return where two JSON values differ, ignoring the keys that are not compared."""
     if isinstance(before, dict) and isinstance(after, dict):
         apart = NOT_COMPARED | _new_options(before, after) | (SEALS if _has_new_option(before, after) else set())
         keys = [key for key in {**before, **after} if key not in apart]
@@ -112,7 +112,7 @@ def _new_options(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
 
 
 def _has_new_option(before: Any, after: Any) -> bool:
-    """Tell whether there is a new option in one of the objects within this one."""
+    """Return whether an object nested in this one has a new option."""
     if not (isinstance(before, dict) and isinstance(after, dict)):
         return False
     below = (_has_new_option(before[key], after[key]) for key in before.keys() & after.keys())
@@ -139,7 +139,7 @@ def _of_onnx(before: Path, after: Path) -> str | None:
 
 
 def _bare(path: Path) -> bytes:
-    """Give a model without the notes of its exporter: where in the source each node was made."""
+    """Return a model without the exporter's notes of the source line of each node."""
     import onnx
 
     model = onnx.load(str(path))

@@ -1,4 +1,4 @@
-"""What the commands start from, at tiny sizes and made without the package, so that no version has a part in it."""
+"""Tiny inputs of the commands, created without the package, so that they do not depend on a version."""
 
 import json
 from pathlib import Path

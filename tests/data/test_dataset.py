@@ -1,4 +1,4 @@
-"""Folders of triplets as they are opened and verified: what is there, what belongs together, what is noise."""
+"""Opening and verifying folders of triplets: missing files, files that belong together, and the noise."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from rectified_diffusers.data.shards import Shard, shard_path, write_shard
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Give five shards of four triplets each, in a folder of its own."""
+    """Return a separate folder with five shards of four triplets each."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     write_synthetic(tmp_path / "set", num_triplets=20, triplets_per_shard=4, latent_shape=(4, 8, 8))
     return tmp_path / "set"
 
 
 def rewrite(folder: Path, shard: int, header: dict[str, Any], **changes: Tensor) -> None:
-    """Write a shard again with other tensors or another header."""
+    """Rewrite a shard with different tensors or a different header."""
     path = shard_path(folder, shard)
     old = Shard.open(path)
     tensors = {name: old.file.get_tensor(name).clone() for name in ("noise", "data")}
@@ -33,7 +33,7 @@ def rewrite(folder: Path, shard: int, header: dict[str, Any], **changes: Tensor)
 
 
 def board(shape: tuple[int, ...], variance: float, correlation: float) -> Tensor:
-    """Give a constant plus a checkerboard: the one's neighbours are alike, the other's opposite, so both are exact."""
+    """Return a constant plus a checkerboard: neighbors are equal in one, opposite in the other, so both are exact."""
     rows, columns = (torch.arange(size) for size in shape[-2:])
     signs = 1 - 2 * ((rows[:, None] + columns) % 2)
     field = math.sqrt((1 + correlation) / 2) + math.sqrt((1 - correlation) / 2) * signs

@@ -14,7 +14,7 @@ from tests.tiny import make_tiny_pipeline
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    """Give folders of six and of ten triplets, of other prompts and noise."""
+    """Return folders of six and of ten triplets, with different prompts and noise."""
     folders = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
     generate(folders[0], num_triplets=6, seed=1, prompts=["the sea", "a cat"])
     generate(folders[1])

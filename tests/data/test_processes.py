@@ -56,7 +56,7 @@ run("resumed", "launched", 2)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with the folders that differently many processes made, and what they showed in NAME.log."""
+    """Return a folder with the outputs of different numbers of processes; NAME.log holds what they printed."""
     folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-c", FORKS, str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)

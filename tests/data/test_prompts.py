@@ -61,7 +61,7 @@ def test_check_prompts():
 
 @pytest.fixture
 def write(tmp_path):
-    """Write prompts in one of the forms and give what is to be opened."""
+    """Write prompts in one of the formats and return the path to open."""
 
     def write_as(kind, prompts=MANY, column="prompt"):
         path = tmp_path / f"prompts.{kind}"

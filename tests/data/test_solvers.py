@@ -45,7 +45,7 @@ def stable_diffusion_schedule(**changes: Any) -> DDIMScheduler:
 
 
 def gaussian_epsilon(teacher: DDIMScheduler) -> Any:
-    """Give the exact epsilon of Gaussian data; between two timesteps, log alpha_bar is linear."""
+    """Return the exact epsilon of Gaussian data; between two timesteps, log alpha_bar is linear."""
     log_alphas = teacher.alphas_cumprod.double().log()
 
     def epsilon(x: Tensor, timestep: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def gaussian_epsilon(teacher: DDIMScheduler) -> Any:
 
 
 def gaussian_velocity(x: Tensor, timestep: Tensor) -> Tensor:
-    """Give E[noise - data | x] at x = (1 - sigma) data + sigma noise: what a Stable Diffusion 3 model would say."""
+    """Return E[noise - data | x] at x = (1 - sigma) data + sigma noise, which a Stable Diffusion 3 model predicts."""
     sigma = float(timestep) / 1000
     data = MEAN + (1 - sigma) * STD**2 * (x - (1 - sigma) * MEAN) / ((1 - sigma) ** 2 * STD**2 + sigma**2)
     return (x - data) / sigma

@@ -49,7 +49,7 @@ def contents(folder):
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
-    """Give the files of one uninterrupted run by name."""
+    """Return the files of one uninterrupted run by name."""
     folder = tmp_path_factory.mktemp("reference")
     generate(folder)
     return contents(folder)
@@ -57,7 +57,7 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, reference):
-    """Give a folder with a finished run, to be damaged."""
+    """Return a folder with a finished run, to be damaged."""
     for name, content in reference.items():
         (tmp_path / name).write_bytes(content)
     return tmp_path
@@ -285,7 +285,7 @@ def test_verify_names_every_damaged_shard(folder):
 
 
 def smooth(shape, generator):
-    """Give something like latents of pictures: unit variance, neighbours alike."""
+    """Return data similar to latents of images: unit variance, similar neighbors."""
     noise = torch.randn(*shape[:-2], shape[-2] + 2, shape[-1] + 2, generator=generator)
     return torch.nn.functional.avg_pool2d(noise, 3, stride=1) * 3
 
@@ -338,7 +338,7 @@ def test_data_that_is_not_finite_raises_and_keeps_the_shards_before(tmp_path, re
 
 
 def broken_teacher(before=lambda: None):
-    """Give the teacher whose answers are no numbers, and do something before each."""
+    """Return a teacher that predicts NaN, and call `before` before each prediction."""
     teacher = make_tiny_pipeline("diffusion")
     forward = teacher.unet.forward
 

@@ -1,4 +1,4 @@
-"""The faults: each harms one run of one workload in its own way and says what was left of the work."""
+"""The faults: each one harms a run of a workload in a specific way and reports what remains of the work."""
 
 import ctypes
 import os
@@ -235,7 +235,7 @@ def _harm_one(case: Try, harm: Callable[[Path], object]) -> Verdict:
 
 
 def _weighty(folder: Path) -> list[Path]:
-    """List what a run lives from: shards, and the files of the newest checkpoint."""
+    """Return the files that a run needs: shards, and the files of the newest checkpoint."""
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     newest = sorted(checkpoints[-1].iterdir()) if len(checkpoints) > 1 else []
     return [path for path in [*sorted(folder.glob("shard-*.safetensors")), *newest] if path.stat().st_size]

@@ -59,7 +59,7 @@ def text(chance: Random, longest: int) -> str:
 
 
 def json_value(chance: Random, depth: int = 2) -> Any:
-    """Give any JSON value, lists and objects up to a depth."""
+    """Return any JSON value, lists and objects up to a depth."""
     kind = chance.randint(0, 6 if depth else 4)
     if kind == 5:
         return [json_value(chance, depth - 1) for _ in range(chance.randint(0, 3))]
@@ -70,7 +70,7 @@ def json_value(chance: Random, depth: int = 2) -> Any:
 
 
 def altered_json(chance: Random, value: Any) -> Any:
-    """Give a JSON value of which one entry, at any depth, is gone, added or of another value."""
+    """Return a JSON value with one entry, at any depth, removed, added or changed."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
         key, how = chance.choice(sorted(value)), chance.randint(0, 5)
         if how == 0:
@@ -88,7 +88,7 @@ def altered_json(chance: Random, value: Any) -> Any:
 
 
 def altered_bytes(chance: Random, content: bytes) -> bytes:
-    """Give bytes with a cut, an insertion, an overwriting or a flipped bit, or all anew."""
+    """Return bytes with a cut, an insertion, an overwrite or a flipped bit, or entirely new bytes."""
     how = chance.randint(0, 5)
     if how == 0:
         return chance.randbytes(chance.randint(0, 64))
@@ -102,7 +102,7 @@ def altered_bytes(chance: Random, content: bytes) -> bytes:
 
 
 def altered_safetensors(chance: Random, content: bytes, text_key: str | None) -> bytes:
-    """Give a safetensors file with a lie in its header, in our text inside it, in its length or in its bytes."""
+    """Return a safetensors file with a lie in its header, in our text inside it, in its length or in its bytes."""
     how = chance.randint(0, 3)
     if how == 0:
         return altered_bytes(chance, content)
@@ -121,7 +121,7 @@ def altered_safetensors(chance: Random, content: bytes, text_key: str | None) ->
 
 
 def command_line(chance: Random, options: list[str]) -> list[str]:
-    """Give a command with options and odd values."""
+    """Return a command with options and odd values."""
     name = chance.choice(COMMANDS).__name__.removeprefix("add_") if chance.random() < 0.95 else text(chance, 4)
     words = (
         lambda: chance.choice(options),
@@ -148,7 +148,7 @@ class Target:
 
 
 def make_targets(folder: Path) -> dict[str, Target]:
-    """Write valid files below a folder and give the targets that take damaged copies of them."""
+    """Write valid files below a folder and return the targets that take damaged copies of them."""
     from tests.training.helpers import make_dataset, make_trainer
 
     triplets = folder / "triplets"
@@ -258,7 +258,7 @@ def input_of(name: str, target: Target, number: int) -> Any:
 
 
 def fuzz(name: str, target: Target, count: Count, examples: int) -> None:
-    """Give a target the next inputs, and count what becomes of them."""
+    """Run a target on the next inputs, and count the outcomes."""
     for number in range(count.inputs, count.inputs + examples):
         value = input_of(name, target, number)
         try:
@@ -272,7 +272,7 @@ def fuzz(name: str, target: Target, count: Count, examples: int) -> None:
 
 
 def render(counts: dict[str, Count], command: str) -> str:
-    """Give the table, with when and on what it was made."""
+    """Return the table, with its date and environment."""
     made, total = provenance(), sum(count.inputs for count in counts.values())
     dates = sorted(date for count in counts.values() for date in count.dates)
     commits = sorted({commit for count in counts.values() for commit in count.commits})

@@ -45,7 +45,7 @@ class Command:
         return cls(pid, stderr)
 
     def wait(self, seconds: float = 300.0) -> int | None:
-        """Wait for the end and give the exit code, negative after a signal; None if it takes longer."""
+        """Wait for the end and return the exit code, negative after a signal; None if it takes longer."""
         deadline = time.monotonic() + seconds
         return self._wait_while(lambda: time.monotonic() < deadline)
 
@@ -55,7 +55,7 @@ class Command:
         return self._wait_while(lambda: self.busy() < seconds and time.monotonic() < deadline)
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end; give exit code and last line of stderr. One that does not end is killed, too."""
+        """Wait for the end; return the exit code and the last line of stderr. Kill a process that does not end."""
         code = self.wait()
         if code is None:
             self.kill()
@@ -63,7 +63,7 @@ class Command:
         return code, self.error()
 
     def busy(self) -> float:
-        """Give the seconds that processors have worked for it; where the system does not count them, those gone by."""
+        """Return the processor time in seconds, or the elapsed time where the system does not count it."""
         nanoseconds = []
         for pid in (self.pid, *self.children()):
             for thread in PROC.glob(f"{pid}/task/*/schedstat"):
@@ -87,7 +87,7 @@ class Command:
         os.waitpid(self.pid, 0)
 
     def said(self) -> str:
-        """Give what it wrote to stderr; its last line is the error, if it ended in one."""
+        """Return what it wrote to stderr; its last line is the error, if it ended in one."""
         return self.stderr.read_text(errors="replace")
 
     def error(self) -> str:

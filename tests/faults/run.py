@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def render(rows: list[Row], command: str) -> str:
-    """Give the table of the rows, with when and on what it was made."""
+    """Return the table of the rows, with its date and environment."""
     machine = provenance()
     dates = sorted(date for row in rows for date in row.dates) or ["none"]
     lines = [

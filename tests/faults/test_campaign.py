@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign fo
 
 
 def failures(workloads: list[str], tries: int, folder: Path) -> list[object]:
-    """Do every fault to the workloads; give what went wrong."""
+    """Apply every fault to the workloads; return what went wrong."""
     rows = [Row(fault, workload) for fault in FAULTS for workload in workloads]
     run_campaign(rows, dict.fromkeys(FAULTS, tries), folder)
     not_tried = NEEDS_MOUNT if os.geteuid() else ()

@@ -43,7 +43,7 @@ class Workload:
 
 
 def make_workloads(folder: Path) -> dict[str, Workload]:
-    """Write a tiny teacher, prompts and triplets below a folder, and give the commands that work on them."""
+    """Write a tiny teacher, prompts and triplets below a folder, and return the commands that work on them."""
     teacher, flow, prompts, triplets = (folder / name for name in ("teacher", "flow", "prompts.txt", "triplets"))
     make_tiny_pipeline("diffusion").save_pretrained(teacher)
     make_tiny_pipeline("flow").save_pretrained(flow)
@@ -60,7 +60,7 @@ def make_workloads(folder: Path) -> dict[str, Workload]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Give the hash of every file below a folder, by its name; lock files hold nothing and are left out."""
+    """Return the hash of every file below a folder, by its name; lock files hold nothing and are left out."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 

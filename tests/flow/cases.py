@@ -53,7 +53,7 @@ def draw_pair(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def spread(t: float, count: int) -> Tensor:
-    """Give every example its own time, `(count,)` within 0.02 of t."""
+    """Return a different time for each example, `(count,)` within 0.02 of t."""
     return t + torch.linspace(-0.02, 0.02, count, dtype=torch.float64)
 
 

@@ -94,7 +94,7 @@ def can_import(name: str) -> bool:
 
 
 def _without_objects(error: BaseException) -> HubError:
-    """Give what can travel between processes of an error and its causes."""
+    """Return what can travel between processes of an error and its causes."""
     types, texts, seen = [], [], error
     while seen is not None:
         types.append(type(seen).__name__)
@@ -127,7 +127,7 @@ class Client(NamedTuple):
 
 @cache
 def the_hub() -> Hub:
-    """Give the one Hub of this run of the tests; its clients know its address from their start."""
+    """Return the one Hub of this run of the tests; its clients know its address from their start."""
     hub = Hub()
     hub.__enter__()
     return hub

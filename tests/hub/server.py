@@ -50,7 +50,7 @@ class Repository:
         return sha
 
     def find(self, revision: str) -> str | None:
-        """Give the hash that a branch, a tag or a hash stands for."""
+        """Return the hash that a branch, a tag or a hash stands for."""
         sha = self.names.get(revision, revision)
         return sha if sha in self.commits else None
 
@@ -118,7 +118,7 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
 
     def take_cut(self, path: str) -> bool:
-        """Say whether this answer shall break off, and count it."""
+        """Return whether this response must break off, and count it."""
         with self.lock:
             for name, count in self.cuts.items():
                 if path.endswith(name) and count > 0:
@@ -130,14 +130,14 @@ class Hub(ThreadingHTTPServer):
         return next((fault for name, fault in self.faults.items() if path.endswith(name)), Fault())
 
     def recover(self) -> None:
-        """Be well again."""
+        """Remove all faults."""
         self.cuts.clear()
         self.faults.clear()
         self.moved.clear()
         self.out_of_order = False
 
     def downloads(self) -> list[str]:
-        """Give the files whose content was asked for, by path; once more for each further part of a broken-off one."""
+        """Return the paths of the files that were requested; again for each further part of a broken download."""
         pattern = re.compile(r"(?:/[^/]+/[^/]+/resolve/[^/]+|/weights/[^/]+/[^/]+/[0-9a-f]{40})/(.+)")
         found = [pattern.fullmatch(path) for method, path in self.requests if method == "GET"]
         return sorted(match[1] for match in found if match)

@@ -180,7 +180,7 @@ def test_a_damaged_file_of_an_earlier_time_is_not_hashed_again(hub, client, cach
 
 
 def damaged_once(hub, client, call, *given):
-    """Do `call` twice with a damaged U-Net, LoRA or VAE on the Hub, then well; give what came of the last."""
+    """Do `call` twice with a damaged U-Net, LoRA or VAE on the Hub, then well; return what came of the last."""
     for _ in range(2):  # the second would find the first one's file in the cache
         with pytest.raises(HubError, match="was damaged on its way from the Hub: expected the hash") as error:
             client.call(call, *given)
@@ -190,7 +190,7 @@ def damaged_once(hub, client, call, *given):
 
 
 def in_a_cache(cache: str, work):
-    """Do `work` as in a process whose cache is there, and give what can go back to the test."""
+    """Do `work` as in a process whose cache is there, and return what can go back to the test."""
     from unittest import mock
 
     import huggingface_hub.constants

@@ -70,7 +70,7 @@ class Mutant:
 
 
 def mutants_of(source: str, path: str) -> Iterator[Mutant]:
-    """Give the mutants of all functions in a file, in the order of its text.
+    """Yield the mutants of all functions in a file, in the order of its text.
 
     Comparisons, arithmetic, logic and numbers are changed, texts outside of errors too, conditions turned round,
     keyword arguments, statements and raises left out, results replaced by None. Left as they are: annotations,
@@ -88,7 +88,7 @@ def mutants_of(source: str, path: str) -> Iterator[Mutant]:
 
 
 def _functions(node: ast.AST, place: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
-    """Give the functions of modules and classes; those inside others belong to these."""
+    """Yield the functions of modules and classes; those inside others belong to these."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _FUNCTIONS):
             yield child, f"{place}{child.name}"
@@ -99,7 +99,7 @@ def _functions(node: ast.AST, place: str) -> Iterator[tuple[ast.FunctionDef | as
 
 
 def _changes(node: ast.AST) -> Iterator[tuple["ast.expr | ast.stmt", "ast.expr | ast.stmt"]]:
-    """Give a node and each thing that may stand in its place, for everything from this node on downwards."""
+    """Yield a node and each thing that may stand in its place, for everything from this node on downwards."""
     if isinstance(node, ast.Raise):
         yield node, ast.Pass()
         return
@@ -186,7 +186,7 @@ def _key(node: ast.AST) -> tuple[object, ...]:
 
 
 def _short(node: ast.AST) -> str:
-    """Give a node as text; of a statement with others inside, the first line."""
+    """Return a node as text; of a statement with others inside, the first line."""
     return ast.unparse(node).splitlines()[0]
 
 
@@ -203,7 +203,7 @@ class Functions:
                 self.known.setdefault((code.co_filename, code.co_firstlineno, code.co_name), []).append(each)
 
     def become(self, mutant: Mutant) -> None:
-        """Give every function of the mutant's file the mutant's code."""
+        """Replace the code of every function in the mutant's file with the mutant's code."""
         file = self.files[mutant.path]
         for code in _codes(compile(mutant.tree, file, "exec")):
             for function in self.known.get((file, code.co_firstlineno, code.co_name), ()):

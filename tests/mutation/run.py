@@ -94,7 +94,7 @@ class Runner:
 
 
 def _reach(items: dict[str, pytest.Item], files: list[str]) -> dict[str, Any]:
-    """Run all tests, each in a context of its own, and give what they reached."""
+    """Run all tests, each in a context of its own, and return what they reached."""
     watch = coverage.Coverage(data_file=None, include=[str(SOURCE / path) for path in files], config_file=False)
     watch.start()
     seconds: dict[str, float] = {}
@@ -150,7 +150,7 @@ def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:
 
 
 def _in_a_fork(work: Any) -> Any:
-    """Do work in a fork and give its result, which has to be JSON."""
+    """Do work in a fork and return its result, which has to be JSON."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -206,7 +206,7 @@ def _files_of(group: str) -> list[str]:
 
 
 def render(kept: dict[str, Any]) -> tuple[str, list[str]]:
-    """Give the table of the files, and the survivors that nobody has explained."""
+    """Return the table of the files, and the survivors without an explanation."""
     outcomes = {name: outcome for group in kept.values() for name, outcome in group["mutants"].items()}
     lines = ["# Mutants", "", "| file | mutants | killed | survived | explained |", "|---|---|---|---|---|"]
     for path in sorted({name.partition(":")[0] for name in outcomes}):

@@ -37,7 +37,7 @@ PROMPTS = ["a red apple", "the sea", "a cat", "two dogs"]
 
 
 def make_ends(rows: int = 4, channels: int = 4) -> tuple[Tensor, Tensor]:
-    """Draw white noise, and data that is smooth and unrelated to it."""
+    """Sample white noise, and data that is smooth and unrelated to it."""
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(rows, channels, 8, 8, generator=generator)
     corners = torch.randn(rows, channels, 2, 2, generator=generator)
@@ -113,7 +113,7 @@ def make_matching_teacher(kind: Any = "flow") -> Any:
 
 
 def one_step_error(method: str, dataset: TripletDataset, output_dir: Path, max_steps: int, **options: Any) -> float:
-    """Fit the triplets, then give the RMSE between their data and what the saved pipeline makes in one step."""
+    """Train on the triplets; return the RMSE between their data and one-step results of the saved pipeline."""
     fit: dict[str, Any] = {"max_steps": max_steps, "learning_rate": 2e-2, "warmup_steps": 5, "lr_schedule": "cosine"}
     make_trainer(method, dataset, output_dir, **fit, ema_decay=0.8, save_every_steps=1000, **options).train()
     pipeline = RectifiedFlowPipeline.from_pretrained(output_dir)
@@ -137,7 +137,7 @@ def record_unet_calls(trainer: Trainer[Any]) -> list[tuple[Tensor, Tensor, Tenso
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Give the hash of every file below a folder by its name."""
+    """Return the hash of every file below a folder by its name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
 

@@ -74,7 +74,7 @@ def total_straightness(pipeline: Any) -> float:
 
 
 def one_step_error(pipeline: Any, dataset: TripletDataset, network: Any = None) -> float:
-    """Give the RMSE between the data and noise + v(noise, 0), by the pipeline's network or another one."""
+    """Return the RMSE between the data and noise + v(noise, 0), by the pipeline's network or another one."""
     denoiser, triplets = Denoiser.of(pipeline), dataset.rows(range(len(dataset)))
     told = {name: part.float() for name, part in denoiser.encode(triplets.prompts, "cpu").items()}
     with torch.no_grad():

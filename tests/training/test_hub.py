@@ -33,7 +33,7 @@ def hub() -> Iterator[Hub]:
 
 
 def train_and_push(triplets: Path, output_dir: Path, token: str | None, **options: Any) -> str | None:
-    """Train in the process that is online; give the text of the error, if there is one."""
+    """Train in the process that is online; return the text of the error, if there is one."""
     environment = {"HF_TOKEN": token} if token else {}
     try:
         with mock.patch.dict(os.environ, environment):

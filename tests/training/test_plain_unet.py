@@ -35,7 +35,7 @@ def empty_groups(unet: Any, count: int) -> None:
 
 
 def unit_noise(rows: int = 3) -> Tensor:
-    """Draw noise whose root mean square is 1 in every channel, as it is on the mean."""
+    """Sample noise whose root mean square is 1 in every channel, as it is on the mean."""
     noise = torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return noise / noise.square().mean((2, 3), keepdim=True).sqrt()
 

@@ -36,7 +36,7 @@ MEAN, LARGEST = 1e-7, 1e-4
 
 
 def launch(words: list[str], timeout: int = 1200, **environment: str) -> str:
-    """Run a command that starts processes, with a free PORT for them, and give what they printed."""
+    """Run a command that starts processes, with a free PORT for them, and return what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -49,7 +49,7 @@ def launch(words: list[str], timeout: int = 1200, **environment: str) -> str:
 
 
 def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
-    """Give everything that a checkpoint holds, by file and name."""
+    """Return everything that a checkpoint holds, by file and name."""
     files = read_checkpoint(folder / "checkpoints" / f"step-{step:08d}").tensors
     return {f"{file}/{name}": value for file, values in files.items() for name, value in values.items()}
 

@@ -22,7 +22,7 @@ def make_progressive(dataset: TripletDataset, output_dir: Path, **options: Any) 
 
 
 def ends_of(trainer: ProgressiveTrainer, network: Any, noise: Tensor, prompts: list[str], steps: int) -> Tensor:
-    """Give where Euler takes the noise in so many steps of a network."""
+    """Return the end point of the noise after `steps` Euler steps with a network."""
     with torch.no_grad():
         return euler(lambda x, t: trainer.predict_velocity(x, t, prompts, network), noise, steps)
 

@@ -1,10 +1,11 @@
 """The command line: rectified-diffusers COMMAND; one module per command.
 
 Each command is one call of a public function, and its options are the fields of that function's config. torch and
-diffusers are imported by the commands that run, so that `--help` and mistakes in the arguments answer at once.
+diffusers are imported only when a command runs, so that `--help` and argument errors respond immediately.
 
-What the user can mend (a bad argument, a missing file or package, a value that a config refuses, a run that diverged)
-ends in one line on stderr and exit code 2; `--debug` adds the traceback. Anything else is a bug and keeps it.
+Errors that the user can fix (a bad argument, a missing file or package, a value that a config refuses, a run that
+diverged) print one line to stderr and exit with code 2; `--debug` adds the traceback. Any other error is a bug and
+keeps its traceback.
 """
 
 import argparse
@@ -41,7 +42,7 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 2 after an error of the user's, 130 after Ctrl-C."""
+    """Run a command and return its exit code: 0, 2 after a user error, 130 after Ctrl-C."""
     arguments = argparse.Namespace(debug=False, resumable=False)
     try:
         arguments = build_parser().parse_args(argv)

@@ -1,4 +1,4 @@
-"""`python -m rectified_diffusers.cli`, which `accelerate launch -m` needs."""
+"""Entry point of `python -m rectified_diffusers.cli`, which `accelerate launch -m` needs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""rectified-diffusers --print-completion: a script that lets a shell complete commands, options and files."""
+"""rectified-diffusers --print-completion: print a shell script that completes commands, options and files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from rectified_diffusers.cli.shared import CommandError
 
 SHELLS = ("bash", "zsh", "tcsh")
-FOLDERS = ("model", "teacher", "triplets", "controlnet", "data", "output_dir")  # by the names of their arguments
+FOLDERS = ("model", "teacher", "triplets", "controlnet", "data", "output_dir")  # argument names
 
 
 class PrintCompletion(argparse.Action):
-    """Print the script, made by shtab from the parser, and end."""
+    """Print the script that shtab generates from the parser, and exit."""
 
     def __call__(
         self,
@@ -37,7 +37,7 @@ class PrintCompletion(argparse.Action):
 
 
 def _arguments(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Walk the arguments of a parser and of all its commands."""
+    """Yield the arguments of a parser and of all its commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

@@ -1,4 +1,4 @@
-"""rectified-diffusers delta: make the weight difference of a fine-tune to its base, and apply it to a model."""
+"""rectified-diffusers delta: compute the weight difference between a fine-tune and its base, and apply it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_delta(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("delta", help=text, description=text)
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
     for add in (_add_make, _add_apply):
-        # SUPPRESS: the default of `delta` itself, which also takes it, must not be overwritten.
+        # SUPPRESS: do not overwrite the value of --debug from `delta` itself, which has the same option.
         add(actions).add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
         )
@@ -109,7 +109,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
 
 
 def parse_delta(text: str, what: str = "delta") -> tuple[str, float]:
-    """Split DELTA=SCALE; without a scale, or if the whole names a file or folder, the scale is 1."""
+    """Split DELTA=SCALE; the scale is 1 if it is missing or if the complete text names a file or folder."""
     name, equals, scale = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0

@@ -1,4 +1,4 @@
-"""rectified-diffusers demo: the model on a web page."""
+"""rectified-diffusers demo: serve the model on a web page."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Serve the page while another process loads the models and draws, and wait for Ctrl-C."""
+    """Serve the page until Ctrl-C, while another process loads the models and generates images."""
     styles = [_style(text) for text in arguments.styles]
     _check(arguments)
     model = default_model() if arguments.model is None else arguments.model
@@ -97,11 +97,11 @@ def _served(studio: ComingStudio, styles: list[tuple[Path, float]], arguments: a
             print(warning, file=sys.stderr, flush=True)
         yield
     finally:
-        page.close(verbose=False)  # whose line would be no JSON
+        page.close(verbose=False)  # its message would not be JSON
 
 
 def _studio(model: str, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Studio:
-    """Load the models, and draw once: errors are told here, and the first visitor's picture is not the slow first."""
+    """Load the models and generate once: errors show here, and the first visitor is spared the slow first run."""
     _be_quiet()
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
     from rectified_diffusers.demo.studio import Studio
@@ -154,11 +154,11 @@ def _load_controlnet(name: str, dtype: Any) -> Any:
 
 
 def _be_quiet() -> None:
-    """Leave out what diffusers and transformers say about each picture, such as how a prompt is cut: the page does."""
+    """Hide what diffusers and transformers log for each image, such as a truncated prompt: the page shows it."""
     from diffusers.utils import logging as diffusers_logging
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
-    tqdm.set_lock(threading.RLock())  # its own is one between processes, which warns of itself if this one is killed
+    tqdm.set_lock(threading.RLock())  # the default lock is shared between processes and warns if this one is killed

@@ -1,4 +1,4 @@
-"""rectified-diffusers evaluate: figures of a model against real pictures, as JSON, as a table and as plots."""
+"""rectified-diffusers evaluate: metrics of a model against real images, as JSON, as a table and as plots."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _picture_size(pipeline: Any) -> int:
-    """Give the side of a model's own pictures in pixels."""
+    """Return the side length in pixels of a model's default image size."""
     from rectified_diffusers.models.latents import latent_shape
 
     _, height, width = latent_shape(pipeline)
@@ -86,7 +86,7 @@ def _picture_size(pipeline: Any) -> int:
 
 
 def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -> RealPictures:
-    """View a teacher's data, decoded by the model's own VAE, as the real pictures."""
+    """Return a teacher's data, decoded by the model's own VAE, as the real images."""
     import torch
 
     from rectified_diffusers.data.dataset import TripletDataset

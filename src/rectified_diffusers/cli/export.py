@@ -1,4 +1,4 @@
-"""rectified-diffusers export: a model for programs that do not know this package."""
+"""rectified-diffusers export: convert a model for programs that do not know this package."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def _check_weights_file(path: Path) -> None:
-    """Find out before the work whether the file can be written."""
+    """Check, before any work, that the file can be written."""
     if path.suffix != ".safetensors" or path.is_dir():
         raise CommandError(f"the output {str(path)!r} must be a file whose name ends in .safetensors")
     check_folder_is_writable(path.parent)

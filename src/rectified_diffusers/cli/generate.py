@@ -1,4 +1,4 @@
-"""rectified-diffusers generate: pictures from prompts."""
+"""rectified-diffusers generate: generate images from prompts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rectified_diffusers.cli.shared import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-MAX_SEED = 2**63 - 1  # of torch.Generator.manual_seed
+MAX_SEED = 2**63 - 1  # limit of torch.Generator.manual_seed
 REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
-REFINE_STRENGTH, REFINE_STEPS = 0.3, 50  # diffusers' own defaults: 15 steps are run
-FAST_BATCH = 8  # pictures drawn at once with --fast
-UPSCALING = 2  # from the 512 pixels of InstaFlow to the 1024 of the refiner
+REFINE_STRENGTH, REFINE_STEPS = 0.3, 50  # defaults of diffusers: 15 steps are run
+FAST_BATCH = 8  # images per batch with --fast
+UPSCALING = 2  # from InstaFlow's 512 pixels to the refiner's 1024
 
 
 def add_generate(commands: Any) -> argparse.ArgumentParser:
@@ -93,10 +93,10 @@ def _add_refine(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """Draw `num_images` pictures of each prompt, one at a time unless `fast`, and write them to one file.
+    """Generate `num_images` images for each prompt, one at a time unless `fast`, and write them to one file.
 
-    One at a time, because a picture is then the same, bit for bit, whatever else the command draws; and memory does
-    not grow with the number of pictures.
+    An image generated alone is bit-identical regardless of what else the command generates, and memory does not grow
+    with the number of images.
     """
     _check_generate(arguments)
     _check_refine(arguments)
@@ -120,7 +120,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 def _check_generate(arguments: argparse.Namespace) -> None:
     check_sampling(arguments, counts=("num_images", "columns"))
-    if (arguments.height is None) != (arguments.width is None):  # diffusers would drop the one that is given
+    if (arguments.height is None) != (arguments.width is None):  # diffusers would ignore the given one
         raise CommandError("--height and --width go together; give both or neither")
     if arguments.tiny_decoder is not None and not arguments.fast:
         raise CommandError("--tiny-decoder has no effect without --fast")
@@ -135,28 +135,28 @@ def _check_refine(arguments: argparse.Namespace) -> None:
     strength, steps = _refine_settings(arguments)
     if not 0 < strength <= 1:
         raise CommandError(f"--refine-strength must be above 0 and at most 1, got {strength}")
-    if int(steps * strength) < 1:  # the arithmetic of diffusers, which fails on none
+    if int(steps * strength) < 1:  # as diffusers computes it, which fails on zero steps
         raise CommandError(
             f"--refine-strength {strength} of --refine-steps {steps} is less than one step; raise either"
         )
 
 
 def _refine_settings(arguments: argparse.Namespace) -> tuple[float, int]:
-    """Give strength and steps of the refiner, with the defaults filled in."""
+    """Return the strength and steps of the refiner, with the defaults filled in."""
     strength, steps = arguments.refine_strength, arguments.refine_steps
     return REFINE_STRENGTH if strength is None else strength, REFINE_STEPS if steps is None else steps
 
 
 def _make_fast(pipeline: Any, arguments: argparse.Namespace) -> None:
-    """Optimize the pipeline; a dtype that was asked for stays, and nothing is compiled for a handful of pictures."""
+    """Optimize the pipeline; keep a requested dtype, and compile nothing for a handful of images."""
     from rectified_diffusers.speed.optimize import optimize
 
     dtype: Any = "auto" if arguments.dtype == "auto" else None
     try:
         optimize(pipeline, dtype=dtype, compile=False, decoder=arguments.tiny_decoder)
-    except TypeError as error:  # a model of another shape
+    except TypeError as error:  # a model with a different architecture
         raise CommandError(str(error)) from error
-    pipeline.vae.enable_slicing()  # decoding several pictures at once takes memory and gains nothing
+    pipeline.vae.enable_slicing()  # decoding several images at once takes memory and gains nothing
 
 
 def _load_refiner(arguments: argparse.Namespace) -> Any:
@@ -172,7 +172,7 @@ def _load_refiner(arguments: argparse.Namespace) -> Any:
 
 
 def _refine(refiner: Any, image: Image, prompt: str, seed: int, arguments: argparse.Namespace) -> Image:
-    """Enlarge a picture and let the refiner run the last part of its diffusion on it."""
+    """Enlarge an image and run the last part of the refiner's diffusion on it."""
     import torch
     from PIL.Image import Resampling
 
@@ -189,7 +189,7 @@ def _refine(refiner: Any, image: Image, prompt: str, seed: int, arguments: argpa
 
 
 def _draw(pipeline: Any, refiner: Any, arguments: argparse.Namespace) -> list[Image]:
-    """Return the pictures, those of the first prompt first."""
+    """Return the generated images, those of the first prompt first."""
     from tqdm import tqdm
 
     jobs = [(prompt, arguments.seed + index) for prompt in arguments.prompts for index in range(arguments.num_images)]
@@ -208,7 +208,7 @@ def _draw(pipeline: Any, refiner: Any, arguments: argparse.Namespace) -> list[Im
 
 
 def _draw_batch(pipeline: Any, batch: Sequence[tuple[str, int]], arguments: argparse.Namespace) -> list[Image]:
-    """Draw one picture for each prompt and seed."""
+    """Generate one image for each prompt and seed."""
     import torch
 
     prompts = [prompt for prompt, _ in batch]

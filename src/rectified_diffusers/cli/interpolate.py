@@ -1,4 +1,4 @@
-"""rectified-diffusers interpolate: the way from picture to picture, as an animation or a contact sheet."""
+"""rectified-diffusers interpolate: interpolate between images, as an animation or a contact sheet."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_interpolate(commands: Any) -> argparse.ArgumentParser:
 
 
 def run_interpolate(arguments: argparse.Namespace) -> None:
-    """Draw the pictures once, and write them to each of the outputs."""
+    """Generate the images once, and write them to each of the outputs."""
     _check(arguments)
     from rectified_diffusers.editing.animation import ANIMATIONS, check_animation, save_animation
     from rectified_diffusers.editing.interpolation import check_keys, interpolate
@@ -64,7 +64,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
     for output in arguments.output:
         if output.suffix.lower() in ANIMATIONS:
             check_animation(output)
-        if output.suffix.lower() == ".mp4":  # the one that is no picture file
+        if output.suffix.lower() == ".mp4":  # the only one that is not an image file
             _check_file(output)
         else:
             check_picture_file(output)

@@ -1,6 +1,6 @@
-"""What the commands share: their errors, and the loading and checking of models, folders and pictures.
+"""Code shared by the commands: errors, and the loading and checking of models, folders and images.
 
-torch and diffusers are imported inside the functions: the commands' `--help` must not wait for them.
+torch and diffusers are imported inside the functions, because `--help` must not wait for them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ PROG = "rectified-diffusers"
 
 
 class CommandError(Exception):
-    """A mistake in the arguments; its text is the line that the user reads."""
+    """An error in the arguments; its text is the line that the user sees."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage in front."""
+    """An ArgumentParser whose errors are one line, without the usage message."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)
 
 
 def check_picture_file(path: Path) -> None:
-    """Find out before the work whether the picture can be written."""
+    """Check, before any work, that the image can be written."""
     from PIL import Image
 
     if path.is_dir():
@@ -49,13 +49,13 @@ def check_picture_file(path: Path) -> None:
             f"cannot write a picture with the suffix {path.suffix!r} ({str(path)!r}); use .png, .jpg or .webp"
         ) from error
     if path.exists():
-        with path.open("ab"):  # permission to write, without changing the file
+        with path.open("ab"):  # checks write permission without changing the file
             return
     check_folder_is_writable(path.parent)
 
 
 def contact_sheet(images: Sequence[Image], columns: int) -> Image:
-    """Lay pictures of one size out in rows; the last row is filled up with white."""
+    """Return a sheet with rows of images of one size; the last row is padded with white."""
     from diffusers.utils import make_image_grid
     from PIL import Image
 
@@ -66,7 +66,7 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add how a picture is drawn: steps, guidance and size."""
+    """Add the sampling options: steps, guidance and size."""
     parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
     parser.add_argument(
         "--guidance-scale",
@@ -81,7 +81,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def check_sampling(arguments: argparse.Namespace, counts: Sequence[str]) -> None:
-    """Refuse what cannot be drawn: an empty prompt, a size or one of the named `counts` below 1, a wrong guidance."""
+    """Raise for an empty prompt, a size or one of the named `counts` below 1, or an invalid guidance."""
     if not all(prompt.strip() for prompt in arguments.prompts):
         raise CommandError("a prompt is empty; say what to draw")
     for name in ("steps", "height", "width", *counts):
@@ -111,16 +111,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def print_result(arguments: argparse.Namespace, text: str, **facts: Any) -> None:
-    """Say what came of a command: a line for people, or with --json the same as an object for programs.
+    """Print the result of a command: a line for people, or with --json the same as an object for programs.
 
     Args:
-        facts: what the line says, by names that stay: programs read them. Paths are written as text.
+        facts: content of the line, by stable names: programs read them. Paths are written as text.
     """
     print(json.dumps(facts, default=str, ensure_ascii=False) if arguments.json else text, flush=True)
 
 
 def check_output_dir(folder: Path) -> None:
-    """Make the folder, and find out before the work whether it can be written to."""
+    """Create the folder and check, before any work, that it is writable."""
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"the output {str(folder)!r} is a file; give the name of a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def default_model() -> str:
 
 
 def load_pipeline(model: str, device: str, dtype: str) -> Any:
-    """Load any diffusers pipeline, ours or not, from a folder or the Hub."""
+    """Load any diffusers pipeline, from this package or not, from a folder or the Hub."""
     check_model(model)
     resolved = _device(device)
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
@@ -163,13 +163,13 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
-    """Say whether a line of transformers is other than the advice to install torchvision, which no model needs."""
+    """Return whether a log record of transformers is not the advice to install torchvision, which no model needs."""
     return "requires torchvision" not in record.getMessage()
 
 
 @contextmanager
 def without_bars_of_libraries() -> Iterator[None]:
-    """Hide the bars about a second of reading or writing files; those of downloads are huggingface_hub's and stay."""
+    """Hide progress bars for about a second of file reading or writing; huggingface_hub's download bars stay."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -183,17 +183,17 @@ def without_bars_of_libraries() -> Iterator[None]:
 
 
 def check_model(model: str, index: str = "model_index.json", kind: str = "pipeline") -> None:
-    """Tell a folder that is not there from a Hub id, before diffusers asks the Hub for either.
+    """Distinguish a missing folder from a Hub id, before diffusers looks up either on the Hub.
 
     Args:
-        index: the file that every folder of this kind has.
+        index: file that every folder of this kind has.
     """
     folder = Path(model)
     if folder.is_dir():
         if not (folder / index).is_file():
             raise CommandError(f"the folder {model!r} holds no {index}, so it is no saved {kind}")
         return
-    # Of the form owner/name; but work/model, where a folder work is, means a folder.
+    # A Hub id has the form owner/name, but work/model means a folder if the folder work exists.
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) and not folder.parent.is_dir()
     if not is_hub_id:
         raise CommandError(f"no folder {model!r}, and it is no Hub id, which is owner/name")
@@ -207,7 +207,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not compiled in, not there
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, not compiled in or absent
         raise CommandError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
 

@@ -1,4 +1,4 @@
-"""rectified-diffusers reflow, distill, progressive and dmd: a trainer's config as options, and the trainer."""
+"""rectified-diffusers reflow, distill, progressive and dmd: run a trainer with its config as options."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run_training(arguments: argparse.Namespace) -> None:
             if not folder.is_dir():
                 raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} {command}")
     check_output_dir(config.output_dir)
-    pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of its process
+    pipeline = load_pipeline(arguments.model, "cpu", "float32")  # accelerate moves it to the device of each process
     from rectified_diffusers.data.dataset import open_triplets
     from rectified_diffusers.training.distill import DistillTrainer
     from rectified_diffusers.training.dmd import DistributionMatchingTrainer
@@ -114,7 +114,7 @@ def run_training(arguments: argparse.Namespace) -> None:
         own["real"] = open_triplets(real) if real else None
     try:
         trainer = trainers[arguments.config_class](pipeline, open_triplets(arguments.triplets), config, **own)
-    except TypeError as error:  # a pipeline that the trainers do not know
+    except TypeError as error:  # a pipeline that the trainers do not support
         raise CommandError(str(error)) from error
     with without_bars_of_libraries():
         trainer.train()
@@ -124,6 +124,6 @@ def run_training(arguments: argparse.Namespace) -> None:
 
 
 def _with_preset(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Give the arguments with the values of the preset for what was not given."""
+    """Return the arguments, with the preset's values for options that were not given."""
     presets, name = arguments.config_class.presets, getattr(arguments, "preset", None)
     return argparse.Namespace(**{**(presets[name] if name else {}), **vars(arguments)})

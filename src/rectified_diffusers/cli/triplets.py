@@ -1,4 +1,4 @@
-"""rectified-diffusers triplets, real-triplets and verify: what reflow and distillation train on."""
+"""rectified-diffusers triplets, real-triplets and verify: training data for reflow and distillation."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def run_real_triplets(arguments: argparse.Namespace) -> None:
 
 
 def _load_teacher(arguments: argparse.Namespace) -> Any:
-    """Check the folder of the output, and load the teacher to the device of this process."""
+    """Check the output folder and load the teacher to the device of this process."""
     check_output_dir(arguments.output_dir)
     device = arguments.device
-    if "WORLD_SIZE" in os.environ:  # a process of accelerate launch, which has a device of its own
+    if "WORLD_SIZE" in os.environ:  # a process of accelerate launch, which has its own device
         from rectified_diffusers.distributed import join_processes
 
         device = str(join_processes().device) if device == "auto" else device

@@ -1,1 +1,1 @@
-"""Trainers: each is its loss, the loop is shared. Importing this package does not import torch."""
+"""Trainers: each one defines a loss, and all share one loop. Importing this package does not import torch."""

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: folders of safetensors and JSON that are either whole or not there.
+"""Checkpoints of a training run: folders of safetensors and JSON that are either complete or absent.
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed. `state.json` lists size and digest of
-every file and ends in its own digest: a damaged one is noticed, and the one before it taken. There is no pickle in it.
+A checkpoint is written under a temporary name, flushed to disk and renamed. `state.json` lists the size and digest of
+every file and ends with its own digest, so a damaged checkpoint is detected and the previous one is used. No pickle.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ FREE_OPTIONS = frozenset(
         "straightness_paths",
     }
 )
-"""Options that may differ when a run is resumed: they change neither the loss nor the path of the weights."""
+"""Options that may change when a run is resumed: they affect neither the loss nor the trajectory of the weights."""
 
 TEMPORARY = ".tmp-"
 STATE = "state.json"
@@ -55,7 +55,7 @@ SEAL = "blake2b"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """State after `step` optimizer steps; `tensors` are named by file, then by parameter."""
+    """State after `step` optimizer steps; `tensors` is indexed by file name, then by parameter name."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -67,7 +67,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file or folder under a temporary name, flush it to the disk and rename it to `path`."""
+    """Call `write` to create a file or folder under a temporary name, flush it to disk and rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(TEMPORARY + path.name)
     remove(temporary)
@@ -80,7 +80,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -88,7 +88,10 @@ def remove(path: Path) -> None:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the `keep` newest, and any newer one: it was damaged or passed over."""
+    """Write a checkpoint, then remove all but the `keep` newest.
+
+    Checkpoints of later steps are removed too: they were damaged or skipped.
+    """
     path = checkpoint_path(folder, checkpoint.step)
 
     def write(temporary: Path) -> None:
@@ -106,7 +109,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
-        remove(path.with_name(TEMPORARY + path.name))  # what there is of it would be in the way of everything else
+        remove(path.with_name(TEMPORARY + path.name))  # the partial checkpoint would take up the space
         raise no_space(folder, needed, f"the checkpoint of step {checkpoint.step}") from error
     older = [step for step in checkpoint_steps(folder) if step < checkpoint.step]
     newer = [step for step in checkpoint_steps(folder) if step > checkpoint.step]
@@ -116,10 +119,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 
 def require_space(folder: Path, size: int, keep: int) -> None:
-    """Raise if the disk cannot take the checkpoints that will be there at once: the `keep` newest and a new one.
+    """Raise if the disk has no room for all checkpoints that exist at the same time: the `keep` newest and a new one.
 
     Args:
-        size: of one checkpoint, in bytes. Those that are there already need no more room.
+        size: size of one checkpoint in bytes. Existing checkpoints need no more space.
     """
     needed = size * max(1, keep + 1 - len(checkpoint_steps(folder)))
     if _free_space(folder) < needed:
@@ -127,7 +130,7 @@ def require_space(folder: Path, size: int, keep: int) -> None:
 
 
 def no_space(folder: Path, needed: int, what: str) -> OSError:
-    """Make the error of a full disk: what is safe, what is missing, how to go on."""
+    """Return the error for a full disk: the last good checkpoint, the missing space and how to continue."""
     steps = checkpoint_steps(folder)
     last = f"{checkpoint_path(folder, steps[-1])} is whole" if steps else "there is none yet"
     free = _free_space(folder)
@@ -139,14 +142,14 @@ def no_space(folder: Path, needed: int, what: str) -> OSError:
 
 
 def _free_space(folder: Path) -> int:
-    """Give the free bytes of the disk that a folder is on, or will be on."""
+    """Return the free bytes on the disk that holds, or will hold, a folder."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
 
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise as an OSError what safetensors says of the system in words: `(os error 28)`, `Os { code: 28, ... }`."""
+    """Convert system errors that safetensors reports as text, `(os error 28)`, `Os { code: 28, ... }`, to OSError."""
     try:
         yield
     except SafetensorError as error:
@@ -157,13 +160,13 @@ def system_errors() -> Iterator[None]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """List the steps that have a checkpoint, ascending."""
+    """Return the steps that have a checkpoint, in ascending order."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; one that is damaged raises a `ValueError` that says in what way."""
+    """Read a checkpoint. Raise a `ValueError` that describes the damage if it is damaged."""
     try:
         state = unsealed((path / STATE).read_text())
         files, step = state.pop("files"), state.pop("step")
@@ -180,7 +183,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is whole; None if there is none at all, an error if all are damaged."""
+    """Read the newest intact checkpoint. Return None if there is no checkpoint; raise if all are damaged."""
     steps = checkpoint_steps(folder)
     for step in reversed(steps):
         try:
@@ -195,7 +198,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def config_to_json(config: TrainerConfig) -> dict[str, Any]:
-    """Give the options that a checkpoint records: all but those of the machine and of how the run is watched."""
+    """Return the options that a checkpoint records: all except those for the machine and for monitoring the run."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
     if config.lr_schedule != "constant_with_warmup" and not isinstance(config, ProgressiveConfig):
         options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
@@ -203,14 +206,14 @@ def config_to_json(config: TrainerConfig) -> dict[str, Any]:
 
 
 def recorded_options(run: Mapping[str, Any], config: TrainerConfig) -> dict[str, Any]:
-    """Fill a recorded run up with the defaults of options that it does not know, as of an earlier release."""
+    """Return a recorded run with default values for missing options, such as those of a run by an earlier release."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     known = {name: value for name, value in defaults.items() if name in config_to_json(config)}
     return {**json.loads(json.dumps(known, default=str)), **run}
 
 
 def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise a `ValueError` naming the first entry in which a run differs from the one that is to be resumed."""
+    """Raise a `ValueError` that names the first entry in which a run differs from the run to resume."""
     for name in [*expected, *(name for name in found if name not in expected)]:
         if expected.get(name) != found.get(name):
             raise ValueError(
@@ -220,13 +223,13 @@ def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], outp
 
 
 def sealed(state: Mapping[str, Any]) -> str:
-    """Write a state as JSON whose last entry is the digest of the others."""
+    """Return a state as JSON whose last entry is the digest of the other entries."""
     digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
     return json.dumps({**state, SEAL: digest}, indent=2) + "\n"
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """Read what `sealed` wrote; raise a `ValueError` if a bit of it is another."""
+    """Return the state that `sealed` wrote. Raise a `ValueError` if any bit has changed."""
     state = json.loads(text)
     if not isinstance(state, dict) or SEAL not in state:
         raise ValueError(f"{STATE} does not end in its digest")
@@ -239,7 +242,7 @@ def unsealed(text: str) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    """Give size in bytes and BLAKE2b digest of a file."""
+    """Return the size in bytes and the BLAKE2b digest of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -248,7 +251,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def flush(path: Path, recursive: bool = True) -> None:
-    """Flush a file or folder to the disk, so that a rename which survives a power cut never precedes its content."""
+    """Flush a file or folder to disk, so that after a power cut a rename never exists without its content."""
     if recursive and path.is_dir():
         for child in path.iterdir():
             flush(child)

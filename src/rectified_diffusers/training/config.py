@@ -1,4 +1,4 @@
-"""Options of the trainers. They do not sit beside the trainers so that `--help` does not import torch."""
+"""Options of the trainers, in a separate module so that `--help` does not import torch."""
 
 import math
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ _INSTAFLOW: dict[str, Any] = {
     "ema_decay": 0.9999,
     "mixed_precision": "bf16",
 }
-"""What the paper's runs have in common; docs/papers.md has the source of each value of a preset."""
+"""Values shared by all of the paper's runs; docs/papers.md lists the source of each preset value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Options that every trainer has; defaults follow InstaFlow (arXiv:2309.06380)."""
+    """Options common to all trainers; defaults follow InstaFlow (arXiv:2309.06380)."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -111,11 +111,11 @@ class TrainerConfig:
 
     @classmethod
     def preset(cls: type[Config], name: PresetName, **options: Any) -> Config:
-        """Make a config with the values of a preset; explicit options win over it.
+        """Return a config with the values of a preset; explicit options override them.
 
-        "instaflow" has the values of the paper, "modern" those of the later literature that won here; its
-        initialisation of a reflow, a flow as the model refuses. docs/papers.md has the source of each, and what was
-        measured.
+        "instaflow" has the values of the paper. "modern" has the values of later papers that performed best in our
+        ablation; its `initialisation` for reflow is refused if the model is already a flow. docs/papers.md lists the
+        source of each value and the measurements.
         """
         if name not in cls.presets:
             known = ", ".join(map(repr, cls.presets)) or "none"
@@ -125,7 +125,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig(TrainerConfig):
-    """Options of `ReflowTrainer`; defaults are the paper's second reflow, but for its batch of 1024."""
+    """Options of `ReflowTrainer`; defaults are those of the paper's second reflow, except for its batch of 1024."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 25_000, "time_density": "uniform", "loss": "l2"},
@@ -145,7 +145,7 @@ class ReflowConfig(TrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainerConfig):
-    """Options of `DistillTrainer`; the paper does not state its learning rate of distillation."""
+    """Options of `DistillTrainer`; the paper does not state its learning rate for distillation."""
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 21_500, "loss": "l2"},
@@ -172,7 +172,7 @@ class DistillConfig(TrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig(TrainerConfig):
-    """Options of `ProgressiveTrainer` (arXiv:2202.00512); the number of optimizer steps follows from the rounds."""
+    """Options of `ProgressiveTrainer` (arXiv:2202.00512); the rounds determine the number of optimizer steps."""
 
     teacher_steps: int = option(32, "Euler steps of the first teacher; a student's are half of its teacher's.")
     student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
@@ -214,15 +214,16 @@ class ProgressiveConfig(TrainerConfig):
 
     @property
     def rounds(self) -> int:
-        """How often the number of steps is halved."""
+        """Number of times that the steps are halved."""
         return round(math.log2(self.teacher_steps / self.student_steps))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionMatchingConfig(TrainerConfig):
-    """Options of `DistributionMatchingTrainer`; defaults are of DMD2 on SD 1.5, but for its batch of 2048.
+    """Options of `DistributionMatchingTrainer`; defaults are those of DMD2 on SD 1.5, except for its batch of 2048.
 
-    (arXiv:2405.14867; its authors' script for SD 1.5 does 10 updates of the fake velocity, the paper finds 5 enough.)
+    Source: arXiv:2405.14867. The authors' script for SD 1.5 does 10 updates of the fake velocity; the paper finds 5
+    sufficient.
     """
 
     teacher_guidance_scale: float = option(

@@ -1,4 +1,4 @@
-"""Distribution matching for one-step models (DMD, arXiv:2311.18828; DMD2, arXiv:2405.14867), with a discriminator."""
+"""Distribution matching for one-step models, with a discriminator (DMD, arXiv:2311.18828; DMD2, arXiv:2405.14867)."""
 
 import copy
 import math
@@ -25,45 +25,45 @@ from rectified_diffusers.training.student import denoiser_for, initial_network
 from rectified_diffusers.training.trained import Update, load_optimizer_tensors, make_optimizer, optimizer_tensors
 from rectified_diffusers.training.trainer import Trainer
 
-_LEAST_DISTANCE = 1e-4  # of the student's data from the teacher's, for the division by it
+_LEAST_DISTANCE = 1e-4  # lower bound of the distance between student and teacher data, which is a divisor
 
 
 def matching_gradient(data: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """Give (fake - real) / mean |data - real|, the gradient of DMD by the data `(B, C, H, W)`; mean per example.
+    """Return (fake - real) / mean |data - real|, the gradient of DMD by the data `(B, C, H, W)`; mean per example.
 
-    Against it lies where the teacher finds the data more likely than the student makes it: by Tweedie's formula
-    score = (t * E[data | x_t] - x_t) / (1 - t)^2, so that the difference of two scores at x_t is that of the two
-    estimates times t / (1 - t)^2, in whose place DMD (arXiv:2311.18828) puts the division.
+    The opposite direction leads to data that is more likely under the teacher than under the student. By Tweedie's
+    formula, score = (t * E[data | x_t] - x_t) / (1 - t)^2, so the difference of two scores at x_t is the difference of
+    the two estimates times t / (1 - t)^2. DMD (arXiv:2311.18828) replaces this factor with the division.
 
     Args:
-        real, fake: E[data | x_t] at one noisy x_t of the data, for the teacher's data and for the student's.
+        real, fake: E[data | x_t] at the same noisy x_t of the data, for the teacher's data and for the student's.
     """
     distance = (data - real).abs().flatten(1).mean(1).clamp(min=_LEAST_DISTANCE)
     return (fake - real) / per_example(distance, data)
 
 
 class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
-    """Move the distribution of data = noise + v(noise, t = 0) to the teacher's: DMD2 (arXiv:2405.14867).
+    """Match the distribution of data = noise + v(noise, t = 0) to the teacher's: DMD2 (arXiv:2405.14867).
 
-    Two velocities look at the student's data with new noise in it, x_t = t * data + (1 - t) * new noise: the frozen
-    teacher's, and the fake one, which begins as the teacher's without guidance and learns online, by the flow's loss,
-    the data that the student makes. Where their estimates x_t + (1 - t) * v differ, the student goes from the fake
-    one's towards the teacher's, see `matching_gradient`. One step updates the fake velocity `fake_updates` times and
-    the student once. It is a finish for a student that draws in one step already.
+    Two networks predict a velocity at the student's data mixed with new noise, x_t = t * data + (1 - t) * new noise:
+    the frozen teacher and the fake network. The fake network is initialized with the teacher's velocity without
+    guidance and learns the student's data online, with the flow's loss. Where their estimates x_t + (1 - t) * v
+    differ, the student moves from the fake estimate toward the teacher's, see `matching_gradient`. One step updates
+    the fake velocity `fake_updates` times and the student once. The student should already generate in one step.
 
-    With real pictures the student may go past its teacher: a `Discriminator` on the fake velocity's U-Net learns to
-    tell their x_t from those of the student's data, and what it says is added to the losses, -log D(x_t) to the
+    With real images, the student can surpass its teacher. A `Discriminator` on the fake velocity's U-Net learns to
+    separate their x_t from those of the student's data. Its terms are added to the losses: -log D(x_t) to the
     student's, -log(1 - D(x_t)) - log D(x_t of real data) to the fake velocity's, with D = sigmoid(logits).
 
-    Of the triplets, the prompts take part; noise is new at every update, unless `regression_weight` is set: then the
-    student's is the triplets', and DMD's distance to their data (arXiv:2311.18828) is added to its loss. DMD2's
-    several steps are not here.
+    Only the prompts of the triplets are used, and noise is new at every update, unless `regression_weight` is set:
+    then the student uses the noise of the triplets, and DMD's distance to their data (arXiv:2311.18828) is added to
+    its loss. The multi-step variant of DMD2 is not implemented.
 
     Args:
-        pipeline: of the student, a flow; or a diffusion model with `initialisation="snr_matching"`.
+        pipeline: pipeline of the student, a flow; or a diffusion model with `initialisation="snr_matching"`.
         teacher: a diffusion pipeline, or a flow trained on new noise for its data, with the VAE and the text encoders
-            of the student. A reflowed one will not do: its velocity knows the noise that its data came from.
-        real: triplets of real pictures, whose data and prompts take part, and not their noise.
+            of the student. A reflowed model is unsuitable: its velocity depends on the noise paired with its data.
+        real: triplets of real images, of which the data and the prompts are used, but not the noise.
     """
 
     validation_steps = (1,)
@@ -100,7 +100,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         prompts = dataset.rows(range(min(4, len(dataset)))).prompts
         require_same_text(self.prompt_encoder.encode(prompts), self.real.encode(prompts, teacher.device))
         self.real_data: Any = real
-        self.discriminator: Any = None  # of the fake network, if there are real pictures
+        self.discriminator: Any = None  # of the fake network, if there are real images
         if real is not None:
             denoiser_for(pipeline, real)
             shapes = [tuple(triplets.manifest["latent_shape"]) for triplets in (dataset, real)]
@@ -123,13 +123,13 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.config.regression_weight > 0
 
     def make_teacher(self) -> Any:
-        """Make a network that gives the teacher's velocity, in float32; the pipeline's own is left alone."""
+        """Return a float32 network that predicts the teacher's velocity; the pipeline's network is not changed."""
         return initial_network(self.real, "weights" if self.real.diffusion() is None else "snr_matching")
 
     def make_fake(self) -> Any:
-        """Make the network of the fake velocity, a copy of the teacher's; with lora_rank a LoRA of it is trained.
+        """Return the network of the fake velocity, a copy of the teacher's; with lora_rank, only a LoRA is trained.
 
-        The discriminator, if there are real pictures, is trained whole in any case.
+        With real images, all weights of the discriminator are trained in either case.
         """
         network = copy.deepcopy(self.teacher).requires_grad_(True).train()
         if self.config.lora_rank is not None:
@@ -145,7 +145,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return super().checkpoint_bytes + 3 * sum(weight.nbytes for weight in self.fake_update.parameters)
 
     def begin(self, step: int) -> None:
-        """Find out, too, whether a teacher that is a flow has the sign that its scheduler says."""
+        """Also check that the velocity of a flow teacher has the sign that its scheduler states."""
         super().begin(step)
         if self.real_data is not None:
             self.real_prompts.remember(self.real_data)
@@ -154,9 +154,9 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
             require_direction(self.ask_teacher, self.read(rows, torch.zeros(len(rows)).bool()))
 
     def draw(self, step: int, use: str = "") -> tuple[Tensor, ...]:
-        """Draw what an update sees, for the whole batch: rows, times, noise to begin with, noise to mix with data.
+        """Sample the inputs of an update for the full batch: rows, times, initial noise, noise to mix with the data.
 
-        With real pictures, further: their rows, and the noise to mix with them.
+        With real images, also sample their rows and the noise to mix with them.
         """
         config, generator = self.config, self.generator_for(step, use)
         rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
@@ -169,7 +169,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return *drawn, real_rows, torch.randn(shape, generator=generator)
 
     def train_step(self, step: int) -> tuple[float, ...]:
-        """Update the fake velocity, then the student; give the student's loss and gradient norm, and the fake loss."""
+        """Update the fake velocity, then the student; return the student's loss, its gradient norm, the fake loss."""
         config = self.config
         rate = config.fake_learning_rate or config.learning_rate
         for number in range(config.first_fake_updates if step == 1 else 0):
@@ -179,14 +179,14 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return *super().train_step(step), math.fsum(losses) / len(losses)
 
     def train_fake(self, step: int, use: str, rate: float) -> float:
-        """Do one update of the fake velocity at a learning rate; give its loss."""
+        """Update the fake velocity once at learning rate `rate` and return its loss."""
         seed = self.generator_for(step, use).initial_seed()
         return self.fake_update(step, self.draw(step, use), self.fake_losses, rate, seed)[0]
 
     def fake_losses(self, *drawn: Tensor) -> Tensor:
-        """Give the flow's loss of the fake velocity on data that the student makes, for each example.
+        """Return the flow loss of the fake velocity on the student's data for each example.
 
-        With real pictures, the discriminator's is added, which sees as many of them.
+        With real images, the loss of the discriminator is added, computed on an equal number of real images.
         """
         batch, t, new_noise = self.on_device(*drawn[:4])
         told = self.prompt_encoder(batch.prompts)
@@ -204,7 +204,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return velocity_loss(answer[: len(x_t)], velocity) + self.config.discriminator_weight * losses
 
     def read_real(self, rows: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Conditioning]:
-        """Read real data to the device, with noise in it, and what the networks are told of its prompts."""
+        """Return real data mixed with noise, on the device, and the conditioning from its prompts."""
         batch = self.real_data.rows(rows.tolist())
         self.real_prompts.lend(batch)
         x_t, _ = self.interpolation.interpolate(noise.to(self.device), batch.data.to(self.device), t)
@@ -215,23 +215,23 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.compute_loss(batch, t, new_noise)
 
     def on_device(self, rows: Tensor, t: Tensor, noise: Tensor, new_noise: Tensor) -> tuple[Triplets, Tensor, Tensor]:
-        """Put on the device what was drawn: prompts and noise to begin with, times, and noise to mix with data."""
+        """Move the sampled inputs to the device: prompts with initial noise, times, and noise to mix with the data."""
         batch = self.read(rows, torch.zeros(len(rows)).bool())
         if not self.config.regression_weight:
             batch = replace(batch, noise=noise.to(self.device))
         return batch, t.to(self.device), new_noise.to(self.device)
 
     def one_step_velocity(self, noise: Tensor, told: Conditioning) -> Tensor:
-        """Give the student's velocity at t = 0, which is its data less the noise."""
+        """Return the student's velocity at t = 0, which equals its data minus the noise."""
         return self.ask(self.denoiser, self.model, noise, torch.zeros(len(noise), device=self.device), told)
 
     def compute_loss(self, batch: Triplets, t: Tensor, new_noise: Tensor | None = None) -> Tensor:
-        """Give the student's loss of each example: one whose gradient is `matching_gradient`, and what is added to it.
+        """Return the student's loss of each example: a term whose gradient is `matching_gradient`, plus added losses.
 
         Args:
-            batch: its noise is what the student begins with.
+            batch: triplets whose noise is the student's initial noise.
             t: times at which the two velocities are compared.
-            new_noise: what is mixed with the student's data there; drawn here if not given.
+            new_noise: noise to mix with the student's data at these times; sampled if not given.
         """
         told, noise = self.prompt_encoder(batch.prompts), batch.noise
         velocity = self.one_step_velocity(noise, told)
@@ -247,7 +247,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return loss + weight * self.regression(velocity, batch.data - noise, noise, torch.zeros_like(t))
 
     def adversarial_loss(self, data: Tensor, new_noise: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """Give -log D(x_t), of each example, whose gradient is that of the data alone and not the fake network's."""
+        """Return -log D(x_t) of each example, with a gradient for the data only, not for the fake network."""
         with torch.enable_grad():
             seen = data.detach().requires_grad_()
             self.ask(self.real, self.fake, self.interpolation.interpolate(new_noise, seen, t)[0], t, told)
@@ -257,7 +257,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
 
     @torch.no_grad()
     def gradient(self, data: Tensor, new_noise: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """Give the direction, against which the student's data shall go, by what both velocities make of x_t."""
+        """Return the gradient for the student's data, computed from both velocities at x_t."""
         x_t, _ = self.interpolation.interpolate(new_noise, data, t)
         remaining = per_example(1 - t, x_t)
         fake = x_t + remaining * self.ask(self.real, self.fake, x_t, t, told)
@@ -267,7 +267,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.ask(self.real, self.teacher, x_t, t, self.prompt_encoder(prompts))
 
     def teacher_velocity(self, x_t: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """Give the teacher's velocity under its guidance, whose two passes are one of twice the size."""
+        """Return the teacher's guided velocity; its two forward passes run as one of twice the batch size."""
         weight = self.config.teacher_guidance_scale
         if weight <= 1 or not self.real.guides_by_two_passes:
             return self.ask(self.real, self.teacher, x_t, t, told)
@@ -283,7 +283,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return {**super().identity(), **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Give what a checkpoint has to hold; the teacher is another pipeline's and not among it."""
+        """Return the tensors of a checkpoint, without the teacher, which belongs to another pipeline."""
         fake = {name: weight.detach() for name, weight in self.fake.named_parameters() if weight.requires_grad}
         optimizer = optimizer_tensors(self.fake_model, self.fake_optimizer.optimizer)
         return {**super().tensors(), "fake.safetensors": fake, "fake_optimizer.safetensors": optimizer}
@@ -297,15 +297,15 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
 
 
 class Discriminator(nn.Module):
-    """Tell real noisy data from a student's by what the middle block of a U-Net makes of it: above 0 is real.
+    """Classify noisy data as real or as the student's from a U-Net's middle block; logits above 0 mean real.
 
-    It becomes a part of the U-Net, `unet.discriminator`, is trained along with it, and is asked whenever the U-Net is:
-    `logits` `(B,)`, float32, are those of the last forward pass. As the U-Net knows time and prompt, so does the head.
-    It takes pictures of any size.
+    It is added to the U-Net as `unet.discriminator`, is trained along with it and runs in each forward pass of the
+    U-Net: `logits` `(B,)`, float32, are those of the last pass. The features of the U-Net depend on time and prompt,
+    so the logits do too. The images can have any size.
 
     Args:
-        unet: any U-Net with a `mid_block`, as those of diffusers have it.
-        seed: of its first weights; equal seeds begin equally.
+        unet: any U-Net with a `mid_block`, such as those of diffusers.
+        seed: seed of the initial weights; equal seeds give equal weights.
     """
 
     logits: Tensor

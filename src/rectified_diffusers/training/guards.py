@@ -1,4 +1,4 @@
-"""Mistakes that ruin a training and are cheaper to find before its first step."""
+"""Checks for mistakes that ruin a training run and are cheaper to detect before its first step."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -16,18 +16,18 @@ from rectified_diffusers.training.config import TrainerConfig
 
 ROWS = 8
 _OPPOSITE = -0.5
-_ROUNDING = 0.1  # of text encoders in half precision
+_ROUNDING = 0.1  # rounding error of text encoders in half precision
 
 
 def require_config(trainer: type, config: Any) -> None:
-    """Raise if the options are another trainer's: `class ReflowTrainer(Trainer[ReflowConfig])` says which it takes."""
+    """Raise if the options are those of another trainer; `Trainer[ReflowConfig]` declares the expected type."""
     named = [kind for base in getattr(trainer, "__orig_bases__", ()) for kind in get_args(base)]
     expected = next((kind for kind in named if isinstance(kind, type)), TrainerConfig)
     require_type("config", config, expected, f"{trainer.__name__} has options of its own.")
 
 
 def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
-    """Raise if the triplets' latents are scaled for another VAE than the pipeline's."""
+    """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
     for name in ("scaling_factor", "shift_factor"):
         made, here = manifest.get(f"vae_{name}"), vae.config.get(name)
         if f"vae_{name}" in manifest and (made or 0.0) != (here or 0.0):
@@ -39,7 +39,7 @@ def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
 
 
 def require_pairs(manifest: Mapping[str, Any]) -> None:
-    """Raise if noise and data of some triplets have nothing to do with each other."""
+    """Raise if the noise and data of some triplets are unrelated."""
     if any(part.get("num_inference_steps") == 0 for part in manifest.get("parts", [manifest])):
         raise ValueError(
             "This training fits the data of each noise, and there are triplets whose pictures have new noise, of "
@@ -49,7 +49,7 @@ def require_pairs(manifest: Mapping[str, Any]) -> None:
 
 
 def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
-    """Raise if two pipelines do not say the same of the same prompts, as those with the same text encoders do."""
+    """Raise if two pipelines encode the same prompts differently, that is, if their text encoders differ."""
     for name in sorted(student.keys() | teacher.keys()):
         own, other = (told[name].float().cpu() if name in told else torch.empty(0) for told in (student, teacher))
         if own.shape != other.shape or (own - other).norm() > _ROUNDING * own.norm():
@@ -62,15 +62,15 @@ def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
 
 @torch.no_grad()
 def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Tensor], batch: Triplets) -> None:
-    """Raise if the velocity at t = 0 points away from the data, as a flow of the other sign makes it.
+    """Raise if the velocity at t = 0 points away from the data, as that of a flow with the opposite sign does.
 
-    A velocity model that starts a training gives about E[data] - noise there, whose cosine with data - noise is
-    about 1 / sqrt(1 + var(data)): 0.7 for latents of unit variance. The other sign gives as much below 0, and so does
-    a network that predicts the noise; an untrained one lies anywhere around 0.
+    At the start of training, a velocity model predicts about E[data] - noise there. Its cosine with data - noise is
+    about 1 / sqrt(1 + var(data)): 0.7 for latents of unit variance. The opposite sign gives the negative of this
+    value, and so does a network that predicts the noise. An untrained network gives a value around 0.
 
     Args:
-        predict_velocity: v(x_t, t, prompts), of a network that is taken for a flow's.
-        batch: triplets on its device.
+        predict_velocity: v(x_t, t, prompts) of a network that is assumed to be a flow.
+        batch: triplets on the network's device.
     """
     predicted = predict_velocity(batch.noise, torch.zeros(len(batch), device=batch.noise.device), batch.prompts)
     velocity = batch.data - batch.noise
@@ -87,12 +87,12 @@ def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Te
 
 
 def require_finite(step: int, loss: float, grad_norm: float, scaler: Any, checkpoints: Path) -> None:
-    """Raise if a step's loss or gradient is not finite, before the weights are changed by it.
+    """Raise if the loss or gradient of a step is not finite, before it changes the weights.
 
     Args:
-        scaler: of fp16, which overflows at first by design: the step is skipped and the scale halved, until there is
-            no scale left. None in other precisions.
-        checkpoints: folder of the run's checkpoints, for the error.
+        scaler: gradient scaler of fp16; None in other precisions. fp16 overflows at first by design: the step is
+            skipped and the scale halved, until there is no scale left.
+        checkpoints: folder of the run's checkpoints, for the error message.
     """
     overflow = scaler is not None and scaler.get_scale() > 1
     if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):

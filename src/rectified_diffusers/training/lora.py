@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) as what is trained: an adapter of peft on the student, saved in diffusers' format."""
+"""LoRA training (arXiv:2106.09685): a peft adapter on the student, saved in the format of diffusers."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.weights.weight_files import write_weights
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-"""The name under which `pipeline.load_lora_weights(folder)` looks for a LoRA."""
+"""The file name that `pipeline.load_lora_weights(folder)` expects."""
 
 
 def add_lora(network: Any, config: TrainerConfig) -> None:
-    """Put a LoRA on a network and freeze the rest; its product is zero, so that the network answers as before.
+    """Add a LoRA to a network and freeze the other weights. Its product is zero, so the output does not change.
 
     Its first matrices are random, from the config's seed: equal configs start from equal adapters.
     """
@@ -40,17 +40,17 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
 
 
 def fuse_lora(network: Any) -> None:
-    """Add the LoRA to the weights under it, which have their plain names again afterwards."""
+    """Fuse the LoRA into the base weights and restore their plain names."""
     network.fuse_lora()
     network.unload_lora()
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The tensors and settings of a LoRA; what is done to the network afterwards does not change them.
+    """The tensors and settings of a LoRA; later changes to the network do not affect them.
 
     Args:
-        component: of the pipeline that has the network: "unet" or "transformer".
+        component: pipeline component that the network is: "unet" or "transformer".
     """
 
     component: str
@@ -59,16 +59,16 @@ class Adapter:
 
     @classmethod
     def of(cls, network: Any, component: str) -> "Adapter":
-        """Copy the LoRA that `add_lora` put on a network."""
+        """Return a copy of the LoRA that `add_lora` added to a network."""
         tensors = {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
         return cls(component, tensors, network.peft_config["default"].to_dict())
 
     def save(self, pipeline_class: Any, folder: Path) -> None:
-        """Write it as diffusers does, with its alpha, for `load_lora_weights(folder)` of such pipelines."""
+        """Save in the format of diffusers, with alpha, for `load_lora_weights(folder)` of such pipelines."""
         layers = {f"{self.component}_lora_layers": self.tensors}
         settings = {f"{self.component}_lora_adapter_metadata": self.settings}
         pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS, **layers, **settings)
-        # Older safetensors put the metadata in another order each time, and equal runs are to have equal files.
+        # Older safetensors write the metadata in a different order each time; equal runs must produce equal files.
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = dict(sorted(file.metadata().items()))
         tensors = dict(sorted(load_file(folder / WEIGHTS).items()))
@@ -77,7 +77,7 @@ class Adapter:
 
 
 def _require_layers(network: Any, names: Iterable[str]) -> None:
-    """Raise for a name that no layer of the network ends in; peft would go without it if another one is found."""
+    """Raise for a name that no layer name of the network ends with; peft ignores it if another name matches."""
     layers = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     for name in names:
         if not any(layer == name or layer.endswith(f".{name}") for layer in layers):

@@ -1,4 +1,4 @@
-"""Losses of the trainers: of a flow in latents, and perceptual ones on decoded images."""
+"""Losses of the trainers: flow losses on latents and perceptual losses on decoded images."""
 
 import warnings
 from dataclasses import dataclass
@@ -16,34 +16,34 @@ from rectified_diffusers.training.config import TrainerConfig
 
 
 class DecodedDistance:
-    """LPIPS of decoded latents; a gradient goes through the frozen VAE to the first of the two.
+    """LPIPS of decoded latents; the gradient flows through the frozen VAE to the first of the two.
 
     Args:
-        vae: whose latents they are, an AutoencoderKL or one of its configuration.
-        network: from two batches of pictures `(B, 3, H, W)` in [-1, 1] to B distances, see `load_lpips`.
+        vae: VAE of the latents, an AutoencoderKL or one with its configuration.
+        network: maps two batches of images `(B, 3, H, W)` in [-1, 1] to B distances, see `load_lpips`.
     """
 
     def __init__(self, vae: Any, network: nn.Module) -> None:
         self.vae, self.network = vae, network
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode VAE-scaled latents to pictures `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
+        """Decode VAE-scaled latents to images `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
         config = self.vae.config
         unscaled = latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
         return self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float()
 
     def __call__(self, predicted_data: Tensor, data: Tensor) -> Tensor:
-        """Compare latents `(B, C, H, W)` with the right ones, `(B,)`."""
+        """Return the distances `(B,)` between predicted and target latents `(B, C, H, W)`."""
         with torch.no_grad():
             images = self.decode(data)
         return perceptual_loss(self.decode(predicted_data), images, self.network)
 
 
 def load_lpips(network: str, weights: Path | None) -> nn.Module:
-    """Build LPIPS (arXiv:1801.03924) on AlexNet or VGG-16, frozen.
+    """Build LPIPS (arXiv:1801.03924) on AlexNet or VGG-16, with frozen weights.
 
     Args:
-        weights: safetensors file with the backbone's `features.*` as torchvision names them; None downloads them.
+        weights: safetensors file with the backbone's `features.*` by torchvision's names; None downloads them.
     """
     try:
         import lpips
@@ -53,7 +53,7 @@ def load_lpips(network: str, weights: Path | None) -> nn.Module:
             f'pip install "rectified_diffusers[lpips]" ({error}).'
         ) from error
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="torchvision")  # lpips spells an argument as torchvision used to
+        warnings.filterwarnings("ignore", module="torchvision")  # lpips uses a deprecated argument name
         try:
             metric = lpips.LPIPS(net=network, pnet_rand=weights is not None, verbose=False)
         except URLError as error:
@@ -69,7 +69,7 @@ def load_lpips(network: str, weights: Path | None) -> nn.Module:
 
 
 def _load_backbone(backbone: nn.Module, path: Path) -> None:
-    """Load `features.*` into lpips' slices, whose layers keep their numbers: slice2.3.weight is features.3.weight."""
+    """Load `features.*` into lpips' slices. Layer numbers stay the same: slice2.3.weight is features.3.weight."""
     weights = load_file(path)
     names = {name: f"features.{name.split('.', 1)[1]}" for name in backbone.state_dict()}
     missing = sorted(set(names.values()) - weights.keys())
@@ -86,16 +86,16 @@ TrainingLoss = Literal["l2", "pseudo_huber", "lpips", "lpips_huber"]
 
 @dataclass(frozen=True)
 class FlowLoss:
-    """Compare a predicted velocity with the right one at x_t, one value per example.
+    """Compute the loss of a predicted velocity against the target at x_t, one value per example.
 
     - l2, pseudo_huber: see `flow.loss.velocity_loss`.
-    - lpips: LPIPS between the decoded data_hat = x_t + (1 - t) * velocity of the two, as InstaFlow's last stage.
-    - lpips_huber: w * pseudo_huber(velocities) / d + lpips, d dimensions, of 2-RF++ (arXiv:2405.20320; the division is
-      in its authors' code).
+    - lpips: LPIPS between the decoded data_hat = x_t + (1 - t) * velocity of both, as in InstaFlow's last stage.
+    - lpips_huber: w * pseudo_huber(velocities) / d + lpips, with d dimensions, from 2-RF++ (arXiv:2405.20320; the
+      division is in its authors' code).
 
-    In 2-RF++, which trains on all of [0, 1], w = t: near the data the pictures hardly depend on the velocity, at the
-    noise they say it all. Losses of a few fixed times, t = 0 alone for a distillation, take w = 1 instead, without
-    which the two losses would be one there.
+    2-RF++ trains on all of [0, 1] with w = t: near the data the images hardly depend on the velocity; near the noise
+    they depend on it fully. Losses at a few fixed times, such as t = 0 alone in distillation, use w = 1 instead;
+    otherwise lpips_huber would equal lpips at t = 0.
     """
 
     kind: TrainingLoss
@@ -106,14 +106,14 @@ class FlowLoss:
     def of(
         cls, kind: TrainingLoss, config: TrainerConfig, vae: Any, device: torch.device, weigh_by_time: bool = False
     ) -> "FlowLoss":
-        """Make the loss, with LPIPS loaded to the device if it takes part."""
+        """Return the loss, with LPIPS loaded to the device if the loss uses it."""
         if kind not in ("lpips", "lpips_huber"):
             return cls(kind)
         network = load_lpips(config.lpips_network, config.lpips_weights).to(device)
         return cls(kind, DecodedDistance(vae, network), weigh_by_time)
 
     def __call__(self, predicted: Tensor, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """Give the loss of each example, `(B,)`.
+        """Return the loss of each example, `(B,)`.
 
         Args:
             predicted, velocity, x_t: `(B, C, H, W)`.

@@ -1,4 +1,4 @@
-"""The card of a trained model, and its way to the Hub."""
+"""The model card of a trained model, and its upload to the Hub."""
 
 import re
 from collections.abc import Mapping
@@ -27,13 +27,13 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says.
+    """Content of a model card.
 
     Args:
-        record: what is written to training.json: steps, trainer, options.
+        record: content of training.json: steps, trainer, options.
         pipeline_class: class that loads the model, or the LoRA onto its base.
-        base_model: Hub id of what the training began with; None if it has none.
-        sampling_steps: number of steps that the model is for.
+        base_model: Hub id of the model that training started from; None if it has none.
+        sampling_steps: number of sampling steps that the model is made for.
         last_line: the last line of the log; empty if there is none.
         straightness: S(Z), if it was measured.
     """
@@ -96,13 +96,13 @@ class Card:
 
 
 def measure_straightness(pipeline: Any, dataset: TripletDataset, paths: int) -> Straightness:
-    """Give S(Z) of a pipeline over paths of the first prompts of a dataset."""
+    """Return S(Z) of a pipeline over paths of the first prompts of a dataset."""
     prompts = dataset.rows(range(min(paths, len(dataset)))).prompts
     return pipeline_straightness(pipeline, prompts, progress=False)
 
 
 def base_model_of(pipeline: Any) -> str | None:
-    """Give the Hub id that a pipeline was loaded from; None for a folder, whose path is nobody's business."""
+    """Return the Hub id that a pipeline was loaded from; None for a folder, whose path stays private."""
     name = str(getattr(pipeline, "name_or_path", "") or "")
     cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots", name)
     if cached:
@@ -111,10 +111,10 @@ def base_model_of(pipeline: Any) -> str | None:
 
 
 def require_repository(repo_id: str) -> None:
-    """Make the repository on the Hub if it is not there, and find out before the training whether one may write."""
+    """Create the repository on the Hub if it does not exist, and check write access before training."""
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
-    except Exception as error:  # its kinds differ between the releases of the Hub's client
+    except Exception as error:  # its type differs between releases of huggingface_hub
         raise OSError(
             f"The repository {repo_id!r} on the Hub can be neither made nor used ({type(error).__name__}: {error}). "
             "Log in with `hf auth login`, by a token that may write, or train without push_to_hub."
@@ -122,7 +122,7 @@ def require_repository(repo_id: str) -> None:
 
 
 def upload(folder: Path, repo_id: str, lora: bool) -> None:
-    """Upload a finished model with its card: of a LoRA its weights alone, else the pipeline; never checkpoints."""
+    """Upload a finished model with its card: the weights alone for a LoRA, else the pipeline; never checkpoints."""
     kept = [WEIGHTS, "README.md", "training.json"] if lora else None
     left_out = ["checkpoints/*", "validation/*", f"{FOLDER}/*", f"*{TEMPORARY}*"] + ([] if lora else [WEIGHTS])
     try:

@@ -1,4 +1,4 @@
-"""The objective of rectified flow as one object for training loops of others, such as diffusers' own scripts."""
+"""The objective of rectified flow as one object for third-party training loops, such as the scripts of diffusers."""
 
 from dataclasses import dataclass, field
 from numbers import Real
@@ -15,7 +15,7 @@ from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """What a U-Net is given, x_t `(B, C, H, W)` and timesteps `(B,)` in [0, 1000], and its velocity target."""
+    """Inputs of a U-Net, x_t `(B, C, H, W)` and timesteps `(B,)` in [0, 1000], and its velocity target."""
 
     x_t: Tensor
     timesteps: Tensor
@@ -24,11 +24,12 @@ class FlowBatch:
 
 @dataclass(frozen=True)
 class FlowObjective:
-    """Stands where a loop for diffusion has its noise scheduler, its random timesteps, its target and its loss.
+    """Replaces the noise scheduler, random timesteps, target and loss of a diffusion training loop.
 
     x_t = t * data + (1 - t) * noise, timesteps = 1000 * (1 - t), target = data - noise, Eq. (1) of arXiv:2209.03003.
-    There is no prediction type to choose and so no way to train epsilon. Times are real numbers: diffusion's
-    `randint(0, 1000)` never gives timestep 1000, which every sampler of a flow asks for first, and one step alone.
+    There is no prediction type to choose, so epsilon cannot be trained by mistake. Times are real numbers: diffusion's
+    `randint(0, 1000)` never returns timestep 1000, the first timestep of every flow sampler and the only one of a
+    one-step sampler.
 
         flow = objective.prepare(noise=noise, data=latents)
         prediction = unet(flow.x_t, flow.timesteps, prompt_embeds).sample
@@ -36,8 +37,8 @@ class FlowObjective:
 
     Args:
         time_density: density of t.
-        at_noise: share of examples at t = 0 itself instead, in [0, 1], which a density has no points of.
-        loss_kind: l2, what diffusers' scripts train with, or pseudo_huber.
+        at_noise: share of examples, in [0, 1], at exactly t = 0 instead, which a density never samples.
+        loss_kind: l2, the loss of diffusers' scripts, or pseudo_huber.
     """
 
     time_density: TimeDensity = field(default_factory=Uniform)
@@ -55,12 +56,12 @@ class FlowObjective:
             raise ValueError(f"loss_kind must be one of {', '.join(LOSS_KINDS)}, got {self.loss_kind!r}.")
 
     def prepare(self, *, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
-        """Draw a time for each example and give the point of the path there, with the velocity to predict.
+        """Sample a time for each example and return the point of the path at that time, with its target velocity.
 
         Args:
-            noise: standard normal, `(B, C, H, W)`: drawn for this batch, or what a teacher coupled with the data.
+            noise: standard normal, `(B, C, H, W)`: sampled for this batch, or coupled with the data by a teacher.
             data: VAE-scaled latents, of the same shape; their dtype is kept.
-            generator: of the times, on any device; torch's global one of the CPU if not given.
+            generator: generator of the times, on any device; torch's global CPU generator if not given.
         """
         for name, x in (("noise", noise), ("data", data)):
             require_type(name, x, Tensor, "Give latents (B, C, H, W).")
@@ -74,5 +75,5 @@ class FlowObjective:
         return FlowBatch(x_t, time_to_timestep(t), velocity)
 
     def loss(self, prediction: Tensor, batch: FlowBatch) -> Tensor:
-        """Give the mean loss over the batch, a scalar in float32 or wider."""
+        """Return the mean loss over the batch, a scalar in float32 or wider."""
         return velocity_loss(prediction, batch.velocity, self.loss_kind).mean()

@@ -1,4 +1,4 @@
-"""Progressive distillation: a student learns to do in one step what its teacher does in two, again and again."""
+"""Progressive distillation: in each round, a student learns to do in one step what its teacher does in two."""
 
 from dataclasses import replace
 from typing import Any
@@ -18,13 +18,13 @@ from rectified_diffusers.training.trainer import Trainer
 class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     """Halve the steps of a flow round by round, Algorithm 2 of arXiv:2202.00512 on the straight path.
 
-    A student of N steps learns, at t = 0, 1/N, ..., (N - 1)/N, the mean of its teacher's velocities in two Euler steps
-    of 1/(2N) from x_t, which takes it to the same place. It begins with its teacher's weights; its own averaged ones
-    are the next teacher's. Euler on the straight path is DDIM, so for a diffusion model that `initialisation` made
-    into a velocity the rounds are those of the paper, with the loss on the velocity instead of the data.
+    A student of N steps learns, at t = 0, 1/N, ..., (N - 1)/N, the mean of its teacher's velocities over two Euler
+    steps of 1/(2N) from x_t, which leads to the same point. It is initialized with its teacher's weights; its averaged
+    weights become the next teacher. Euler on the straight path is DDIM, so for a diffusion model that `initialisation`
+    converts to a velocity model the rounds are those of the paper, with the loss on the velocity instead of the data.
 
-    The pipeline has to be a flow already, or to become one by `initialisation="snr_matching"`. Of the triplets, the
-    data takes part, and the noise only with `pairs="coupled"`.
+    The pipeline must be a flow, or be converted to one with `initialisation="snr_matching"`. Training uses the data of
+    the triplets, and their noise only with `pairs="coupled"`.
     """
 
     validation_steps = (1, 2, 4)
@@ -50,45 +50,45 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         return self.config.steps_per_round
 
     def round_of(self, step: int) -> int:
-        """Give the round of a step, both counted from their first: rounds from 0, steps from 1."""
+        """Return the round of a step; rounds count from 0, steps from 1."""
         return (step - 1) // self.config.steps_per_round
 
     def steps_of(self, step: int) -> int:
-        """Give the number N of Euler steps that the student learns to do with at an optimizer step."""
+        """Return the number N of Euler steps that the student learns to use at an optimizer step."""
         return self.config.teacher_steps >> (self.round_of(step) + 1)
 
     def learning_rate(self, step: int) -> float:
-        """Give the learning rate of a step, whose schedule begins anew with each round."""
+        """Return the learning rate of a step; the schedule restarts with each round."""
         return super().learning_rate((step - 1) % self.config.steps_per_round + 1)
 
     def draw(self, step: int) -> tuple[Tensor, ...]:
-        """Draw rows, times on the student's grid and dropped prompts."""
+        """Sample rows, times on the student's grid and dropped prompts."""
         self.time_density = Grid(self.steps_of(step))
         return super().draw(step)
 
     def train_step(self, step: int) -> tuple[float, ...]:
-        """Do one update; the first of a round makes the student the teacher."""
+        """Do one update; the first update of a round makes the student the teacher."""
         self.step = step
         if step > 1 and self.round_of(step) > self.round_of(step - 1):
             self.begin_round()
         return super().train_step(step)
 
     def begin_round(self) -> None:
-        """Let teacher and student begin with the averaged weights of the student, with no memory of the old round."""
+        """Set teacher and student to the averaged weights of the student, and reset the optimizer and the average."""
         self.ema.copy_to(self.parameters)
         self.put_into_teacher(self.named(self.parameters))
         self.optimizer.optimizer.state.clear()
         self.ema = self.make_ema()
 
     def put_into_teacher(self, weights: dict[str, Tensor]) -> None:
-        """Copy weights by name into the teacher; a LoRA's alone, if that is what is trained."""
+        """Copy weights by name into the teacher; only those of the LoRA, if a LoRA is trained."""
         with torch.no_grad():
             for name, weight in self.teacher.named_parameters():
                 if name in weights:
                     weight.copy_(weights[name])
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
-        """Read triplets; with independent pairs, the noise of a row is drawn from (seed, step, row)."""
+        """Read triplets; with independent pairs, the noise of a row is sampled from (seed, step, row)."""
         batch = super().read(rows, dropped)
         if self.config.pairs == "coupled":
             return batch
@@ -104,14 +104,14 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
 
     @torch.no_grad()
     def teacher_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-        """Give the velocity that takes x_t in one step where the teacher's two steps take it."""
+        """Return the velocity that moves x_t in one step to the end point of the teacher's two steps."""
         half = 0.5 / self.steps_of(self.step)
         first = self.ask_teacher(x_t, t, prompts)
         second = self.ask_teacher(x_t + half * first, t + half, prompts)
         return (first + second) / 2
 
     def ask_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-        """Give the teacher's velocity; the first teacher is guided, the later ones have learnt it."""
+        """Return the teacher's velocity; the first teacher is guided, later teachers have learned the guidance."""
         velocity = self.predict_velocity(x_t, t, prompts, self.teacher)
         weight = self.config.teacher_guidance_scale
         if weight <= 1 or self.round_of(self.step) > 0:
@@ -120,7 +120,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         return null + weight * (velocity - null)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Give what a checkpoint has to hold; the first teacher is the pipeline's own and is not among it."""
+        """Return the tensors of a checkpoint, without the first teacher, which is the pipeline's own network."""
         if self.round_of(self.step) == 0:
             return super().tensors()
         names = self.named(self.parameters)

@@ -1,4 +1,4 @@
-"""Embeddings of prompts for training, from a pipeline's own frozen text encoders."""
+"""Prompt embeddings for training, from a pipeline's own frozen text encoders."""
 
 from collections import ChainMap
 
@@ -10,16 +10,16 @@ from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 
 TABLE_BYTES = 2**30
 _TOGETHER = 64
-_ROUNDING = 0.1  # of a float16 or bfloat16 text encoder against float32
+_ROUNDING = 0.1  # rounding error of a float16 or bfloat16 text encoder against float32
 
 
 class PromptEncoder:
-    """Embed prompts, and remember all prompts of a dataset if their embeddings fit into `TABLE_BYTES` of memory.
+    """Embed prompts, and cache all prompts of a dataset if their embeddings fit into `TABLE_BYTES` of memory.
 
-    An embedding differs in its last bits with the prompts that are encoded beside it. So that a step does not depend
-    on the steps that this process did before it, nothing is remembered on the way: the table is made once, in one
-    order, and what is not in it is encoded anew with its micro-batch. Embeddings that came with the triplets, which
-    `lend` takes, go before both.
+    The last bits of an embedding depend on the other prompts in its batch. A step must not depend on earlier steps of
+    the process, so nothing is cached during training: the table is built once, in one order, and prompts that it does
+    not contain are encoded again with their micro-batch. Embeddings stored with the triplets, which `lend` sets, take
+    precedence over both.
     """
 
     def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class PromptEncoder:
         self.lent: dict[str, Conditioning] = {}
 
     def remember(self, dataset: TripletDataset) -> None:
-        """Make the table of a dataset's prompts and the empty one, or leave it empty if it would be too large."""
+        """Build the table of a dataset's prompts and the empty prompt, or leave it empty if it would be too large."""
         self.table = {}
         empty = self.encode([""])
         if dataset.manifest.get("text_embeddings"):
@@ -51,7 +51,7 @@ class PromptEncoder:
                 self.table[prompt] = {name: part[i].clone() for name, part in encoded.items()}
 
     def _require_same_encoder(self, triplets: Triplets) -> None:
-        """Raise if stored embeddings are not what the text encoders here say of the same prompts."""
+        """Raise if stored embeddings differ from those of this pipeline's text encoders for the same prompts."""
         here = self.encode(triplets.prompts)
         for name, stored in triplets.text_embeddings.items():
             own = here[name].cpu() if name in here else stored.new_empty(0)
@@ -63,14 +63,14 @@ class PromptEncoder:
                 )
 
     def lend(self, batch: Triplets) -> None:
-        """Take the text embeddings that are stored with a batch, if any, until the next batch."""
+        """Use the text embeddings that are stored with a batch, if any, until the next batch."""
         rows = {name: part.unbind() for name, part in batch.text_embeddings.items()}
         self.lent = {
             prompt: {name: parts[i] for name, parts in rows.items()} for i, prompt in enumerate(batch.prompts) if rows
         }
 
     def __call__(self, prompts: list[str]) -> Conditioning:
-        """Give what the network is told of the prompts: tensors `(B, ...)` in float32 on the device."""
+        """Return the conditioning of the network for the prompts: tensors `(B, ...)` in float32 on the device."""
         known = ChainMap(self.lent, self.table)
         if not all(prompt in known for prompt in prompts):
             return self.encode(prompts)
@@ -82,5 +82,5 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Run the text encoders on prompts."""
+        """Encode prompts with the text encoders."""
         return {name: part.float() for name, part in self.denoiser.encode(prompts, self.device).items()}

@@ -1,4 +1,4 @@
-"""The report of a run, report.html: figures, curves and validation images in one file."""
+"""The report of a run, report.html: metrics, curves and validation images in one file."""
 
 import base64
 import html
@@ -17,9 +17,9 @@ from rectified_diffusers.training.run_folder import RECORD
 
 REPORT = "report.html"
 MAX_SHEETS, MAX_WIDTH = 24, 1280
-"""A report stays below about 10 MB: of more validation sheets every n-th is taken, and wider ones are scaled down."""
+"""Limits that keep a report below about 10 MB: of more sheets every n-th is shown, and wider ones are scaled down."""
 
-# Columns of log.jsonl, each with its heading and what to know about it.
+# Columns of log.jsonl, each with its heading and a note.
 CURVES = {
     "loss": ("Loss", "mean over the steps since the previous point"),
     "fake_loss": ("Loss of the fake velocity", "mean of its updates since the previous point"),
@@ -30,10 +30,10 @@ CURVES = {
 
 
 def write_report(folder: str | Path, prompts: Sequence[str] = (), straightness: Straightness | None = None) -> Path:
-    """Write `report.html` into the folder of a run, finished or not, and give its path. Trainers do so by themselves.
+    """Write `report.html` to the folder of a run, finished or not, and return its path. Trainers do so automatically.
 
     Args:
-        prompts: what the columns of the validation sheets show.
+        prompts: prompts of the columns of the validation sheets.
         straightness: S(Z) of the finished model, if it was measured.
     """
     folder = Path(folder)
@@ -49,15 +49,15 @@ def write_report(folder: str | Path, prompts: Sequence[str] = (), straightness: 
 def render_report(
     folder: Path, record: dict[str, Any], prompts: Sequence[str] = (), straightness: Straightness | None = None
 ) -> str:
-    """Give the page of a run: what is there of the curves in log.jsonl and the sheets in validation/, and its record.
+    """Return the page of a run: the available curves from log.jsonl, the sheets in validation/ and the record.
 
     Args:
-        record: what training.json holds, or will; empty for a run in progress.
+        record: current or future content of training.json; empty for a run in progress.
         prompts, straightness: as for `write_report`.
     """
     log = folder / "log.jsonl"
     text = log.read_text(encoding="utf-8") if log.exists() else ""
-    # A process that is writing, or was killed, leaves a part of a line.
+    # A process that is writing, or was killed, leaves a partial line.
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
     body = [
         _heading(record),
@@ -79,7 +79,7 @@ def _heading(record: dict[str, Any]) -> str:
 
 
 def _tiles(lines: list[dict[str, Any]], record: dict[str, Any], straightness: Straightness | None) -> str:
-    """Say the few numbers that one looks for first."""
+    """Return the tiles with the most important numbers."""
     tiles: list[tuple[str, str]] = []
     if lines:
         best = min(lines, key=lambda line: line["loss"])
@@ -106,7 +106,7 @@ def _charts(lines: list[dict[str, Any]], straightness: Straightness | None) -> s
 
 
 def _sheets(paths: list[Path], prompts: Sequence[str]) -> str:
-    """Show one validation sheet at a time, chosen by a slider, the last one first; without scripts, all of them."""
+    """Return the validation sheets, one at a time with a slider, the last one first; without scripts, all of them."""
     if not paths:
         return ""
     spacing = (len(paths) - 1) / max(1, min(len(paths), MAX_SHEETS) - 1)
@@ -196,13 +196,13 @@ for (const part of document.querySelectorAll(".sheets")) {
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 30
 LOGARITHMIC_FROM = 30
-"""A curve of positive values is drawn over a logarithmic axis if its largest is this many times its smallest."""
+"""A curve of positive values has a logarithmic axis if its largest value exceeds this many times its smallest."""
 
 Point = tuple[float, float]
 
 
 def curve(title: str, points: Sequence[Point], note: str = "", noisy: bool = True) -> str:
-    """Draw y over x as a figure; a noisy curve of 40 points or more is pale, with its running mean above it."""
+    """Plot y over x as a figure; a noisy curve of 40 points or more is pale, with its running mean on top."""
     xs, ys = zip(*points, strict=True)
     logarithmic = min(ys) > 0 and max(ys) > LOGARITHMIC_FROM * min(ys)
     x_axis, y_axis = _Axis(xs, LEFT, WIDTH - RIGHT), _Axis(ys, HEIGHT - BOTTOM, TOP, logarithmic)
@@ -216,7 +216,7 @@ def curve(title: str, points: Sequence[Point], note: str = "", noisy: bool = Tru
 
 
 def bars(title: str, heights: Sequence[float], edges: Sequence[float], note: str = "") -> str:
-    """Draw a bar from edge to edge for each height; edges are one more than bars."""
+    """Plot a bar for each height, from edge to edge; there is one more edge than there are bars."""
     x_axis, y_axis = _Axis(edges, LEFT, WIDTH - RIGHT), _Axis([0.0, *heights], HEIGHT - BOTTOM, TOP)
     drawn = []
     for height, left, right in zip(heights, edges[:-1], edges[1:], strict=True):
@@ -229,7 +229,7 @@ def bars(title: str, heights: Sequence[float], edges: Sequence[float], note: str
 
 
 class _Axis:
-    """A map from values to pixels, and the round values to mark on it."""
+    """Mapping from values to pixels, with round tick values."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> None:
         self.start, self.end, self.logarithmic = start, end, logarithmic
@@ -246,7 +246,7 @@ class _Axis:
         return math.log10(value) if self.logarithmic else value
 
     def ticks(self) -> list[float]:
-        """Give about five round values inside the axis."""
+        """Return about five round values within the range of the axis."""
         if self.logarithmic:
             factors = (1, 2, 5) if self.high - self.low < 2 else (1,)
             powers = range(math.floor(self.low), math.ceil(self.high) + 1)
@@ -261,7 +261,7 @@ class _Axis:
 
 
 def _running_mean(points: Sequence[Point]) -> list[Point]:
-    """Average y over a window of about a fortieth of the points to either side."""
+    """Return the mean of y over a window of about 1/40 of the points on either side."""
     reach = max(1, len(points) // 40)
     windows = [[y for _, y in points[max(0, i - reach) : i + reach + 1]] for i in range(len(points))]
     return [(x, math.fsum(window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
@@ -285,7 +285,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> list[str]:
 
 
 def _shown(value: float) -> str:
-    """Write a tick as briefly as it can be read: 20000 is 20k, 0.0000025 is 2.5e-6."""
+    """Return a short, readable tick label: 20000 is 20k, 0.0000025 is 2.5e-6."""
     if value and not 1e-3 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.3g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if exponent else f"{value:.1e}".replace("e-0", "e-")

@@ -1,4 +1,4 @@
-"""The output folder of a run: checkpoints, log, validation pictures and, at the end, a whole pipeline."""
+"""The output folder of a run: checkpoints, log, validation images and, at the end, a complete pipeline."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ RECORD = "training.json"
 
 
 class RunFolder:
-    """Paths of a run and the writing of its files, of which none is ever seen half written but the log's last line.
+    """Paths of a run and the code that writes its files. Only the last line of the log is ever visible half written.
 
-    `training.json` says what made the pipeline beside it.
+    `training.json` records how the pipeline in the same folder was trained.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,9 +36,9 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out of the folder until the end of the block, or of the process.
+        """Lock the folder against other runs until the end of the block or of the process.
 
-        On systems and file systems without POSIX locks, nothing does.
+        Systems and file systems without POSIX locks have no such lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -66,12 +66,12 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def flush_log(self) -> None:
-        """Bring the log to the disk, so that no checkpoint is ahead of it."""
+        """Flush the log to disk, so that no checkpoint is ahead of it."""
         if self.log.exists():
             flush(self.log)
 
     def prepare(self, step: int) -> None:
-        """Make the folder ready to go on after `step`: no leftovers of a killed process, no log of later steps."""
+        """Prepare the folder to continue after `step`: remove leftovers of a killed process and later log lines."""
         if step == 0 and (self.path / INDEX).exists():
             raise ValueError(
                 f"{self.path} holds a pipeline and no checkpoint of a run to resume, so that training would replace "
@@ -87,22 +87,22 @@ class RunFolder:
             write_atomically(self.log, lambda path: path.write_text(kept))
 
     def last_line(self) -> dict[str, Any]:
-        """Give the last line of the log, or nothing."""
+        """Return the last line of the log; empty if there is none."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return json.loads(lines[-1]) if lines else {}
 
     def holds(self, record: dict[str, Any]) -> bool:
-        """Tell whether a whole pipeline with this record is there."""
+        """Return whether the folder holds a complete pipeline with this record."""
         path = self.path / RECORD
         return (self.path / INDEX).exists() and path.exists() and path.read_text() == _text_of(record)
 
     def publish(
         self, pipeline: Any, record: dict[str, Any], texts: Mapping[str, str], adapter: Adapter | None
     ) -> None:
-        """Write a pipeline with its record, its texts (card and report, by file) and its LoRA, in place of one there.
+        """Write a pipeline with its record, texts (card and report, by file) and LoRA; replace an existing pipeline.
 
-        Its parts are made beside their place and moved; `model_index.json`, without which nothing can be loaded, goes
-        first when an old pipeline is replaced and comes last.
+        The parts are written to a temporary folder and moved. `model_index.json`, without which nothing can be loaded,
+        is the first file removed from an old pipeline and the last one moved.
         """
         (self.path / INDEX).unlink(missing_ok=True)
         staging = self.path / f"{TEMPORARY}pipeline"
@@ -125,10 +125,10 @@ class RunFolder:
 
 
 def _forget_last_call(pipeline: Any) -> None:
-    """Let the tokenizers be saved without padding and truncation of their last call.
+    """Remove the padding and truncation settings of the tokenizers' last call, so that they are not saved.
 
-    They would write them to their files, which then told whether this process encoded a prompt: not all do, when the
-    last step was done by an earlier one. Every call sets them anew.
+    The saved files would otherwise depend on whether this process encoded a prompt, which it does not always do when
+    an earlier process did the last step. Every call sets these settings again.
     """
     for part in pipeline.components.values():
         tokenizer = getattr(part, "backend_tokenizer", None)
@@ -144,7 +144,7 @@ def _text_of(record: dict[str, Any]) -> str:
 def save_contact_sheet(
     path: Path, pipeline: Any, config: TrainerConfig, steps: tuple[int, ...], size: tuple[int, int]
 ) -> None:
-    """Draw every validation prompt from its own fixed noise: a column per prompt, a row per number of steps.
+    """Generate an image per validation prompt from fixed noise: a column per prompt, a row per number of steps.
 
     Args:
         size: height and width in pixels.
@@ -152,7 +152,7 @@ def save_contact_sheet(
     pipeline.set_progress_bar_config(disable=True)
     prompts, dtype = list(config.validation_prompts), pipeline.vae.dtype
     images = []
-    # The student is float32; autocast lets it work beside a text encoder and a VAE in half precision.
+    # The student is float32; autocast allows a text encoder and a VAE in half precision.
     with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
         for count in steps:
             for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The weights that are trained, also where each process holds a part of them (FSDP2): taken whole and put back."""
+"""Gather trained weights and copy them back, including weights sharded over the processes (FSDP2)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Tell whether the processes share the weights out among them. FSDP's first version, which flattens them, raises.
+    """Return whether the weights are sharded over the processes. Raise for version 1 of FSDP.
 
-    What it made of a network has no weights by the names of the checkpoint.
+    Version 1 flattens the weights, so the network has none with the names in the checkpoint.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    version = getattr(plugin, "fsdp_version", 1)  # accelerate before 1.6 knows no other
+    version = getattr(plugin, "fsdp_version", 1)  # accelerate before 1.6 has only version 1
     if plugin is not None and version != 2:
         raise ValueError(
             f"Expected FSDP version 2, got {version}. Set fsdp_version: 2 in accelerate's config, as "
@@ -24,18 +24,18 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
-    """Give the weights that are trained, in the network's order."""
+    """Return the weights that are trained, in the network's order."""
     return [weight for weight in network.parameters() if weight.requires_grad]
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Give a weight or its average whole, without gradient; a sharded one on the CPU, and every process has to ask."""
+    """Return a full weight or average without gradient; if sharded, on the CPU, and every process must call this."""
     found: Any = weight.detach()
     return found.full_tensor().cpu() if hasattr(found, "full_tensor") else found
 
 
 def shared_out(value: Tensor, weight: Tensor) -> Tensor:
-    """Give a whole tensor on the device of a weight and, if that is sharded, in the same parts."""
+    """Return a full tensor on the device of a weight and, if the weight is sharded, with the same sharding."""
     value = value.to(weight.device)
     if not hasattr(weight, "full_tensor"):
         return value
@@ -47,6 +47,6 @@ def shared_out(value: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
-    """Copy weights, either side of which may be sharded."""
+    """Copy weights; source and target may be sharded."""
     for value, weight in zip(source, target, strict=True):
         weight.copy_(shared_out(whole(value), weight))

@@ -1,4 +1,4 @@
-"""The student of a training: the network that it starts from, and the pipeline that samples it."""
+"""The student of a training run: its initial network, and the pipeline that samples it."""
 
 import copy
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from rectified_diffusers.training.guards import require_same_latents
 
 
 def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
-    """Find the adapter of a pipeline, and raise what is wrong with it or the triplets before anything is moved.
+    """Return the adapter of a pipeline; raise if it or the triplets are unsuitable, before anything is moved.
 
-    A network that takes guidance as an input is trained at the guidance of the triplets: there it starts as the flow
-    that made them, and there it is to be sampled.
+    A network that takes guidance as an input is trained at the guidance of the triplets: at that value it starts as
+    the flow that generated them, and at that value it must be sampled.
     """
     require_type("dataset", dataset, TripletDataset, "Open a folder of triplets: TripletDataset(folder).")
     denoiser = Denoiser.of(pipeline, dataset.manifest.get("guidance_scale", 1.0))
@@ -41,11 +41,11 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
 
 
 def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
-    """Make the network that training starts from, in float32, and leave the pipeline's own alone.
+    """Return the network that training starts from, in float32; the pipeline's network is not changed.
 
     Args:
-        initialisation: `weights` copies the pipeline's network, which of a flow is that flow already. `snr_matching`
-            makes a diffusion U-Net the flow that it stands for, see `DiffusionVelocityUNet`.
+        initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
+            converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
     """
     if initialisation == "weights":
         return copy.deepcopy(denoiser.network).float()
@@ -58,13 +58,13 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
 
 
 def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
-    """Give the pipeline that samples a trained network, with every other component as it came.
+    """Return the pipeline that samples a trained network, with all other components unchanged.
 
-    It is ours where there is one. Stable Diffusion 3 and Flux keep their own, which samples a flow already and loads
-    without this package; its scheduler is Euler's without shift. A shift, fixed or by the size of the picture, spends
-    more steps where the teacher's paths bend, and reflow leaves no such place. One step is the same under any shift.
-    (Flux' pipeline lays the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
-    last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+    It is a pipeline of this package where one exists. Stable Diffusion 3 and Flux keep their own, which already
+    samples a flow and loads without this package; its scheduler is Euler without shift. A shift, fixed or by image
+    size, spends more steps where the teacher's paths bend, and reflow leaves no such region. One step is the same
+    under any shift. (The pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to
+    the scheduler, whose last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
     """
     pipeline = denoiser.pipeline
     parts = {**pipeline.components, denoiser.component: network}

@@ -1,4 +1,4 @@
-"""Trackers that accelerate knows, tensorboard and wandb: the lines of the log and the validation pictures again."""
+"""Trackers supported by accelerate, tensorboard and wandb: they also get the log lines and validation images."""
 
 import dataclasses
 import secrets
@@ -17,7 +17,7 @@ FOLDER = "trackers"
 
 
 def tracker_arguments(config: TrainerConfig) -> dict[str, Any]:
-    """Give what an `Accelerator` has to be told; raise if the package is not there, which accelerate passes over."""
+    """Return the tracker arguments of an `Accelerator`; raise if the package is missing, which accelerate ignores."""
     if config.report_to == "none":
         return {}
     if find_spec(config.report_to) is None:
@@ -29,10 +29,10 @@ def tracker_arguments(config: TrainerConfig) -> dict[str, Any]:
 
 
 def start_trackers(accelerator: Accelerator, config: TrainerConfig, step: int) -> None:
-    """Start the tracker for what follows `step`; a run that is resumed goes on as one run, no step counted twice.
+    """Start the tracker after `step`; a resumed run continues as the same run, with no step counted twice.
 
-    tensorboard hides what an earlier process wrote about later steps. wandb keeps it and passes over the steps that
-    come again; its run is found by a name in `output_dir/trackers`.
+    tensorboard hides what an earlier process wrote about later steps. wandb keeps it and ignores the repeated steps;
+    its run is identified by a name stored in `output_dir/trackers`.
     """
     if config.report_to == "none":
         return
@@ -59,7 +59,7 @@ def report_picture(accelerator: Accelerator, path: Path, step: int) -> None:
 
 
 def _options(config: TrainerConfig) -> dict[str, Any]:
-    """Give the options as trackers take them: numbers, words, and tuples as words."""
+    """Return the options in the types that trackers accept: numbers and strings, with tuples as strings."""
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     plain = (bool, int, float, str)
     return {name: value if isinstance(value, plain) else str(value) for name, value in options.items()}

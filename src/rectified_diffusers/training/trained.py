@@ -1,4 +1,4 @@
-"""What one trained network needs beside its weights: optimizer, its tensors in a checkpoint, and its updates."""
+"""The optimizer of a trained network, its tensors in a checkpoint, and the update step."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,13 +24,13 @@ _NESTED = "/"  # bitsandbytes keeps a dictionary of tensors in a parameter's sta
 
 
 def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainerConfig, device: torch.device) -> Optimizer:
-    """Make AdamW with the config's settings, in 8 bits if it asks for that; bitsandbytes is imported then alone."""
+    """Return AdamW with the config's settings, in 8 bits if configured; only then is bitsandbytes imported."""
     settings: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **settings, fused=device.type in ("cuda", "cpu") or None)
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-    except (ImportError, RuntimeError) as error:  # the second for a CUDA that it was not built for
+    except (ImportError, RuntimeError) as error:  # RuntimeError: not built for this CUDA version
         raise ImportError(
             'optimizer="adamw8bit" needs bitsandbytes: pip install "rectified_diffusers[8bit]", or use '
             f'optimizer="adamw" ({error}).'
@@ -39,10 +39,10 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainerConfig, de
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Give the state of an optimizer as tensors named `<parameter>.<entry>`, on the CPU of the main process.
+    """Return the state of an optimizer as tensors named `<parameter>.<entry>`, on the CPU of the main process.
 
-    A whole number, as which bitsandbytes counts its steps, is a tensor of int64 without dimensions. Every process has
-    to call it; the others may get nothing.
+    An integer, such as the step count of bitsandbytes, becomes an int64 tensor without dimensions. Every process must
+    call this; processes other than the main one may get nothing.
     """
     on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu).get("state", {})
@@ -50,7 +50,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put the tensors of `optimizer_tensors` back; the settings of the optimizer, such as its rate, stay."""
+    """Load the tensors of `optimizer_tensors`; settings of the optimizer, such as its learning rate, are kept."""
     state: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE_STATE)
     state["state"] = {}
     for key, value in tensors.items():
@@ -64,7 +64,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapp
 
 
 def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Give the tensors of a parameter's state with their names, those of a dictionary in it as `<name>/<name>`."""
+    """Yield the named tensors of a parameter's state; those of a nested dictionary are named `<name>/<name>`."""
     for name, value in entries.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}{_NESTED}{inner}", tensor) for inner, tensor in _flat(value))
@@ -74,13 +74,13 @@ def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Update:
-    """Update the weights of one network; neither processes nor micro-batches change more than rounding.
+    """Update the weights of one network; the numbers of processes and micro-batches change only rounding.
 
     Args:
-        model, optimizer: as accelerate prepared them.
+        model, optimizer: as prepared by accelerate.
         parameters: the weights of the model that are trained.
-        config: size of batch and micro-batch, and the norm that gradients are scaled down to.
-        output: where the checkpoints are, for errors.
+        config: sizes of batch and micro-batch, and the norm that gradients are scaled down to.
+        output: folder with the checkpoints, for error messages.
     """
 
     accelerator: Accelerator
@@ -93,12 +93,12 @@ class Update:
     def __call__(
         self, step: int, drawn: Sequence[Tensor], losses_of: Callable[..., Tensor], learning_rate: float, seed: int
     ) -> tuple[float, float]:
-        """Take one step of the optimizer against the mean loss of a batch; give it and the norm of its gradient.
+        """Take one optimizer step on the mean loss of a batch; return this loss and the norm of its gradient.
 
         Args:
-            drawn: for the whole batch, tensors `(batch_size, ...)` on the CPU.
-            losses_of: called with the parts of `drawn` that belong to a micro-batch; gives its losses, `(B,)`.
-            seed: of what a network with dropout draws, by which it does the same after a resume.
+            drawn: tensors `(batch_size, ...)` on the CPU, for the full batch.
+            losses_of: called with the parts of `drawn` that belong to a micro-batch; returns its losses, `(B,)`.
+            seed: seed for the dropout of a network, so that a resumed run samples the same.
         """
         total: Any = self.accelerator.reduce(self.backward(drawn, losses_of, seed), "mean")
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
@@ -111,7 +111,7 @@ class Update:
         return loss, grad_norm
 
     def backward(self, drawn: Sequence[Tensor], losses_of: Callable[..., Tensor], seed: int) -> Tensor:
-        """Add up the gradients of this process's part of the batch; give its mean loss, a scalar."""
+        """Accumulate the gradients of this process's part of the batch; return its mean loss, a scalar."""
         processes, device = self.accelerator.num_processes, self.accelerator.device
         count = self.config.batch_size // processes
         mine = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)

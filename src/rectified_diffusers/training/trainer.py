@@ -1,4 +1,4 @@
-"""The loop that every trainer shares: accelerate, EMA, checkpoints, log, validation pictures, finished pipeline."""
+"""The loop shared by all trainers: accelerate, EMA, checkpoints, log, validation images, finished pipeline."""
 
 import math
 from abc import ABC, abstractmethod
@@ -53,13 +53,13 @@ Config = TypeVar("Config", bound=TrainerConfig)
 
 
 class Trainer(ABC, Generic[Config]):
-    """Train a copy of a pipeline's network on triplets; a subclass says with which times and which loss.
+    """Train a copy of a pipeline's network on triplets; subclasses define the times and the loss.
 
-    What a step sees, its rows, times and dropped prompts, is a function of `(seed, step)`: a run that was stopped or
-    killed goes on from its newest checkpoint exactly as if nothing had happened, and neither the number of processes
-    nor the size of a micro-batch changes more than rounding. The pipeline is one that `Denoiser.of` knows; its text
-    encoders and VAE are frozen, moved to the device of the training and otherwise used as they are; its network, a
-    U-Net or a transformer, is left alone.
+    The inputs of a step, its rows, times and dropped prompts, are a function of `(seed, step)`. A run that was stopped
+    or killed continues from its newest checkpoint exactly as if it had not been interrupted, and the number of
+    processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
+    text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
+    or a transformer, is not changed.
     """
 
     config: Config
@@ -68,7 +68,7 @@ class Trainer(ABC, Generic[Config]):
     prompt_dropout: float = 0.0
     validation_steps: ClassVar[tuple[int, ...]]
     figures: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
-    """What `train_step` gives, by the names that the log has for it."""
+    """Names in the log for the values that `train_step` returns."""
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
         require_config(type(self), config)
@@ -76,8 +76,8 @@ class Trainer(ABC, Generic[Config]):
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
             require_pairs(dataset.manifest)
-        # accelerate fixes its mixed precision for the life of the process. bf16 needs only autocast, which
-        # predict_velocity does itself, so that runs of either precision can follow each other; fp16 needs a scaler.
+        # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
+        # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
         precision = "fp16" if config.mixed_precision == "fp16" else "no"
         self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **tracker_arguments(config))
         self.sharded = is_sharded(self.accelerator)
@@ -105,28 +105,28 @@ class Trainer(ABC, Generic[Config]):
 
     @property
     def fits_pairs(self) -> bool:
-        """Whether a triplet's data has to belong to its noise."""
+        """Whether training requires that the data of a triplet belongs to its noise."""
         return True
 
     @property
     def schedule_steps(self) -> int:
-        """Steps after which a linear or cosine learning rate is 0."""
+        """Number of steps after which a linear or cosine learning rate is 0."""
         return self.config.max_steps
 
     def make_network(self) -> Any:
-        """Make the network that the training starts from, in float32; what is to be trained requires a gradient."""
+        """Return the network that training starts from, in float32; its trainable weights require a gradient."""
         network = initial_network(self.denoiser, self.config.initialisation).to(self.device).requires_grad_(True)
         if self.config.lora_rank is not None:
             add_lora(network, self.config)
         return network
 
     def make_ema(self) -> EMAModel:
-        """Begin the average with the weights as they are, which diffusers' own would forget at its first step."""
+        """Return an average that starts from the current weights, which diffusers' default drops at the first step."""
         return EMAModel(self.parameters, decay=self.config.ema_decay, update_after_step=-1, foreach=True)
 
     @abstractmethod
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
-        """Give the loss of each example, `(B,)`; the loop takes the mean over the batch.
+        """Return the loss of each example, `(B,)`; the loop takes the mean over the batch.
 
         Args:
             batch: triplets on the device, float32, with the dropped prompts empty.
@@ -138,30 +138,30 @@ class Trainer(ABC, Generic[Config]):
         return self.accelerator.device
 
     def predict_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str], network: Any = None) -> Tensor:
-        """Give the velocity of a network, the student if none is given, in the precision of the config.
+        """Return the velocity predicted by `network` (default: the student), in the precision of the config.
 
-        `(B, C, H, W)` in float32, for times t `(B,)`.
+        The result is `(B, C, H, W)` in float32, for times t `(B,)`.
         """
         return self.ask(self.denoiser, network or self.model, x_t, t, self.prompt_encoder(prompts))
 
     def ask(self, denoiser: Denoiser, network: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Give the velocity of a network of any pipeline, in the precision of the config, as float32."""
+        """Return the velocity of a network of any pipeline, computed in the precision of the config, as float32."""
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             velocity = denoiser.velocity(network, x_t, t, conditioning)
         return velocity.float()
 
     def train(self) -> Any:
-        """Train up to `max_steps`, from the newest checkpoint if there is one, and give the student with EMA weights.
+        """Train to `max_steps`, from the newest checkpoint if there is one, and return the student with EMA weights.
 
-        The finished pipeline is left in `output_dir`. A run that is complete is not repeated: its student is loaded.
+        The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded.
         """
         with self.output.held() if self.accelerator.is_main_process else nullcontext():
             self.run_steps(self.resume())
             return self.finish()
 
     def run_steps(self, step: int) -> None:
-        """Do the steps after `step`, with what is due between them."""
+        """Run the steps after `step`, with logging, validation and checkpoints when due."""
         config, main = self.config, self.accelerator.is_main_process
         if step < config.max_steps:
             self.begin(step)
@@ -185,7 +185,7 @@ class Trainer(ABC, Generic[Config]):
                 )
 
     def begin(self, step: int) -> None:
-        """Find out what would stop the training later, and make ready for what follows `step`."""
+        """Check for anything that would stop training later, and prepare for the steps after `step`."""
         config = self.config
         if self.accelerator.is_main_process:
             require_space(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
@@ -199,57 +199,57 @@ class Trainer(ABC, Generic[Config]):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: weights, their average and the optimizer's two moments."""
+        """Size of a checkpoint in bytes: weights, their average and the optimizer's two moments."""
         return 4 * sum(weight.nbytes for weight in self.parameters)
 
     @property
     def starts_as_flow(self) -> bool:
-        """Whether the student predicts a velocity before the first step, and not what a diffusion model predicts."""
+        """Whether the student predicts a velocity before the first step, not the target of a diffusion model."""
         return self.config.initialisation == "snr_matching" or self.denoiser.diffusion() is None
 
     def generator_for(self, step: int, use: str = "") -> torch.Generator:
-        """Give the CPU generator of one use in an optimizer step, the same on every process and after a resume."""
+        """Return the CPU generator for one use in an optimizer step, equal on every process and after a resume."""
         return generator_of(self.config.seed, f"{step}{use}")
 
     def draw(self, step: int) -> tuple[Tensor, ...]:
-        """Draw what a step sees, for the whole batch: rows of the data, flow times, which prompts are dropped."""
+        """Sample the inputs of a step for the full batch: rows of the data, flow times, which prompts are dropped."""
         generator, count = self.generator_for(step), self.config.batch_size
         rows = torch.randint(len(self.dataset), (count,), generator=generator)
         t = self.time_density.sample(count, generator)
         return rows, t, torch.rand(count, generator=generator) < self.prompt_dropout
 
     def train_step(self, step: int) -> tuple[float, ...]:
-        """Do one update of the weights and their average; give the loss and the norm of its gradient."""
+        """Update the weights and their average once; return the loss and the norm of its gradient."""
         seed = self.generator_for(step).initial_seed()
         figures = self.update(step, self.draw(step), self.example_losses, self.learning_rate(step), seed)
         self.average()
         return figures
 
     def example_losses(self, *drawn: Tensor) -> Tensor:
-        """Give the losses of the examples of a micro-batch, `(B,)`, by its part of what `draw` gave."""
+        """Return the losses `(B,)` of a micro-batch, from its part of the tensors that `draw` returned."""
         rows, t, dropped = drawn
         return self.compute_loss(self.read(rows, dropped), t.to(self.device))
 
     def average(self) -> None:
-        """Move the averaged weights by 1 - decay towards the weights: `EMAModel.step` without its copy of them all."""
+        """Move the averaged weights by 1 - decay toward the weights: `EMAModel.step` without a copy of all weights."""
         self.ema.optimization_step += 1
         self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
         weights = [weight.detach() for weight in self.parameters]
         torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
-        """Read triplets to the device, with the dropped prompts replaced by the empty one."""
+        """Load triplets to the device, with dropped prompts replaced by the empty prompt."""
         batch = self.dataset.rows(rows.tolist())
         self.prompt_encoder.lend(batch)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return replace(batch, prompts=prompts, noise=batch.noise.to(self.device), data=batch.data.to(self.device))
 
     def learning_rate(self, step: int) -> float:
-        """Give the learning rate of a step, which are counted from 1."""
+        """Return the learning rate of a step; steps count from 1."""
         return self.config.learning_rate * self.lr_factor(step)
 
     def log(self, step: int) -> None:
-        """Write a line with the means since the previous line; no times, so that equal runs have equal files."""
+        """Write a log line with the means since the previous line; no timings, so equal runs have equal files."""
         figures = zip(self.figures, zip(*self.since_line, strict=True), strict=True)
         means = {name: math.fsum(values) / len(values) for name, values in figures}
         self.since_line = []
@@ -260,14 +260,14 @@ class Trainer(ABC, Generic[Config]):
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Height and width in pixels of what the triplets hold."""
+        """Height and width in pixels of the triplets' images."""
         _, height, width = self.dataset.manifest["latent_shape"]
         factor = self.pipeline.vae_scale_factor
         return height * factor, width * factor
 
     def validate(self, step: int) -> None:
-        """Draw the validation prompts with the EMA weights, one row of pictures per number of steps."""
-        if self.sharded:  # no process has them all
+        """Generate the validation images with the EMA weights, one row per number of steps."""
+        if self.sharded:  # no process holds all weights
             self.draw_sheet(self.averaged(), step)
             return
         self.ema.store(self.parameters)
@@ -287,13 +287,13 @@ class Trainer(ABC, Generic[Config]):
         report_picture(self.accelerator, path, step)
 
     def averaged(self) -> Any:
-        """Give another network that has the averaged weights, whole; if they are sharded, every process has to ask."""
+        """Return a new network with the full averaged weights; if they are sharded, every process must call this."""
         network = self.make_network().eval()
         copy_weights(self.ema.shadow_params, trainable(network))
         return network
 
     def identity(self) -> dict[str, Any]:
-        """Give what has to agree for one run to be the continuation of another."""
+        """Return the values that must be equal for one run to continue another."""
         return {
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
@@ -302,12 +302,12 @@ class Trainer(ABC, Generic[Config]):
         }
 
     def named(self, weights: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Give tensors that belong to `parameters`, in their order, whole, by the names of these."""
+        """Return full tensors by parameter name; `weights` has the order of `parameters`."""
         names = [name for name, weight in self.student.named_parameters() if weight.requires_grad]
         return dict(zip(names, map(whole, weights), strict=True))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Give what a checkpoint has to hold, by file and name; every process has to call it."""
+        """Return the tensors of a checkpoint by file and name; every process must call this."""
         return {
             f"{self.denoiser.component}.safetensors": self.named(self.parameters),
             "ema.safetensors": self.named(self.ema.shadow_params),
@@ -315,7 +315,7 @@ class Trainer(ABC, Generic[Config]):
         }
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; every process takes part, the main one writes."""
+        """Write a checkpoint; every process must call this, and the main process writes."""
         tensors = self.tensors()
         scaler = self.accelerator.scaler
         state = {
@@ -332,7 +332,7 @@ class Trainer(ABC, Generic[Config]):
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
-        """Take up the newest checkpoint, if there is one, and give the number of steps that are done."""
+        """Load the newest checkpoint, if there is one, and return the number of completed steps."""
         checkpoint = newest_checkpoint(self.output.checkpoints)
         step = checkpoint.step if checkpoint else 0
         if step > self.config.max_steps:
@@ -350,7 +350,7 @@ class Trainer(ABC, Generic[Config]):
         return step
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Put back what `tensors` gave, and the state beside it."""
+        """Restore what `tensors` returned and the rest of the checkpoint's state."""
         tensors, state = checkpoint.tensors, checkpoint.state
         load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors["optimizer.safetensors"])
         weights, averaged = tensors[f"{self.denoiser.component}.safetensors"], tensors["ema.safetensors"]
@@ -363,14 +363,14 @@ class Trainer(ABC, Generic[Config]):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def make_pipeline(self, network: Any) -> Any:
-        """Give the pipeline that samples the student: ours where there is one, every other component as it came."""
+        """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""
         return student_pipeline(self.denoiser, network)
 
     def finish(self) -> Any:
-        """Leave the finished pipeline in `output_dir`, unless it is there, and give its network with EMA weights.
+        """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.
 
-        A LoRA is left twice: by itself, as `pipeline.load_lora_weights(output_dir)` takes it, and in the pipeline's
-        weights. It is the first that is uploaded.
+        A LoRA is written twice: as a separate file for `pipeline.load_lora_weights(output_dir)`, and fused into the
+        pipeline's weights. Only the separate file is uploaded.
         """
         config, adapter = self.config, None
         network = self.averaged()
@@ -389,6 +389,6 @@ class Trainer(ABC, Generic[Config]):
             if config.push_to_hub and config.hub_model_id:
                 upload(self.output.path, config.hub_model_id, lora=adapter is not None)
         for tracker in self.accelerator.trackers:
-            tracker.finish()  # `end_training` would also take the processes apart, before the next run
+            tracker.finish()  # `end_training` would also destroy the process group, which the next run needs
         self.accelerator.wait_for_everyone()
         return network

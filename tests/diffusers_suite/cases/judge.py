@@ -53,7 +53,7 @@ def judged(stock: Any, pipeline_class: type | None = None) -> Any:
 
 
 def _with_ours(stock: Any, pipeline_class: Any) -> dict[str, Any]:
-    """Give what a test class of `stock`'s tests differs in when they run on our pipeline with our scheduler."""
+    """Return what a test class of `stock`'s tests differs in when they run on our pipeline with our scheduler."""
     # The test of encode_prompt finds a class by its name in this module, to read the names of what it returns off
     # the source: those of the method that ours inherits.
     setattr(diffusers.pipelines, pipeline_class.__name__, stock.pipeline_class)
