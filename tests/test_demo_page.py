@@ -114,7 +114,7 @@ def test_prompts_that_are_none(server):
 
 def test_a_visitor_who_leaves_does_not_hold_up_the_others(server, monkeypatch):
     steps = []
-    noticed, stepped = threading.Event(), page_module.look.comparison_caption
+    noticed, stepped = threading.Event(), page_module.markup.comparison_caption
 
     def caption(beside, drawing=None, own_seconds=0.0):
         if drawing is not None:
@@ -122,7 +122,7 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_others(server, monkeypatch):
             noticed.set()
         return stepped(beside, drawing, own_seconds)
 
-    monkeypatch.setattr(page_module.look, "comparison_caption", caption)
+    monkeypatch.setattr(page_module.markup, "comparison_caption", caption)
     monkeypatch.setattr(server.studio, "comparison", server.studio.comparison.__class__("x", 50, 1.0))
     compare = next(
         each["api_name"] for each in server.config["dependencies"] if str(each["api_name"]).startswith("_compare")

@@ -159,9 +159,20 @@ KILLED_RUN: dict[str, Any] = {
 }
 
 
-def main(method: str, triplets: str, output_dir: str, name: str, call: str) -> None:
-    """Run in a process of its own and kill it with SIGKILL at one of its writes."""
+def main(triplets: str, *runs: str) -> None:
+    """Fork a process for each run, so that the imports cost once, and print the exit codes."""
     torch.set_num_threads(1)
+    for run in runs:
+        child = os.fork()
+        if not child:
+            train_to_a_kill(triplets, *run.split(","))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def train_to_a_kill(triplets: str, method: str, output_dir: str, name: str, call: str) -> None:
+    """Train, and end this process by SIGKILL at one of its writes."""
     owner = Path if name == "replace" else checkpoint
     fail_at(pytest.MonkeyPatch(), owner, name, int(call), lambda: os.kill(os.getpid(), signal.SIGKILL))
     make_trainer(method, TripletDataset(triplets), Path(output_dir), **KILLED_RUN).train()

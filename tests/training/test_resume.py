@@ -36,17 +36,12 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Start a run of each method in its own process, side by side, and let SIGKILL end it."""
+    """Let a run of each method, in a process of its own, be ended by SIGKILL."""
     folders = {method: tmp_path_factory.mktemp(method) for method in KILLS}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.training.helpers", method, dataset.folder, folders[method], *KILLS[method]],
-            cwd=Path(__file__).parents[2],
-            stderr=subprocess.DEVNULL,
-        )
-        for method in KILLS
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [-9] * len(KILLS)
+    runs = [",".join([method, str(folders[method]), *KILLS[method]]) for method in KILLS]
+    command = [sys.executable, "-m", "tests.training.helpers", str(dataset.folder), *runs]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
+    assert ended.stdout.split() == ["-9"] * len(KILLS), ended.stderr
     return folders
 
 
