@@ -11,7 +11,8 @@ import gradio as gr
 import torch
 from safetensors.torch import save_file
 
-from rectified_diffusers.demo.page import _free_port, _Page, build_page
+from rectified_diffusers.demo.page import _Page, build_page
+from rectified_diffusers.demo.server import _free_port
 from rectified_diffusers.demo.session import SLOTS, Visit, pack
 from rectified_diffusers.demo.studio import Studio
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline

@@ -14,7 +14,8 @@ pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectif
 import httpx
 
 from rectified_diffusers.demo import page as page_module
-from rectified_diffusers.demo.page import build_page, launch
+from rectified_diffusers.demo.page import build_page
+from rectified_diffusers.demo.server import launch
 from rectified_diffusers.demo.studio import Studio
 from tests.tiny import make_tiny_pipeline
 

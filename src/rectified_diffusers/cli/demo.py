@@ -86,7 +86,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _served(studio: ComingStudio, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Iterator[None]:
-    from rectified_diffusers.demo.page import build_page, launch
+    from rectified_diffusers.demo.page import build_page
+    from rectified_diffusers.demo.server import launch
 
     page = build_page(studio, styles)
     address = launch(page, arguments.host, arguments.port, open_browser=arguments.open)
