@@ -42,8 +42,9 @@ from torch import Tensor
 from machine import provenance, write_results
 from rectified_diffusers.evaluation.metrics import Interval, frechet_distance, interval_of, statistics_of
 from rectified_diffusers.flow import FixedTime, Uniform, euler
+from rectified_diffusers.seeds import generator_of
 from sharpness_figure import draw_figure
-from sharpness_toys import Flow, Mixture, Pairs, Size, Stage, Toys, draw_pairs, generator_for
+from sharpness_toys import Flow, Mixture, Pairs, Size, Stage, Toys, draw_pairs
 
 STARTS = {"sharp": ("new",), "smooth": ("matched", "bare")}
 RECIPES = {"direct": "direct", "2rf": "2-RF", "2rf-teacher": "2-RF, teacher's pairs"}
@@ -90,7 +91,7 @@ def relative_error(predicted: Tensor, data: Tensor) -> float:
 
 def sliced_wasserstein(first: Tensor, second: Tensor, projections: int) -> float:
     """Return the root mean square of the 2-Wasserstein distances of two equally large sets along random directions."""
-    directions = torch.randn(first.shape[1], projections, generator=generator_for("directions"))
+    directions = torch.randn(first.shape[1], projections, generator=generator_of("directions"))
     directions = directions / directions.norm(dim=0)
     return ((first @ directions).sort(0).values - (second @ directions).sort(0).values).square().mean().sqrt().item()
 
@@ -161,7 +162,7 @@ class Bench:
     def teacher(self, teacher: str) -> dict[str, float]:
         """Measure a teacher against itself, which is the floor of the distances, and against its data."""
         held_out, reference = self.references(teacher)
-        data = self.toys.mixture.sample(self.size.samples, generator_for(self.seed, "data"))
+        data = self.toys.mixture.sample(self.size.samples, generator_of(self.seed, "data"))
         return {
             **self.distances(held_out.data, reference),
             **self.distances(held_out.data, data, "data_"),

@@ -1,7 +1,6 @@
 """Toy models of `sharpness.py`: Gaussian-mixture data, small networks, two teachers, one training loop."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +21,7 @@ from rectified_diffusers.flow import (
     heun,
     velocity_loss,
 )
-
-
-def generator_for(*names: object) -> torch.Generator:
-    """Return the CPU generator of one use, seeded only by its names."""
-    digest = hashlib.blake2b("/".join(map(str, names)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+from rectified_diffusers.seeds import generator_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,7 @@ class Mixture:
         variances = 1 / torch.arange(1, size.dimensions + 1)
         scales = (variances / variances.mean()).sqrt()
         return cls(
-            scales * torch.randn(size.modes, size.dimensions, generator=generator_for(seed, "modes")), size.mode_std
+            scales * torch.randn(size.modes, size.dimensions, generator=generator_of(seed, "modes")), size.mode_std
         )
 
     @cached_property
@@ -198,7 +192,7 @@ class Stage:
 
     def train(self, flow: Flow, size: Size, *names: object) -> Flow:
         """Train a copy of a flow."""
-        flow, generator = copy.deepcopy(flow).requires_grad_(True), generator_for(*names)
+        flow, generator = copy.deepcopy(flow).requires_grad_(True), generator_of(*names)
 
         def loss() -> Tensor:
             rows = torch.randint(len(self.pairs), (size.batch_size,), generator=generator)
@@ -220,7 +214,7 @@ def draw_pairs(velocity: Velocity, count: int, size: Size, *names: object) -> Pa
 
 
 def draw_chunk(velocity: Velocity, size: Size, *names: object) -> Pairs:
-    noise = torch.randn(size.chunk, size.dimensions, generator=generator_for(*names))
+    noise = torch.randn(size.chunk, size.dimensions, generator=generator_of(*names))
     with torch.no_grad():
         return Pairs(noise, heun(velocity, noise, size.evaluations // 2))
 
@@ -241,7 +235,7 @@ class Toys:
     @cached_property
     def diffusion(self) -> Network:
         """The smooth teacher: a network of the student's size, trained on the data to predict epsilon."""
-        size, generator = self.size, generator_for(self.seed, "diffusion")
+        size, generator = self.size, generator_of(self.seed, "diffusion")
         network = Network(size, generator)
         last = self.schedule.last_timestep
         signal = torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
@@ -262,7 +256,7 @@ class Toys:
     def student(self, start: str) -> Flow:
         """Return the initial student: `new` weights, or those of the diffusion model, `matched` or `bare`."""
         if start == "new":
-            return Flow(Network(self.size, generator_for(self.seed, "student")))
+            return Flow(Network(self.size, generator_of(self.seed, "student")))
         network = copy.deepcopy(self.diffusion)
         return MatchedFlow(network, self.schedule) if start == "matched" else Flow(network)
 

@@ -41,6 +41,17 @@ def ids(file: Path) -> str:
     return module_name(file) or PACKAGE
 
 
+@pytest.mark.parametrize("file", FILES, ids=ids)
+def test_only_the_command_line_imports_from_the_package_itself(file):
+    """The floors are import-linter's; it does not see that a public name is another floor's."""
+    rooms = {path.stem for path in ROOT.iterdir()}
+    for name, line in imports_of(file):
+        package, _, rest = name.partition(".")
+        if package != PACKAGE or rest in ("", "__version__") or module_name(file).split(".")[0] in ("", "cli"):
+            continue
+        assert rest.split(".")[0] in rooms, f"{file}:{line}: import from the module, not from the package"
+
+
 @pytest.mark.parametrize("file", [f for f in FILES if module_name(f).split(".")[0] == "flow"], ids=ids)
 def test_flow_imports_torch_and_the_standard_library(file):
     """scipy, for the assignment problem, is imported by the function that needs it."""

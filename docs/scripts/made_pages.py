@@ -158,9 +158,9 @@ def api_page(module: str) -> str:
 def names() -> str:
     """List the public names of the package with the modules they come from."""
     package = importlib.import_module("rectified_diffusers")
-    rows = ["| name | module |", "|---|---|"]
+    rows, modules = ["| name | module |", "|---|---|"], modules_of_names()
     for name in sorted(package.__all__, key=str.lower):
-        if module := modules_of_names().get(name):
+        if module := modules.get(name):
             link = f"api/{module}.md#rectified_diffusers.{module}.{name}"
             rows.append(f"| [`{name}`]({link}) | [{module}](api/{module}.md) |")
     return "\n".join(rows)

@@ -92,6 +92,7 @@ def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig)
     from rectified_diffusers.data.dataset import TripletDataset
     from rectified_diffusers.data.images import RealPictures
     from rectified_diffusers.evaluation.gallery import digest_of
+    from rectified_diffusers.models.latents import unscale
 
     dataset, vae = TripletDataset(folder), pipeline.vae
 
@@ -99,8 +100,7 @@ def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig)
     def read(numbers: Any) -> Any:
         parts = []
         for latents in dataset.rows(numbers).data.split(config.batch_size):
-            latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-            images = vae.decode(latents + (getattr(vae.config, "shift_factor", None) or 0.0)).sample
+            images = vae.decode(unscale(vae, latents.to(vae.device, vae.dtype))).sample
             parts.append(((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(parts)
 

@@ -15,6 +15,7 @@ from rectified_diffusers.demo.requests import Drawing, Order, check_frames, comp
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.demo.tasks import watch
 from rectified_diffusers.editing.interpolation import interpolate
+from rectified_diffusers.models.latents import unscale
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import (
     RectifiedFlowXLControlNetPipeline,
@@ -230,6 +231,5 @@ def _decode(pipeline: Any, latents: Tensor | None) -> Image.Image | None:
     vae = getattr(pipeline, "vae", None)
     if latents is None or latents.ndim != 4 or vae is None or latents.shape[1] != vae.config.get("latent_channels"):
         return None
-    scaled = latents[:1] / vae.config["scaling_factor"] + (vae.config.get("shift_factor") or 0.0)
-    decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    decoded = vae.decode(unscale(vae, latents[:1]).to(vae.dtype), return_dict=False)[0]
     return pipeline.image_processor.postprocess(decoded, output_type="pil")[0]

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeAlias
-
-from rectified_diffusers.demo.requests import Comparison
-
-if TYPE_CHECKING:
-    from rectified_diffusers.demo.studio import Studio
-
-
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.managers import BaseManager, BaseProxy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rectified_diffusers.demo.requests import Comparison
 
 if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.models.latents import latent_shape, unscale
 from rectified_diffusers.models.velocity import PipelineVelocity
 
 
@@ -50,8 +50,7 @@ def trajectories(
 def _decode(pipeline: Any, latents: Tensor) -> Tensor:
     """Decode VAE-scaled latents to images `(B, 3, H, W)` in [0, 1]."""
     vae = pipeline.vae
-    latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return (vae.decode(latents.to(vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
+    return (vae.decode(unscale(vae, latents).to(vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
 
 
 def _follow(states: Tensor, values: int, seed: int) -> Tensor:

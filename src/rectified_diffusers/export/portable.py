@@ -12,9 +12,9 @@ from rectified_diffusers.checks import require_pipeline
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
+PACKAGE = __name__.split(".")[0]
 # The file in the folder `scheduler`, and the scheduler's library in the index: a file format. The name must differ
 # from the libraries that diffusers loads from and from the folders of its pipelines.
-PACKAGE = __name__.split(".")[0]
 SCHEDULER_MODULE = "rectified_flow_scheduler"
 
 

@@ -57,9 +57,8 @@ def _rename_weights(folder: Path, prefix: str, older: str) -> None:
             names, metadata = list(opened.keys()), opened.metadata()
         if any(rename(name) != name for name in names):
             tensors = {rename(name): tensor for name, tensor in load_file(file).items()}
-            renamed = file.with_name(
-                f"renamed-{file.name}"
-            )  # the tensors may be read from the file while it is written
+            # Not in place: the tensors may be read from the file while it is written.
+            renamed = file.with_name(f"renamed-{file.name}")
             save_file(tensors, renamed, metadata=metadata)
             shutil.copymode(file, renamed)
             renamed.replace(file)
@@ -80,8 +79,8 @@ def _write_vocabulary(tokenizer: Path) -> None:
     _write_json(tokenizer.with_name("vocab.json"), vocabulary, indent=None)
     lines = ["#version: 0.2", *pairs]
     tokenizer.with_name("merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    if added := {text: number for text, number in added.items() if text not in vocabulary}:
+    tokens = content.get("added_tokens", [])
+    if added := {token["content"]: token["id"] for token in tokens if token["content"] not in vocabulary}:
         _write_json(tokenizer.with_name("added_tokens.json"), added)
 
 

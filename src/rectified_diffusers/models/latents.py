@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from diffusers import (
-    FluxPipeline,
-)
+from diffusers import FluxPipeline
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -63,9 +61,14 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
     return (latents - vae_shift(vae)) * vae.config.scaling_factor
 
 
+def unscale(vae: Any, latents: Tensor) -> Tensor:
+    """Convert VAE-scaled latents to the values that the VAE decodes, in the dtype of the latents."""
+    return latents / vae.config.scaling_factor + vae_shift(vae)
+
+
 def decode_to_pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     vae = pipeline.vae
-    pixels = vae.decode((latents / vae.config.scaling_factor + vae_shift(vae)).to(vae.dtype)).sample
+    pixels = vae.decode(unscale(vae, latents).to(vae.dtype)).sample
     return pipeline.image_processor.postprocess(pixels, output_type="pil")
 
 

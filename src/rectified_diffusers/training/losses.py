@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import perceptual_loss, pseudo_huber, velocity_loss
+from rectified_diffusers.models.latents import unscale
 from rectified_diffusers.training.config import TrainerConfig
 
 
@@ -28,9 +29,7 @@ class DecodedDistance:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode VAE-scaled latents to images `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
-        config = self.vae.config
-        unscaled = latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float()
+        return self.vae.decode(unscale(self.vae, latents).to(self.vae.dtype), return_dict=False)[0].float()
 
     def __call__(self, predicted_data: Tensor, data: Tensor) -> Tensor:
         """Return the distances `(B,)` between predicted and target latents `(B, C, H, W)`."""
