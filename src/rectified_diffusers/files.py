@@ -30,7 +30,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             flush(temporary)
             if path.is_dir():
                 shutil.rmtree(path)
-            os.replace(temporary, path)
+            temporary.replace(path)
             flush(path.parent, recursive=False)
         finally:
             with suppress(OSError):  # the disk that refused the file may also refuse to remove it
@@ -122,12 +122,16 @@ def require_space(folder: Path, size: int, what: str, remedy: str | None = None)
 
 def no_space(folder: Path, what: str, needed: int | None = None, remedy: str | None = None) -> OSError:
     """Return the error for a full disk: what was to be written, the free space, and how to continue."""
-    takes = "" if needed is None else f"it takes {needed / 2**20:,.1f} MiB, "
+    takes = "" if needed is None else f"it takes {_size(needed)}, "
     return OSError(
         errno.ENOSPC,
-        f"No space left in {folder} for {what}: {takes}{_free_space(folder) / 2**20:,.1f} MiB are free. "
+        f"No space left in {folder} for {what}: {takes}{_size(_free_space(folder))} are free. "
         f"{remedy or 'Complete files are kept: make room, then run the same again to go on.'}",
     )
+
+
+def _size(count: int) -> str:
+    return f"{count:,} bytes" if count < 2**20 else f"{count / 2**20:,.1f} MiB"
 
 
 def is_full(error: OSError) -> bool:
