@@ -88,10 +88,10 @@ def test_everything_in_a_folder_is_flushed(tmp_path, monkeypatch):
 
 def test_the_last_byte_of_a_disk_can_be_used(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 2**20))
-    require_space(tmp_path, 3 * 2**20, "two shards")
-    with pytest.raises(OSError, match=r"in .* for two shards: it takes 3\.0 MiB, 3\.0 MiB are free\. Complete files"):
-        require_space(tmp_path / "not" / "there", 3 * 2**20 + 1, "two shards")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3000))
+    require_space(tmp_path, 3000, "two shards")
+    with pytest.raises(OSError, match=r"in .* for two shards: it takes 3,001 bytes, 3,000 bytes are free\. Complete"):
+        require_space(tmp_path / "not" / "there", 3001, "two shards")
 
 
 # ------------------------------------------------------------------------------------------------------- locks
@@ -223,13 +223,8 @@ def test_commands_expand_the_home_folder(command, tmp_path, monkeypatch):
     (home / "made").mkdir(parents=True)
     (home / "prompts.txt").write_text("a cat\n")
     make_tiny_pipeline("flow").save_pretrained(home / "model")
-    generate = [
-        "triplets",
-        f"--teacher={home}/model",
-        f"--prompts={home}/prompts.txt",
-        f"--output-dir={home}/triplets",
-    ]
-    assert main([*generate, "--num-triplets=1", "--num-inference-steps=1"]) == 0
+    made = ["--num-triplets=1", "--num-inference-steps=1", f"--output-dir={home}/triplets"]
+    assert main(["triplets", f"--teacher={home}/model", f"--prompts={home}/prompts.txt", *made]) == 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

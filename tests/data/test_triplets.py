@@ -456,7 +456,7 @@ def test_a_bit_that_flipped_is_found_when_its_row_is_read(folder):
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 2 * 4 * 8 * 8 * 2 - 1))
-    with pytest.raises(OSError, match=r"No space left .*: 10,240 bytes are to be written, 10,239 bytes are free"):
+    with pytest.raises(OSError, match=r"No space left .*: it takes 10,240 bytes, 10,239 bytes are free"):
         generate(tmp_path)
     assert contents(tmp_path).keys() == {"manifest.json"}
 
@@ -466,12 +466,12 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, reference, monkeypat
 
     def full(descriptor):
         calls.append(None)
-        if len(calls) == 3:  # after the manifest and one shard
+        if len(calls) == 5:  # after the manifest and one shard, each with its folder
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left .*shard-00001.safetensors of [\d,]+ bytes was not written"):
+    with pytest.raises(OSError, match=r"No space left in .* for shard-00001.safetensors: [\d,.]+ \w+ are free"):
         generate(tmp_path)
     assert contents(tmp_path).keys() == {"manifest.json", "shard-00000.safetensors"}
     monkeypatch.undo()

@@ -139,7 +139,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, checkpoint_module, "save_file", 5, fail)  # in the middle of the second checkpoint
-        with pytest.raises(OSError, match=r"No space left in .* for the checkpoint of step 4: .*2 is whole"):
+        with pytest.raises(OSError, match=r"No space left in .* for the checkpoint of step 4: .*2 is complete"):
             trainer.train()
     assert checkpoint_steps(output_dir / "checkpoints") == [2]
     assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-00000002"]
