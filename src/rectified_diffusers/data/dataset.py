@@ -5,7 +5,6 @@ manifest and the shard number fully determine a shard, so an interrupted run res
 """
 
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.manifest import PROMPT, STORAGE_DTYPES, Manifest
-from rectified_diffusers.data.shards import Shard, shard_number, shard_path
+from rectified_diffusers.data.shards import Shard, shard_numbers, shard_path
 
 _OPEN_SHARDS = 64  # maximum number of files and mappings that a dataset keeps open
 _INSPECTED_ROWS = 32  # rows checked when a dataset is opened
@@ -82,18 +81,12 @@ class TripletDataset:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
         count = self.manifest.num_shards
-        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than the folder can hold
-        present = 0
-        for entry in os.scandir(self.folder):
-            number = shard_number(entry.name)
-            if number is not None and number < count:
-                present += 1
-                if number < len(there):
-                    there[number] = 1
-        if present < count:
+        present = {number for number in shard_numbers(self.folder) if number < count}
+        if len(present) < count:
+            first = next(number for number in range(count) if number not in present)
             raise ValueError(
-                f"{count - present} of {count} shards are missing in {self.folder}, first: "
-                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` "
+                f"{count - len(present)} of {count} shards are missing in {self.folder}, first: "
+                f"{shard_path(self.folder, first).name}. Run the same `rectified-diffusers triplets` "
                 "or `real-triplets` command or call again: it makes what is missing."
             )
         self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))

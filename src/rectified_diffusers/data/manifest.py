@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.data.shards import Shard, holds_shards, shards_in
+from rectified_diffusers.data.shards import Shard, holds_shards, shard_numbers, shard_path
 from rectified_diffusers.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -157,9 +157,9 @@ class Manifest:
     def _require_shards(self, folder: Path) -> None:
         """Raise ValueError if there are intact shards and none of them records these settings."""
         others = 0
-        for path in shards_in(folder):
+        for number in shard_numbers(folder):
             try:
-                recorded = Shard.open(path).header.get("manifest")
+                recorded = Shard.open(shard_path(folder, number)).header.get("manifest")
             except (ValueError, OSError):  # reported when it is read
                 continue
             if recorded == self.identity:

@@ -42,14 +42,14 @@ def shard_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def shards_in(folder: Path) -> Iterator[Path]:
-    """Yield the paths of the shards in a folder, in any order."""
+def shard_numbers(folder: Path) -> Iterator[int]:
+    """Yield the numbers of the shards in a folder, in any order."""
     with os.scandir(folder) as entries:
-        yield from (Path(entry.path) for entry in entries if shard_number(entry.name) is not None)
+        yield from (number for entry in entries if (number := shard_number(entry.name)) is not None)
 
 
 def holds_shards(folder: Path) -> bool:
-    return any(True for _ in shards_in(folder))
+    return any(True for _ in shard_numbers(folder))
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
