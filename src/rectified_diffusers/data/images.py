@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from rectified_diffusers.checks import require_count
+from rectified_diffusers.images import open_image
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,7 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
 
 def _square(path: Path, size: int) -> Tensor:
     """Read an image as `(3, size, size)` uint8."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 

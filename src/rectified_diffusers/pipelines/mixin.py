@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from rectified_diffusers.checks import require_count, require_finite, require_latents, require_number, require_texts
+from rectified_diffusers.images import as_images, as_masks, batched
 from rectified_diffusers.loading.errors import dtype_option, remedies
 from rectified_diffusers.loading.lora import cannot_be_saved
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
@@ -52,6 +54,7 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         _check_call(arguments.arguments)
+        _convert_images(arguments.arguments)
         return call(*arguments.args, **arguments.kwargs)
 
     call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
@@ -81,6 +84,37 @@ def _check_call(given: dict[str, Any]) -> None:
                 f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
                 "many prompts, or num_images_per_prompt."
             )
+
+
+def _convert_images(given: dict[str, Any]) -> None:
+    """Convert images and masks, in place, to forms that diffusers reads correctly."""
+    pipeline = given["self"]
+    starts = isinstance(pipeline, StartFromImage)  # from `image`, which can be latents
+    conditions = "control_image" if "control_image" in given else "image"
+    for name in ("image", "control_image", "ip_adapter_image"):
+        if given.get(name) is None:
+            continue
+        if name == conditions and not (starts and name == "image"):
+            given[name] = _conditioning_images(pipeline, name, given[name])
+        else:
+            latent_channels = pipeline.vae.config["latent_channels"] if name == "image" else None
+            given[name] = batched(as_images(name, given[name], latent_channels=latent_channels))
+    if given.get("mask_image") is not None:
+        given["mask_image"] = batched(as_masks("mask_image", given["mask_image"]))
+        if given.get("padding_mask_crop") is not None and not np.any(np.asarray(given["mask_image"])):
+            raise ValueError(
+                "mask_image: expected masked pixels to crop around, got an empty mask. Leave out padding_mask_crop."
+            )
+
+
+def _conditioning_images(pipeline: Any, name: str, images: Any) -> Any:
+    """Convert the images for a pipeline's ControlNets or T2I-Adapters, with the channels that each network takes."""
+    network = getattr(pipeline, "controlnet", None) or pipeline.adapter
+    networks = list(getattr(network, "nets", getattr(network, "adapters", [network])))
+    channels = [net.config.get("conditioning_channels", net.config.get("in_channels")) for net in networks]
+    if len(networks) > 1 and isinstance(images, (list, tuple)) and len(images) == len(networks):
+        return [batched(as_images(name, *pair)) for pair in zip(images, channels, strict=True)]
+    return batched(as_images(name, images, channels[0]))
 
 
 class RectifiedFlowMixin(SafetensorsLoaders):
