@@ -5,8 +5,11 @@ Each error says what was expected, what was received and what to do: a `TypeErro
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_type(name: str, value: Any, expected: type | tuple[type, ...], remedy: str) -> None:
@@ -42,6 +45,13 @@ def require_texts(name: str, value: str | Sequence[str]) -> None:
         raise TypeError(f"{name} must be a text or a list of texts, got {_shown(value)}. Pass one for each picture.")
     if not value:
         raise ValueError(f"{name} must hold at least one text, got none. Pass '' for the unconditional model.")
+
+
+def require_unicode(name: str, value: Any) -> None:
+    """Raise if a text, or one of a list of texts, has half of a surrogate pair, which no tokenizer accepts."""
+    for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+        if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
+            raise ValueError(f"{name}: expected Unicode text, got half of a surrogate pair: {text[:80]!a}. Remove it.")
 
 
 def require_finite(name: str, value: Any) -> None:

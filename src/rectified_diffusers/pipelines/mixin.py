@@ -19,7 +19,14 @@ from diffusers import (
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from rectified_diffusers.checks import require_count, require_finite, require_latents, require_number, require_texts
+from rectified_diffusers.checks import (
+    require_count,
+    require_finite,
+    require_latents,
+    require_number,
+    require_texts,
+    require_unicode,
+)
 from rectified_diffusers.images import as_images, as_masks, batched
 from rectified_diffusers.loading.errors import dtype_option, remedies
 from rectified_diffusers.loading.lora import cannot_be_saved
@@ -72,6 +79,8 @@ def _check_call(given: dict[str, Any]) -> None:
     require_number("guidance_scale", given["guidance_scale"])
     if copies is not None:
         require_count("num_images_per_prompt", copies)
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        require_unicode(name, given.get(name))
     if isinstance(prompt, list):  # diffusers checks anything else
         require_texts("prompt", prompt)
     if embeds is not None:
