@@ -6,7 +6,7 @@ Each error says what was expected, what was received and what to do: a `TypeErro
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -82,6 +82,18 @@ def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:
             f"{function} needs a diffusers pipeline with {', '.join(parts)}, got {type(pipeline).__name__} without "
             f"{', '.join(missing)}. Load one with RectifiedFlowPipeline.from_pretrained(folder)."
         )
+
+
+def require_plain_weights(function: str, models: Mapping[str, Any]) -> None:
+    """Raise if a model is quantized or cast layer by layer: its weights are not those that it computes with."""
+    for name, model in models.items():
+        for parameter in model.parameters() if hasattr(model, "parameters") else ():
+            # Quantized weights are subclasses: of Parameter (bitsandbytes, GGUF) or of Tensor (torchao, quanto).
+            if type(parameter).__name__ != "Parameter" or not parameter.is_floating_point() or parameter.itemsize < 2:
+                raise ValueError(
+                    f"{function} needs plain weights of 16 bits or more, got {type(parameter).__name__} in "
+                    f"{parameter.dtype} in the {name}. Load it without quantization and layerwise casting."
+                )
 
 
 def _shown(value: Any) -> str:
