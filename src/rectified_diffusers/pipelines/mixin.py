@@ -4,10 +4,12 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
 import torch
@@ -62,10 +64,36 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
         arguments.apply_defaults()
         _check_call(arguments.arguments)
         _convert_images(arguments.arguments)
-        return call(*arguments.args, **arguments.kwargs)
+        with _one_call_at_a_time(arguments.arguments["self"]):
+            return call(*arguments.args, **arguments.kwargs)
 
     call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
     return call_with_defaults
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of the denoising networks
+_OWNERS: WeakKeyDictionary[SchedulerMixin, "ref[RectifiedFlowMixin]"] = WeakKeyDictionary()  # of the schedulers
+_RUNNING: WeakSet[SchedulerMixin] = WeakSet()
+
+
+@contextmanager
+def _one_call_at_a_time(pipeline: Any) -> Iterator[None]:
+    """Let calls from other threads wait: a call sets the scheduler's grid, LoRA scales and caches of the network.
+
+    Pipelines that share a network share its lock. A call from within a call, in a callback, needs another scheduler.
+    """
+    with _LOCKS.setdefault(pipeline.unet, threading.RLock()):
+        scheduler = pipeline.scheduler
+        if scheduler in _RUNNING:
+            raise RuntimeError(
+                "This pipeline is generating already, and a second call would change its grid. In a callback, call "
+                f"another pipeline with the same weights: {type(pipeline).__name__}.from_pipe(pipeline)."
+            )
+        _RUNNING.add(scheduler)
+        try:
+            yield
+        finally:
+            _RUNNING.discard(scheduler)
 
 
 def _check_call(given: dict[str, Any]) -> None:
@@ -176,11 +204,12 @@ class RectifiedFlowMixin(SafetensorsLoaders):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """Build this pipeline from another one's components; replace a diffusion scheduler with ours."""
         theirs: Any = pipeline.components.get("scheduler")
-        if "scheduler" not in kwargs and not isinstance(theirs, RectifiedFlowEulerScheduler):
+        if "scheduler" not in kwargs:
+            kind = type(theirs) if isinstance(theirs, RectifiedFlowEulerScheduler) else RectifiedFlowEulerScheduler
             # From its config: our scheduler from a portable save keeps its settings, and a flow scheduler is refused.
-            ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
-            logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
-            kwargs["scheduler"] = ours
+            kwargs["scheduler"] = kind.from_config({} if theirs is None else theirs.config)
+            if kind is not type(theirs):
+                logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, kind.__name__)
         if isinstance(unet := pipeline.components.get("unet"), UNet2DConditionModel):
             kwargs.setdefault("unet", unet)  # diffusers carries over only components of exactly the annotated class
         made: Any = super().from_pipe(pipeline, **kwargs)
@@ -201,6 +230,11 @@ class RectifiedFlowMixin(SafetensorsLoaders):
                 "sample the predicted velocity as something else. Leave the scheduler out, or build one with "
                 "RectifiedFlowEulerScheduler(); for a diffusion model use the stock diffusers pipeline."
             )
+        if name == "scheduler" and is_ours:
+            owner = _OWNERS.get(value, lambda: None)()
+            if owner is not None and owner is not self:  # a call changes it: each pipeline has its own
+                value = type(value).from_config(value.config)
+            _OWNERS[value] = ref(self)
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
