@@ -16,6 +16,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     edit,
     invert,
+    optimize,
     read_pictures,
 )
 from rectified_diffusers.images import as_images, as_masks, open_image, to_mask, to_rgb
@@ -338,3 +339,33 @@ def test_any_array_becomes_an_image_in_range(shape, dtype, seed):
         if isinstance(image, torch.Tensor):
             assert image.min() >= 0
             assert image.max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_latents_of_another_dtype_are_converted(stock_levels, dtype):
+    latents = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0)).to(dtype)
+    ours, expected = (stock_levels("a", latents=each, output_type="pt").images for each in (latents, latents.float()))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_nan_weights_draw_no_black_image(part, fast, output_type):
+    pipeline = make_tiny_pipeline("flow")
+    list(getattr(pipeline, part).parameters())[-1].data.fill_(float("nan"))
+    if fast:
+        optimize(pipeline, dtype=None)
+    with pytest.raises(FloatingPointError, match="got NaN or infinity"):
+        pipeline("a", output_type=output_type)
+
+
+def test_a_default_dtype_of_float64_changes_nothing(stock_levels):
+    expected = stock_levels("a", generator=torch.manual_seed(0), output_type="pt").images
+    torch.set_default_dtype(torch.float64)
+    try:
+        images = stock_levels("a", generator=torch.manual_seed(0), output_type="pt").images
+        invert(stock_levels, COLOR, "a", 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(images, expected)

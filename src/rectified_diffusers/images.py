@@ -208,3 +208,12 @@ def _like(value: Any, pixels: np.ndarray, batched: bool) -> torch.Tensor:
 def batched(images: Any) -> Any:
     """Return a single tensor `(C, H, W)` with a batch axis, whose length pipelines take for the number of images."""
     return images[None] if isinstance(images, torch.Tensor) and images.ndim == 3 else images
+
+
+def require_finite_images(images: torch.Tensor) -> None:
+    """Raise a FloatingPointError if decoded images have NaN or infinite values, which would become black."""
+    if not bool(images.isfinite().all()):
+        raise FloatingPointError(
+            f"Expected finite values in the decoded images, got NaN or infinity in {images.dtype}. Load the pipeline "
+            "in float32 or bfloat16; if they stay, its weights are damaged."
+        )

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rectified_diffusers.images import require_finite_images
+
 _ABSENT = object()
 
 
@@ -98,6 +100,7 @@ def kept_memory() -> Iterator[None]:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """Convert `(B, 3, H, W)` in [-1, 1] to images; in float32 the bytes equal those of diffusers' image processor."""
+    require_finite_images(images)
     levels = ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
