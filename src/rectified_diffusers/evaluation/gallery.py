@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.solvers import make_solver
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.seeds import generator_of
 
@@ -131,13 +131,7 @@ class Gallery:
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors in a safetensors file, which is written atomically with `make` if it does not exist."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(make(), partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda partial: save_file(make(), partial))
     return load_file(path)
 
 

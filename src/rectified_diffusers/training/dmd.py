@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
@@ -105,7 +105,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.discriminator: Any = None  # of the fake network, if there are real images
         if real is not None:
             denoiser_for(pipeline, real)
-            shapes = [tuple(triplets.manifest["latent_shape"]) for triplets in (dataset, real)]
+            shapes = [triplets.manifest.latent_shape for triplets in (dataset, real)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"The real pictures must be as large as those of the triplets, got latents {shapes[1]} and "
@@ -163,7 +163,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         config, generator = self.config, self.generator_for(step, use)
         rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
-        shape = (config.batch_size, *self.dataset.manifest["latent_shape"])
+        shape = (config.batch_size, *self.dataset.manifest.latent_shape)
         drawn = rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
         if self.real_data is None:
             return drawn
@@ -276,7 +276,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     def identity(self) -> dict[str, Any]:
         own: dict[str, Any] = {"teacher_sha256": fingerprint({self.real.component: self.real.network})}
         if self.real_data is not None:
-            own |= {"real_rows": len(self.real_data), "real_manifest": manifest_digest(self.real_data)}
+            own |= {"real_rows": len(self.real_data), "real_manifest": self.real_data.manifest.fingerprint}
         return {**super().identity(), **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
