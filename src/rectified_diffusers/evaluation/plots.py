@@ -42,13 +42,22 @@ def write_plots(folder: str | Path) -> list[Path]:
     return paths
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """Return a figure without a window or global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: pip install "rectified_diffusers[evaluation]".') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_trajectories(paths: Mapping[str, Trajectories]) -> "Figure":
     """Plot values of the latent (top) and of the image (bottom) over t, one column per model.
 
     A pale dashed chord is drawn behind each path. For a straight flow the two coincide.
     """
     columns = len(paths)
-    figure = _new_figure(3.4 * columns + 0.6, 5.6)
+    figure = new_figure(3.4 * columns + 0.6, 5.6)
     axes = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
     for column, (name, path) in enumerate(paths.items()):
         axes[0][column].set_title(name)
@@ -71,7 +80,7 @@ def plot_straightness(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]
     Args:
         bins: maps the model's name to the mean of the integrand per bin and the bin edges.
     """
-    figure = _new_figure(6.4, 4)
+    figure = new_figure(6.4, 4)
     axis = figure.subplots()
     for name, (per_bin, edges) in bins.items():
         widths = [b - a for a, b in pairwise(edges)]
@@ -90,7 +99,7 @@ def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure
         pictures: maps the model's name to images `(len(prompts), 3, H, W)` uint8.
     """
     rows, columns = len(pictures), len(prompts)
-    figure = _new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
+    figure = new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (name, images) in enumerate(pictures.items()):
         for column, image in enumerate(images):
@@ -110,7 +119,7 @@ def plot_quality(report: Evaluation) -> "Figure":
     Dashed lines are the values of real images: for the distance, its floor.
     """
     keys = [key for key in _CURVES if any(key in row.figures for row in report.rows)]
-    figure = _new_figure(max(4.6 * len(keys), 6.4), 4.4)
+    figure = new_figure(max(4.6 * len(keys), 6.4), 4.4)
     axes = figure.subplots(1, len(keys), squeeze=False)[0]
     ticks = sorted({row.steps for row in report.rows})
     curves = _by_name(report.rows)
@@ -129,15 +138,6 @@ def plot_quality(report: Evaluation) -> "Figure":
         axis.set(xlabel="steps", ylabel=FIGURES[key][0], ylim=(0, None))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
-
-
-def _new_figure(width: float, height: float) -> "Figure":
-    """Return a figure without a window or global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _trajectories_of(report: Evaluation, folder: Path) -> "Figure | None":
