@@ -102,7 +102,7 @@ def _check_captions(captions: Tensor, images: int, texts: int) -> None:
     if captions.shape != (images,) or captions.is_floating_point():
         raise ValueError(f"captions must be {images} integers, got {tuple(captions.shape)} {captions.dtype}.")
     if images == 0 or captions.min() < 0 or captions.max() >= texts:
-        raise ValueError(f"captions must number the rows of the {texts} text features, for at least one picture.")
+        raise ValueError(f"captions must number the rows of the {texts} text features, for at least one image.")
 
 
 class SentenceFeatures:

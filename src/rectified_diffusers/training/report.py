@@ -69,7 +69,8 @@ def render_report(
         _sheets(sorted((folder / "validation").glob("step-*.png")), prompts),
         _options(record),
     ]
-    return _PAGE.replace("{title}", html.escape(_title(record))).replace("{body}", "\n".join(body))
+    page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    return page.replace("{title}", html.escape(_title(record))).replace("{body}", "\n".join(body))
 
 
 def _title(record: dict[str, Any]) -> str:
@@ -200,49 +201,3 @@ _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": REPORT,  # equal charts have equal identifiers
 }
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2433; --soft: #687085; --line: #dfe3ec; --card: #fff; --page: #f5f6fa;
-  --curve: #4553d6; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaf2; --soft: #9aa2b8; --line: #333a4d; --card: #1d2230;
-  --page: #141822; --curve: #93a0ff; } }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 76rem; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0 0 .5rem; } h2 { font-size: 1.15rem; margin: 0 0 .6rem; }
-section { margin-top: 1.5rem; } p { color: var(--soft); margin: .3rem 0; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
-.tiles div, .chart, .sheets, section:has(table) { background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; padding: .8rem 1rem; }
-.tiles b { display: block; font-size: 1.2rem; } .tiles span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: .75rem; }
-.chart { margin: 0; } .chart figcaption { font-weight: 600; } .chart figcaption span { font-weight: 400;
-  color: var(--soft); }
-svg { display: block; width: 100%; height: auto; }
-.sheets input { width: 100%; }
-.sheets figure, .prompts { max-width: calc(var(--columns) * 18rem); }
-.sheets figure { margin: .5rem 0 0; } .sheets img { width: 100%; display: block;
-  border-radius: .3rem; }
-.sheets figcaption { color: var(--soft); } .prompts { display: grid; text-align: center; font-size: .85rem;
-  grid-template-columns: repeat(var(--columns), 1fr); }
-table { border-collapse: collapse; font-size: .9rem; } th { text-align: left; font-weight: 500; color: var(--soft);
-  padding: .1rem 1.5rem .1rem 0; } td { font-family: ui-monospace, monospace; }
-</style>
-<body>
-{body}
-<script>
-for (const part of document.querySelectorAll(".sheets")) {
-  const slider = part.querySelector("input"), figures = [...part.querySelectorAll("figure")];
-  const show = () => figures.forEach((figure, i) => { figure.hidden = i !== Number(slider.value); });
-  slider.hidden = figures.length < 2;
-  slider.addEventListener("input", show);
-  show();
-}
-</script>
-</body>
-</html>
-"""
