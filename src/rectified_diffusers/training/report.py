@@ -189,7 +189,7 @@ def _options(record: dict[str, Any]) -> str:
 _COLORS = {"soft": "#687085", "line": "#dfe3ec", "curve": "#4553d6"}
 """Colors of the charts, which the page replaces by its variables of these names, light or dark."""
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _COLORS["soft"]
     ),
