@@ -54,7 +54,7 @@ def fingerprint(pipeline: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Drawer:
+class Sampler:
     """A pipeline with its generation settings."""
 
     pipeline: Any
@@ -62,7 +62,7 @@ class Drawer:
     guidance_scale: float
     batch_size: int = 16
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[str]) -> Tensor:
+    def sample(self, prompts: Sequence[str], seeds: Sequence[str]) -> Tensor:
         """Generate one image per prompt and seed, `(N, 3, H, W)` uint8 on the CPU."""
         parts = []
         for first in range(0, len(prompts), self.batch_size):
@@ -82,7 +82,7 @@ class Drawer:
         times = []
         for i in range(_TIMED + 1):
             begin = time.perf_counter()
-            self.draw([prompts[i % len(prompts)]], [str(i)])
+            self.sample([prompts[i % len(prompts)]], [str(i)])
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
 

@@ -16,6 +16,7 @@ from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.models.velocity import guided
+from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import ROWS, require_direction, require_same_text
@@ -98,6 +99,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         kind = config.regression_loss if config.regression_weight else "l2"
         self.regression = FlowLoss.of(kind, config, pipeline.vae, self.device)
         self.real = denoiser_for(teacher, dataset)
+        require_straight(teacher.scheduler, "Distribution matching")
         self.real.guidance = config.teacher_guidance_scale
         prompts = dataset.rows(range(min(4, len(dataset)))).prompts
         require_same_text(self.prompt_encoder.encode(prompts), self.real.encode(prompts, teacher.device))

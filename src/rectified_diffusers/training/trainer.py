@@ -66,7 +66,7 @@ class Trainer(ABC, Generic[Config]):
     time_density: TimeDensity
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
-    validation_steps: ClassVar[tuple[int, ...]]
+    validation_steps: tuple[int, ...]
     figures: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
 
