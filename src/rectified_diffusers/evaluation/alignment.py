@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.options import check_options, option
 
@@ -45,7 +46,8 @@ class AlignmentModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors. `load` infers the sizes from them."""
-        save_file({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}, path)
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_atomically(Path(path), lambda partial: save_file(tensors, partial))
 
     @classmethod
     def load(cls, path: Path) -> "AlignmentModel":

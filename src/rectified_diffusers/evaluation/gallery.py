@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rectified_diffusers.data.solvers import make_solver
+from rectified_diffusers.files import write_atomically
+from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.seeds import generator_of
 
 CHUNK = 64  # images per file, the most that an interrupted run loses
@@ -30,9 +31,8 @@ def for_evaluation(pipeline: Any) -> Any:
     which affect distribution distances disproportionately.
     """
     adapted = copy.copy(pipeline)
-    config = pipeline.scheduler.config
-    if "beta_schedule" in config and config.get("prediction_type") != "flow_prediction":
-        adapted.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+    if is_diffusion(pipeline.scheduler):
+        adapted.scheduler = make_solver(pipeline.scheduler, "dpm_solver++")
     if getattr(pipeline, "safety_checker", None) is not None:
         adapted.safety_checker = None
     adapted.set_progress_bar_config(disable=True)
@@ -131,13 +131,7 @@ class Gallery:
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors in a safetensors file, which is written atomically with `make` if it does not exist."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(make(), partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda partial: save_file(make(), partial))
     return load_file(path)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rectified_diffusers.evaluation.metrics import CONFIDENCE, Interval
+from rectified_diffusers.files import write_atomically
 
 FILE = "evaluation.json"
 TABLE = "evaluation.md"
@@ -94,11 +95,8 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Write the JSON and Markdown files, each atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((FILE, json.dumps(asdict(self), indent=2) + "\n"), (TABLE, self.as_markdown())):
-            partial = folder / f"{name}.{os.getpid()}.tmp"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_atomically(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
 
     @classmethod
     def read(cls, folder: str | Path) -> "Evaluation":

@@ -3,17 +3,19 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.models.denoiser import Conditioning
+from rectified_diffusers.models.velocity import guided
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import require_same_text
@@ -106,7 +108,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.discriminator: Any = None  # of the fake score network, if there are real images
         if real_data is not None:
             denoiser_for(pipeline, real_data)
-            shapes = [tuple(triplets.manifest["latent_shape"]) for triplets in (dataset, real_data)]
+            shapes = [triplets.manifest.latent_shape for triplets in (dataset, real_data)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"The real images must have the size of the triplets' images, got latents {shapes[1]} and "
@@ -158,7 +160,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         config, generator = self.config, self.generator_for(step, use)
         rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
-        shape = (config.batch_size, *self.dataset.manifest["latent_shape"])
+        shape = (config.batch_size, *self.dataset.manifest.latent_shape)
         inputs = rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
         if self.real_data is None:
             return inputs
@@ -251,21 +253,22 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.predict(self.teacher_denoiser, self.teacher, x_t, t, self.prompt_encoder(prompts))
 
     def teacher_velocity(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the teacher's guided velocity; its two forward passes run as one of twice the batch size."""
-        weight = self.config.teacher_guidance_scale
-        if weight <= 1 or not self.teacher_denoiser.guides_by_two_passes:
-            return self.predict(self.teacher_denoiser, self.teacher, x_t, t, conditioning)
-        empty = {name: part.expand(len(x_t), *part.shape[1:]) for name, part in self.prompt_encoder([""]).items()}
-        both = {name: torch.cat([part, empty[name]]) for name, part in conditioning.items()}
-        velocities = self.predict(self.teacher_denoiser, self.teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        guided, null = velocities.chunk(2)
-        return null + weight * (guided - null)
+        """Return the teacher's guided velocity."""
+        null = self.prompt_encoder([""]) if self.teacher_denoiser.two_passes else None
+        return guided(
+            partial(self.predict, self.teacher_denoiser, self.teacher),
+            x_t,
+            t,
+            conditioning,
+            null,
+            self.teacher_denoiser.guidance,
+        )
 
     def identity(self) -> dict[str, Any]:
         denoiser = self.teacher_denoiser
         own: dict[str, Any] = {"teacher_sha256": fingerprint({denoiser.component: denoiser.network})}
         if self.real_data is not None:
-            own |= {"real_rows": len(self.real_data), "real_manifest": manifest_digest(self.real_data)}
+            own |= {"real_rows": len(self.real_data), "real_manifest": self.real_data.manifest.fingerprint}
         return {**super().identity(), **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

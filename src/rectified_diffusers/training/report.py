@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from rectified_diffusers.evaluation.straightness import Straightness
-from rectified_diffusers.training.checkpoint import write_atomically
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.training.run_folder import RECORD
 
 REPORT = "report.html"

@@ -15,7 +15,7 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
@@ -26,8 +26,8 @@ from rectified_diffusers.training.checkpoint import (
     config_to_json,
     newest_checkpoint,
     recorded_options,
+    require_room,
     require_same_run,
-    require_space,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
@@ -186,7 +186,7 @@ class Trainer(ABC, Generic[Config]):
         """Check for anything that would stop training later, and prepare for the steps after `step`."""
         config = self.config
         if self.accelerator.is_main_process:
-            require_space(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
+            require_room(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
             if config.push_to_hub and config.hub_model_id:
                 require_repository(config.hub_model_id)
         self.prompt_encoder.remember(self.dataset)
@@ -266,7 +266,7 @@ class Trainer(ABC, Generic[Config]):
 
         If the weights are sharded, every process must call this, because none holds all of them.
         """
-        _, height, width = self.dataset.manifest["latent_shape"]
+        _, height, width = self.dataset.manifest.latent_shape
         factor, path = self.pipeline.vae_scale_factor, self.output.validation / f"step-{step:08d}.png"
         with nullcontext(self.averaged()) if self.sharded else self.student.average() as network:
             if self.accelerator.is_main_process:
@@ -285,7 +285,7 @@ class Trainer(ABC, Generic[Config]):
         return {
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
-            "dataset_manifest": manifest_digest(self.dataset),
+            "dataset_manifest": self.dataset.manifest.fingerprint,
             **config_to_json(self.config),
         }
 
