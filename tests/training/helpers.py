@@ -88,7 +88,7 @@ def make_trainer(
     """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time.
 
     The 6 steps of a progressive distillation are three rounds of two. The teacher of a distribution matching is a flow
-    with other weights in its network; its option `real` is an argument of the trainer.
+    with other weights in its network; its option `real_data` is an argument of the trainer.
     """
     trainer_class, config_class = TRAINERS[method]
     options = {**SHORT, **options}
@@ -98,7 +98,7 @@ def make_trainer(
     teacher: dict[str, Any] = {}
     if config_class is DistributionMatchingConfig:
         options = {"fake_updates": 2, **options}
-        teacher |= {"teacher": make_matching_teacher(), "real": options.pop("real", None)}
+        teacher |= {"teacher": make_matching_teacher(), "real_data": options.pop("real_data", None)}
     config = config_class(output_dir=output_dir, **options)
     return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
 
@@ -131,7 +131,7 @@ def record_unet_calls(trainer: Trainer[Any]) -> list[tuple[Tensor, Tensor, Tenso
     def before(module: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
         calls.append((*args, kwargs["encoder_hidden_states"]))
 
-    trainer.student.register_forward_pre_hook(before, with_kwargs=True)
+    trainer.student.network.register_forward_pre_hook(before, with_kwargs=True)
     return calls
 
 

@@ -90,7 +90,7 @@ def test_reflow_straightens_and_the_folder_draws(kind: str, tmp_path: Path) -> N
     dataset = make_triplets(teacher, tmp_path / "triplets")
     assert dataset.manifest.latent_shape == (4, 8, 8)
     trainer = ReflowTrainer(teacher, dataset, ReflowConfig(output_dir=tmp_path / "run", prompt_dropout=0.0, **FIT))
-    error = one_step_error(teacher, dataset, trainer.student)
+    error = one_step_error(teacher, dataset, trainer.student.network)
     trainer.train()
     for pipeline_class in (DiffusionPipeline, FINISHED[kind]):
         pipeline: Any = pipeline_class.from_pretrained(tmp_path / "run")

@@ -21,7 +21,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import read_checkpoint
-from rectified_diffusers.training.sharding import is_sharded, shared_out, whole
+from rectified_diffusers.training.sharding import full, is_sharded, shard_like
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, digests, make_trainer
 
@@ -109,7 +109,7 @@ def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, al
 def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletDataset, tmp_path: Path) -> None:
     """Student, fake velocity and discriminator: two networks in turn, each with its own gradients to share."""
     options = {"max_steps": 2, "fake_updates": 2, "first_fake_updates": 1}
-    make_trainer("dmd", dataset, tmp_path / "alone", real=dataset, **options).train()
+    make_trainer("dmd", dataset, tmp_path / "alone", real_data=dataset, **options).train()
     run = f"two={json.dumps({'method': 'dmd', **options})}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
     words = ["-m", "tests.training.processes", str(dataset.folder), str(tmp_path), run]
@@ -200,7 +200,7 @@ def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_of_one_process_is_whole() -> None:
     weight = torch.nn.Parameter(torch.randn(3))
-    assert whole(weight).data_ptr() == weight.data_ptr()
-    assert not whole(weight).requires_grad
+    assert full(weight).data_ptr() == weight.data_ptr()
+    assert not full(weight).requires_grad
     value = torch.randn(3)
-    assert shared_out(value, weight) is value
+    assert shard_like(value, weight) is value

@@ -172,7 +172,7 @@ def test_dropout_resumes(dataset: TripletDataset, tmp_path: Path) -> None:
 
     def run(folder: Path, max_steps: int) -> torch.nn.Module:
         trainer = make_trainer("reflow", dataset, folder, max_steps=max_steps)
-        for module in trainer.student.modules():
+        for module in trainer.student.network.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.5
         return trainer.train()
