@@ -99,7 +99,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
         load_weight_delta(name, variant=None if Path(name).is_file() else arguments.variant) for name, _ in named
     ]
     pipeline = load_pipeline(arguments.model, "cpu", arguments.dtype)
-    apply_weight_delta(pipeline.unet, deltas, [scale for _, scale in named], keep_undo=False)
+    apply_weight_delta(pipeline, deltas, [scale for _, scale in named], keep_undo=False)
     if arguments.components_from is not None:
         swap_components(pipeline, arguments.components_from)
     with without_bars_of_libraries():

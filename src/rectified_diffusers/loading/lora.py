@@ -82,7 +82,13 @@ def check_lora(
     """
     if not weights:
         raise ValueError("A LoRA without weights: expected pairs of lora_down and lora_up, or lora_A and lora_B.")
+    alphas = dict(alphas or {})
     for name, tensor in weights.items():
+        if name.endswith(".alpha") and isinstance(tensor, Tensor):
+            if tensor.numel() != 1:
+                raise ValueError(f"{name!r} holds {tensor.numel()} elements, expected one number. {_AGAIN}")
+            alphas[name] = tensor
+            continue
         check_factor(name, tensor)
         found = _FACTOR.fullmatch(name)
         if found is None:
@@ -95,7 +101,7 @@ def check_lora(
                 f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} are of "
                 f"different ranks. {_AGAIN}"
             )
-    numbers = {**(alphas or {}), **dict(_numbers(metadata or {}))}
+    numbers = {**alphas, **dict(_numbers(metadata or {}))}
     for name, number in numbers.items():
         if isinstance(number, Tensor):
             number = number.item() if number.numel() == 1 else math.nan

@@ -161,13 +161,13 @@ class SafetensorsLoaders(DiffusionPipeline):
 
 def _refuse_pickles(source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with which diffusers reads a LoRA from safetensors; refuse a source that is a pickle."""
-    name = options.get("weight_name")
+    options, name = safetensors_only(options), options.get("weight_name")
     refuse_pickle(name, _TENSORS)
     if isinstance(source, (str, os.PathLike)) and name is None:
         if os.path.isfile(source):
             refuse_pickle(source, _TENSORS)
         refuse_folder_of_pickles(Path(source, options.get("subfolder") or ""), _TENSORS)
-    return safetensors_only(options)
+    return options
 
 
 def _fetch(source: Any, options: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
