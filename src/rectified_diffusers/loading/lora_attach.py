@@ -36,7 +36,7 @@ class AttachedLayer:
         """Return the tensors under PEFT's names."""
         named = {"lora_A.weight": self.down, "lora_B.weight": self.up}
         named |= {} if self.up_bias is None else {"lora_B.bias": self.up_bias}
-        return named | ({} if self.magnitude is None else {"lora_magnitude_vector": self.magnitude})
+        return named | ({} if self.magnitude is None else {"lora_magnitude_vector.weight": self.magnitude})
 
 
 Attachment = dict[str, dict[str, AttachedLayer]]

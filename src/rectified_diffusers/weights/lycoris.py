@@ -130,7 +130,7 @@ def _kronecker_factor(parts: Mapping[str, Tensor], name: str, core: Tensor | Non
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return the product of a core (r, r, *kernel) with a, (r, outputs), and b, (r, inputs)."""
-    return torch.einsum("ij...,ip,jr->pr...", core, a, b)
+    return torch.einsum("ij...,ip,jr->pr...", core, a, b).contiguous()
 
 
 def _normed(weight: Tensor, magnitude: Tensor, part: str) -> Tensor:
