@@ -47,7 +47,7 @@ def _add_make(actions: Any) -> argparse.ArgumentParser:
 
 
 def _add_apply(actions: Any) -> argparse.ArgumentParser:
-    text = "Add differences to the U-Net of a pipeline, and save it as a new pipeline."
+    text = "Add differences or LyCORIS files to a pipeline, and save it as a new pipeline."
     parser = actions.add_parser("apply", help=text, description=text)
     parser.add_argument("--model", required=True, help="Pipeline folder or Hub id that they are added to (required)")
     parser.add_argument(

@@ -147,9 +147,13 @@ def _scaling(layer: FileLayer, parts: Mapping[str, Tensor], settings: Mapping[st
     spelled = layer.parts["down"].split(".lora_")[0].removeprefix(f"{layer.component}.")
     found: dict[str, Any] = {}
     for kind, default in (("rank", settings.get("r")), ("alpha", settings["lora_alpha"])):
-        pattern = settings.get(f"{kind}_pattern") or {}
+        pattern: dict[str, Any] = settings.get(f"{kind}_pattern") or {}
         found[kind] = next(
-            (pattern[key] for name in (spelled, layer.name) if (key := get_pattern_key(pattern, name)) in pattern),
+            (
+                pattern[key]
+                for name in (spelled, layer.name)
+                if (key := get_pattern_key(list(pattern), name)) in pattern
+            ),
             default,
         )
     if found["rank"] != rank:
