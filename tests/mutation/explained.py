@@ -2,10 +2,6 @@
 
 _REASONS: dict[str, tuple[str, ...]] = {
     "A device that is the CPU anyway where there is no GPU; it shows where there is one.": (
-        "flow/coupling.py: independent: torch.randn(noise.shape, generator=generator, device=generator.device, "
-        "dtype=torch.float32) -> torch.randn(noise.shape, generator=generator, dtype=torch.float32)",
-        "flow/coupling.py: minibatch_optimal_transport: torch.as_tensor(partner, device=noise.device) -> "
-        "torch.as_tensor(partner)",
         "flow/ode.py: _evaluate: torch.full(x.shape[:1], t, device=x.device, dtype=torch.promote_types(x.dtype, "
         "torch.float32)) -> torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32))",
         "flow/time_density.py: LogitNormal.sample: torch.randn(count, generator=generator, device=generator.device, "

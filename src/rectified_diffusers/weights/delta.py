@@ -23,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from rectified_diffusers.checks import require_type
+from rectified_diffusers.checks import require_plain_weights, require_type
 from rectified_diffusers.loading.lora import refuse_lora
 from rectified_diffusers.loading.lora_layers import part_of
 from rectified_diffusers.weights.lycoris import open_lycoris
@@ -261,9 +261,11 @@ def _weights_of(models: Mapping[str, nn.Module], names: Iterable[str] | None = N
     """
     weights: dict[str, Tensor] = {}
     for component, model in models.items():
-        own = model.state_dict(prefix="" if component == "unet" else f"{component}.")
-        refuse_lora(own, type(model).__name__)
-        if names is not None or component == "unet":
+        prefix = "" if component == "unet" else f"{component}."
+        if not prefix or any(name.startswith(prefix) for name in names or ()):
+            require_plain_weights("a weight delta", {type(model).__name__: model})
+            own = model.state_dict(prefix=prefix)
+            refuse_lora(own, type(model).__name__)
             weights |= own
     wanted = weights if names is None else names
     for name in wanted:
