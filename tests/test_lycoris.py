@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rectified_diffusers import apply_weight_delta, load_weight_delta
+from rectified_diffusers import StackedUNet, apply_weight_delta, load_weight_delta
 from rectified_diffusers.demo.styles import Styles, style_kind
 from tests.test_lora import layer_of, sample, weights_of
 from tests.tiny import make_tiny_pipeline
@@ -263,6 +263,20 @@ def test_the_image_changes_and_the_text_encoder_counts(pipeline):
         applied.take_back()
     assert all((image - before).abs().max() > 1e-3 for image in images)
     assert torch.equal(sample(pipeline), before)
+
+
+def test_a_stacked_unet_takes_it_in_both_halves():
+    stacked: Any = StackedUNet.from_unet(make_tiny_pipeline("flow").unet)
+    before = {name: weight.clone() for name, weight in stacked.state_dict().items()}
+    applied = apply_weight_delta(
+        stacked,
+        {"lora_unet_conv_out.diff_b": torch.ones(4), "lora_unet_mid_block_resnets_0_conv1.diff_b": torch.ones(16)},
+    )
+    changed = {name for name, weight in stacked.state_dict().items() if not torch.equal(weight, before[name])}
+    halves = {f"{half}mid_block.resnets.0.conv1.bias" for half in ("", "second.")}
+    assert changed == {"second.conv_out.bias", *halves}
+    applied.take_back()
+    assert all(torch.equal(weight, before[name]) for name, weight in stacked.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------- refused

@@ -114,6 +114,15 @@ def layer_in(model: nn.Module, name: str) -> Any:
     return modules.get(name, modules.get(_SECOND + name))
 
 
+def both_halves(model: nn.Module, layers: list[FileLayer]) -> list[FileLayer]:
+    """Return the layers of a StackedUNet by their own names: those of a plain U-Net's file are in both halves."""
+    modules = dict(model.named_modules())
+    if "second" not in modules or any(layer.name.startswith(_SECOND) for layer in layers):
+        return layers
+    names = [(layer, start + layer.name) for layer in layers for start in ("", _SECOND)]
+    return [FileLayer(layer.component, name, layer.parts) for layer, name in names if name in modules]
+
+
 def _split(spelled: str, spellings: Mapping[str, Mapping[str, str]]) -> tuple[str | None, str]:
     """Return the component of a layer and its name with underscores; without a prefix, it is of the U-Net."""
     plain = spelled.replace(".processor", "").replace(".", "_")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.loading.lora_layers import FileLayer, file_layers, layer_in
+from rectified_diffusers.loading.lora_layers import FileLayer, both_halves, file_layers, layer_in
 from rectified_diffusers.weights.weight_files import StoredWeights
 
 _WEIGHT = ({"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"diff"}, {"w_norm"})
@@ -50,7 +50,9 @@ def open_lycoris(stored: StoredWeights, models: Mapping[str, nn.Module]) -> Laye
         models: by component: unet, text_encoder, text_encoder_2.
     """
     changes: dict[str, FileLayer] = {}
-    for layer in file_layers(stored.shapes, models, whose=f"file {stored.name}"):
+    found = file_layers(stored.shapes, models, whose=f"file {stored.name}")
+    unets = both_halves(models["unet"], [layer for layer in found if layer.component == "unet"])
+    for layer in [*unets, *(layer for layer in found if layer.component != "unet")]:
         prefix = "" if layer.component == "unet" else f"{layer.component}."
         target = layer_in(models[layer.component], layer.name)
         for kind, parts in _split(layer).items():
