@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 import rectified_diffusers
 from rectified_diffusers import cli
@@ -51,6 +52,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         yield client
 
 
+LOHA = {"a": (16, 2), "b": (2, 16)}  # of a layer of the tiny U-Net with 16 inputs and outputs
+
+
 @pytest.fixture
 def readers_folder(tmp_path: Path) -> Path:
     """What the pages say that a reader has: prompts, a teacher, pictures with and without captions, LoRA files."""
@@ -66,6 +70,9 @@ def readers_folder(tmp_path: Path) -> Path:
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(tmp_path, layers, weight_name=f"{name}.safetensors")
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.hada"
+    factors = {f"{key}_w{i}_{side}": torch.randn(shape) for i in (1, 2) for side, shape in LOHA.items()}
+    save_file(factors, tmp_path / "loha.safetensors")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     return tmp_path
 
