@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -37,6 +37,15 @@ def tiny_pipeline() -> Callable[..., Any]:
     from tests.tiny import make_tiny_pipeline
 
     return make_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """A process with our package, online at a Hub on this machine: see `tests.hub.client`."""
+    from tests.hub.client import start_client
+
+    with start_client(with_us=True) as client:
+        yield client
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The code of the README and of every page runs, and the pages are complete: nothing public is missing from them."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from PIL import Image
 import rectified_diffusers
 from rectified_diffusers import cli
 from tests.documentation import ROOT, blocks_of, run_page
-from tests.hub.client import Client, start_client, the_hub
+from tests.hub.client import Client
 from tests.hub.conftest import INSTAFLOW, TWO_FLOW, save_published
-from tests.hub.server import Repository, read_files
+from tests.hub.server import Repository, read_files, the_hub
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 DOCS = ROOT / "docs"
@@ -26,7 +25,7 @@ PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data 
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
     """A process that is online at a Hub where the models of the pages are, all of them tiny."""
     make = tmp_path_factory.mktemp("made")
     with torch.random.fork_rng(devices=[]):
@@ -47,8 +46,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         if repo_id not in hub.repositories:
             hub.repositories[repo_id] = Repository()
             hub.repositories[repo_id].commit(read_files(make / folder))
-    with start_client(with_us=True) as client:
-        yield client
+    return client
 
 
 @pytest.fixture
@@ -75,8 +73,8 @@ def name_of(page: Path) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
-def test_the_blocks_of_a_page_run_one_after_the_other(page, client, readers_folder):
-    assert client.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
+def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
+    assert reader.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
 
 
 @pytest.mark.parametrize("page", PARSED, ids=name_of)

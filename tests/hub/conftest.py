@@ -1,7 +1,6 @@
 """The Hub, a client of it, and what it serves: the published InstaFlow layout and what we save ourselves."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from tests.hub.client import Client, sample, start_client, the_hub
-from tests.hub.server import Hub, Repository, read_files
+from tests.hub.client import sample
+from tests.hub.server import Hub, Repository, read_files, the_hub
 from tests.tiny import make_components, make_feature_extractor, make_safety_checker, make_tiny_pipeline
 
 INSTAFLOW = "XCLiu/instaflow_0_9B_from_sd_1_5"
@@ -63,13 +62,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
     hub.repositories[TWO_FLOW].commit(files[1])
     hub.repositories[OURS].commit(read_files(make / "ours"))
     return hub
-
-
-@pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
-    """A process online, with our package imported."""
-    with start_client(with_us=True) as client:
-        yield client
 
 
 @pytest.fixture(scope="session")

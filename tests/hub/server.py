@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,14 @@ class Hub(ThreadingHTTPServer):
         pattern = re.compile(r"(?:/[^/]+/[^/]+/resolve/[^/]+|/weights/[^/]+/[^/]+/[0-9a-f]{40})/(.+)")
         found = [pattern.fullmatch(path) for method, path in self.requests if method == "GET"]
         return sorted(match[1] for match in found if match)
+
+
+@cache
+def the_hub() -> Hub:
+    """Start the one Hub of this run of the tests; its clients know its address from their start."""
+    hub = Hub()
+    hub.__enter__()
+    return hub
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,16 +13,10 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.model_card import Card, base_model_of
-from tests.hub.client import Client, start_client, the_hub
-from tests.hub.server import Hub
+from tests.hub.client import Client
+from tests.hub.server import Hub, the_hub
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with start_client(with_us=True) as client:
-        yield client
 
 
 @pytest.fixture
