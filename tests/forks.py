@@ -9,8 +9,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
 from typing import Any
@@ -53,3 +54,10 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function of a module returns in a process of its own."""
     with ProcessPoolExecutor(1, fork_server()) as pool:
         return pool.submit(function, *arguments).result(TIMEOUT)
+
+
+@contextmanager
+def forked_studios() -> Iterator[None]:
+    """Let `StudioProcess` start its process from the server, without the seconds of its imports."""
+    with mock.patch.object(multiprocessing, "get_context", lambda method, server=fork_server(): server):
+        yield

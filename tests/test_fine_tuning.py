@@ -137,6 +137,7 @@ def one_step_error(pipeline: Any, colour: tuple[int, int, int]) -> float:
     return (drawn - data).square().mean().sqrt().item()
 
 
+@pytest.mark.slow
 def test_the_full_example_trains_the_velocity(tune: Any, model: Path, pictures: Path, spy: Spy) -> None:
     """On one picture the flow from any noise ends in that picture, in one step: the wrong target would not."""
     colour = COLOURS["grey"]

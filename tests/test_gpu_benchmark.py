@@ -121,6 +121,7 @@ def arguments(script: Any, *words: str) -> Any:
     return script.parse_arguments(["--small", *words])
 
 
+@pytest.mark.slow
 def test_latency_draws_and_times_its_stages(monkeypatch):
     latency = load(monkeypatch, "latency")
     for model, names in (("sd15", ("eager", "tiny", "sd")), ("stacked", ("fast",)), ("sdxl", ("eager",))):
@@ -171,6 +172,7 @@ def test_a_way_that_fails_leaves_the_others_alone(monkeypatch, device):
     assert len(saved) == 2
 
 
+@pytest.mark.slow
 def test_training_beside_a_bare_loop_with_and_without_checkpointing(monkeypatch):
     training = load(monkeypatch, "training")
     monkeypatch.setattr(training, "peak_memory", lambda *_: 2**20)

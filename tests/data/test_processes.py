@@ -25,7 +25,7 @@ def generate_as(base: Path, name: str, kind: str, rank: int, count: int, port: i
     A launched process has its rank from the environment, as `accelerate launch` sets it; unrelated processes do not
     know of each other.
     """
-    sys.stderr = open(base / f"{name}.log", "a")
+    sys.stderr = open(base / f"{name}.log", "a")  # noqa: SIM115 (until the process ends)
     if kind == "launched":
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -59,7 +59,7 @@ def fill_cache(home: Path) -> None:
 
 
 def text_model() -> CLIPTextModelWithProjection:
-    """Return the text encoder of the LoRA tests, 32 channels wide as their U-Nets expect; the weights do not matter."""
+    """Return the text encoder of the LoRA tests, 32 channels wide as their U-Nets expect, with any weights."""
     tokens = make_tokenizer()
     sizes = {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 37}
     layers = {"num_hidden_layers": 5, "num_attention_heads": 4}

@@ -138,6 +138,7 @@ def tiny_pictures(monkeypatch, scripts, pooled):
     return counted
 
 
+@pytest.mark.slow
 def test_a_table_is_made_and_made_again_from_what_is_there(scripts, arguments, tiny_pictures, monkeypatch):
     rows = ["--rows", "teacher-8", "2rf-1", "--seeds", "0", "1"]
     found, _ = run(scripts[0], arguments, monkeypatch, *rows)

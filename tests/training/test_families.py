@@ -39,7 +39,7 @@ FINISHED: dict[str, type[Any]] = {
     "sd3": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
 }
-FAST = ("diffusion", "xl", "sd3", "flux")  # one of each architecture
+FAST = ("diffusion", "sd3")  # a U-Net and a transformer
 FIT: dict[str, Any] = {
     "max_steps": 20,
     "batch_size": 8,

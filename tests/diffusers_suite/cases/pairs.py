@@ -1,4 +1,4 @@
-"""Pairs of test classes: diffusers' tests on our pipeline (`...Ours`), and the same tests on the stock one (`...Stock`).
+"""Pairs of test classes: diffusers' tests on our pipeline (`...Ours`) and the same on the stock one (`...Stock`).
 
 This folder is copied into a checkout's `tests`, where the names of modules below are found.
 """
@@ -20,8 +20,8 @@ from rectified_diffusers import RectifiedFlowEulerScheduler
 # (see RectifiedFlowMixin); one with an expected slice, whose numbers belong to another tokenizer; one that downloads
 # Stable Diffusion 1.5.
 _LEFT_OUT = re.compile(r"\w+Scheduler\b|KarrasDiffusionSchedulers|expected_(pipe_)?slice = [^N]|sd_repo_id")
-# Of the LoRA tests: those that load a LoRA as a pickle, one that expects a LoRA of which nothing fits to be loaded, and
-# one that saves a text encoder with a LoRA as a path to its base, which our loader does not follow.
+# Of the LoRA tests: those that load a LoRA as a pickle, one that expects a LoRA to load of which nothing fits, and one
+# that saves a text encoder with a LoRA as a path to its base, which our loader does not follow.
 _LORA_LEFT_OUT = re.compile(r"lora_weights\.bin|no_op_state_dict|pipe_from_pretrained")
 # Of ours: it expects an error at strength 0.01, where Stable Diffusion has no step left; a flow uses all of them.
 _LEFT_OUT_OF_OURS = ("test_stable_diffusion_inpaint_strength_zero_test",)
