@@ -24,6 +24,14 @@ torch.set_num_threads(1)
 gc.disable()  # until all tests are imported: imported objects are never freed
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make every very slow test a slow one too, before tests are selected by their markers."""
+    for item in items:
+        if item.get_closest_marker("very_slow"):
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Exclude the half million objects of the imports from every later garbage collection."""

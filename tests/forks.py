@@ -59,5 +59,6 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
 @contextmanager
 def forked_studios() -> Iterator[None]:
     """Let `StudioProcess` start its process from the server, without the seconds of its imports."""
-    with mock.patch.object(multiprocessing, "get_context", lambda method, server=fork_server(): server):
+    server = fork_server()
+    with mock.patch.object(multiprocessing, "get_context", return_value=server):
         yield

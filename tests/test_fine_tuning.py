@@ -191,7 +191,7 @@ def test_the_patch_is_seven_lines_and_the_page_shows_it(name: str) -> None:
     assert "objective.loss(" in ours
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.skipif(not SOURCE, reason="DIFFUSERS_SOURCE names no checkout of diffusers")
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_patched_stock_script_trains_the_velocity(

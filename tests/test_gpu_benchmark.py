@@ -212,7 +212,7 @@ def test_outcomes_of_tests_are_kept_one_by_one(monkeypatch, tmp_path):
     assert str(BENCHMARKS.parent / "tests" / "test_gpu.py") in gpu_tests.files_with("gpu")
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_whole_command_in_a_rehearsal(tmp_path):
     words = [
         "--device",

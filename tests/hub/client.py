@@ -59,13 +59,12 @@ def load(
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        if scheduler is not None:
-            arguments["scheduler"] = getattr(diffusers, scheduler)()
-        pipeline = getattr(getattr(diffusers, loader), method)(source, **arguments)
-        theirs = type(pipeline.scheduler)
-        return Loaded(type(pipeline).__name__, theirs.__name__, theirs.__module__, sample(pipeline).tolist(), messages)
-    except Exception as error:  # noqa: BLE001 (whatever a loader raises goes back to the test)
-        raise _without_objects(error) from None
+        with portable_errors():
+            if scheduler is not None:
+                arguments["scheduler"] = getattr(diffusers, scheduler)()
+            pipeline = getattr(getattr(diffusers, loader), method)(source, **arguments)
+            name, its, latents = type(pipeline).__name__, type(pipeline.scheduler), sample(pipeline).tolist()
+            return Loaded(name, its.__name__, its.__module__, latents, messages)
     finally:
         logger.removeHandler(handler)
 
@@ -83,14 +82,18 @@ def can_import(name: str) -> bool:
     return True
 
 
-def _without_objects(error: BaseException) -> HubError:
-    """Return what can travel between processes of an error and its causes."""
-    types, texts, seen = [], [], error
-    while seen is not None:
-        types.append(type(seen).__name__)
-        texts.append(str(seen))
-        seen = seen.__cause__ or seen.__context__
-    return HubError(types, texts)
+@contextmanager
+def portable_errors() -> Iterator[None]:
+    """Raise what can be sent to another process of an error and its causes."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever a loader raises goes back to the test)
+        types, texts, seen = [], [], error
+        while seen is not None:
+            types.append(type(seen).__name__)
+            texts.append(str(seen))
+            seen = seen.__cause__ or seen.__context__
+        raise HubError(types, texts) from None
 
 
 def _begin(with_us: bool) -> None:

@@ -1,6 +1,7 @@
 """The Hub, a client of it, and what it serves: the published InstaFlow layout and what we save ourselves."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
 def expected() -> list[Any]:
     """The latents of the weights that InstaFlow's repository, version v1 of 2-Rectified Flow's, and ours hold."""
     return sample(make_tiny_pipeline("flow")).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _recovery(hub: Hub) -> Iterator[None]:
+    yield
+    hub.recover()
 
 
 @pytest.fixture

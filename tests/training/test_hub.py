@@ -23,7 +23,7 @@ from tests.training.helpers import make_trainer
 def hub() -> Iterator[Hub]:
     hub = the_hub()
     yield hub
-    hub.out_of_order = False
+    hub.recover()
 
 
 def train_and_push(triplets: Path, output_dir: Path, token: str | None, **options: Any) -> str | None:
@@ -104,12 +104,12 @@ def test_an_upload_that_failed_is_made_by_the_same_command(
 ) -> None:
     repo_id = "somebody/later"
     make_trainer("distill", dataset, output_dir, max_steps=2).train()
-    hub.out_of_order = True
+    hub.fail()
     error = client.call(train_and_push, dataset.folder, output_dir, "hf_x", hub_model_id=repo_id)
     assert error is not None
     assert f"The finished model is in {output_dir}, but its upload to '{repo_id}' failed" in error
     assert "Run the same again to upload it" in error
-    hub.out_of_order = False
+    hub.recover()
     assert client.call(train_and_push, dataset.folder, output_dir, "hf_x", hub_model_id=repo_id) is None
     assert "model_index.json" in files_of(hub, repo_id)
 
