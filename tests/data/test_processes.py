@@ -33,7 +33,7 @@ def generate_as(base: Path, name: str, kind: str, rank: int, count: int, port: i
     assert len(generate(base / name, teacher, progress=True, num_triplets=TRIPLETS)) == TRIPLETS
 
 
-def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[int]:
+def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[int | None]:
     """Return the exit codes of `count` processes that write the triplets of one folder."""
     torch.set_num_threads(1)
     with socket.socket() as free:
@@ -48,7 +48,7 @@ def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[
     return [process.exitcode for process in runs]
 
 
-def generate_all(base: Path) -> dict[str, list[int]]:
+def generate_all(base: Path) -> dict[str, list[int | None]]:
     codes = {"one": generate_in_processes(base, "one", "alone", 1)}
     codes["two"] = generate_in_processes(base, "two", "launched", 2)
     codes["four"] = generate_in_processes(base, "four", "launched", 4)

@@ -400,7 +400,7 @@ def test_one_progress_bar_counts_images_from_where_the_run_stopped(folder, capfd
     assert "2/2" not in shown  # the teacher's own bar, of two steps
 
 
-def generate_with_kills(whole: Path, killed: Path) -> list[int]:
+def generate_with_kills(whole: Path, killed: Path) -> list[int | None]:
     """Kill a run six times soon after its next file, in a process that forks them, and return their exit codes."""
     torch.set_num_threads(1)
     teacher, options = make_tiny_pipeline("diffusion"), {"num_triplets": 24, "triplets_per_shard": 2, "batch_size": 2}

@@ -159,7 +159,7 @@ KILLED_RUN: dict[str, Any] = {
 }
 
 
-def train_to_kills(runs: list[tuple[Path, str, Path, str, int]]) -> list[int]:
+def train_to_kills(runs: list[tuple[Path, str, Path, str, int]]) -> list[int | None]:
     """Train each run of (triplets, method, output, name, call) up to its kill, in a fork; return the exit codes."""
     torch.set_num_threads(1)
     forks = multiprocessing.get_context("fork")
