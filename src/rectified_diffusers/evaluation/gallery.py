@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rectified_diffusers.data.solvers import make_solver
+from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.seeds import generator_of
 
 CHUNK = 64  # images per file, the most that an interrupted run loses
@@ -30,9 +31,8 @@ def for_evaluation(pipeline: Any) -> Any:
     which affect distribution distances disproportionately.
     """
     adapted = copy.copy(pipeline)
-    config = pipeline.scheduler.config
-    if "beta_schedule" in config and config.get("prediction_type") != "flow_prediction":
-        adapted.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+    if is_diffusion(pipeline.scheduler):
+        adapted.scheduler = make_solver(pipeline.scheduler, "dpm_solver++")
     if getattr(pipeline, "safety_checker", None) is not None:
         adapted.safety_checker = None
     adapted.set_progress_bar_config(disable=True)

@@ -11,7 +11,7 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rectified_diffusers.checks import require_pipeline
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import fold_sign
 from rectified_diffusers.loading.lora import refuse_lora
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
@@ -118,6 +118,7 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     if type(unet) is not UNet2DConditionModel:
         raise ValueError(f"the original layout is of a UNet2DConditionModel, and this is a {type(unet).__name__}.")
     refuse_lora(unet.state_dict(), "the pipeline's unet")
+    require_plain_weights("export_unet", {"unet": unet})
     if unet_format == "comfyui":
         if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
             raise ValueError(

@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from rectified_diffusers.checks import require_count, require_pipeline
+from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
@@ -51,6 +51,7 @@ def export_diffusers(
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines run a UNet2DConditionModel, and this is a {type(pipeline.unet).__name__}.")
     refuse_any_lora(pipeline)
+    require_plain_weights("export_diffusers", pipeline.components)
     stock = StableDiffusionXLPipeline if hasattr(pipeline, "text_encoder_2") else StableDiffusionPipeline
     names = inspect.signature(stock.__init__).parameters
     beyond = [name for name, part in pipeline.components.items() if part is not None and name not in names]

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.models.denoiser import Conditioning
+from rectified_diffusers.models.velocity import guided
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import ROWS, require_direction, require_same_text
@@ -267,14 +269,9 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.ask(self.real, self.teacher, x_t, t, self.prompt_encoder(prompts))
 
     def teacher_velocity(self, x_t: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """Return the teacher's guided velocity; its two forward passes run as one of twice the batch size."""
-        weight = self.config.teacher_guidance_scale
-        if weight <= 1 or not self.real.guides_by_two_passes:
-            return self.ask(self.real, self.teacher, x_t, t, told)
-        empty = {name: part.expand(len(x_t), *part.shape[1:]) for name, part in self.prompt_encoder([""]).items()}
-        both = {name: torch.cat([part, empty[name]]) for name, part in told.items()}
-        guided, null = self.ask(self.real, self.teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return null + weight * (guided - null)
+        """Return the teacher's guided velocity."""
+        null = self.prompt_encoder([""]) if self.real.two_passes else None
+        return guided(partial(self.ask, self.real, self.teacher), x_t, t, told, null, self.real.guidance)
 
     def identity(self) -> dict[str, Any]:
         own: dict[str, Any] = {"teacher_sha256": fingerprint({self.real.component: self.real.network})}
