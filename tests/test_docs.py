@@ -20,6 +20,8 @@ from tests.hub.server import Repository, read_files, the_hub
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 DOCS = ROOT / "docs"
+LONG = ("docs/start.md", "docs/how_to/reflow.md", "docs/how_to/distill.md")  # several trainings each
+SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
 
@@ -72,7 +74,11 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=SLOW if name_of(page) in LONG else ()) for page in PAGES if blocks_of(page)],
+    ids=name_of,
+)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
     assert reader.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
 
