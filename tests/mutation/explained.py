@@ -62,13 +62,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     "What is left out, or put in its place, is what Python does anyway.": (
         "data/manifest.py: first_difference: return None -> return None",
-        "data/shards.py: remove_partial_files: continue -> pass",
     ),
     "`argsort` gives whole numbers whatever it sorts; only an empty list has no numbers to tell their type.": (
         "data/dataset.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
         "dtype=torch.long) -> torch.tensor([position for own in positions for position in own])",
     ),
-    "The first folder, compared with itself too.": ("data/dataset.py: _joined: 1 -> 0",),
     "Any number that no block has says that none is read yet; of row groups, the first is asked for first.": (
         "data/prompts.py: StoredPrompts._settle: 1 -> 2",
         "data/prompts.py: ParquetPrompts.__init__: -1 -> 1",
@@ -78,24 +76,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "A block that is too long has the same prompts at the same places.": (
         "data/prompts.py: ParquetPrompts._read: count - len(prompts) -> count + len(prompts)",
     ),
-    "What Windows needs, where an open file cannot be moved; it shows there.": (
-        "data/shards.py: write_atomically: 'nt' -> 'ntX'",
-        "data/shards.py: write_atomically: file.close() -> pass",
-    ),
-    "Only the truth of the value is asked for.": (
-        "data/shards.py: _lock: return False -> return None",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (4)",
-    ),
     "NumPy takes every negative length for the one that is left over.": ("data/shards.py: write_shard: 1 -> 2",),
     "The two last of four lengths, counted from either end.": ("data/teacher.py: Teacher.__call__: -2 -> 2",),
     "One text without a revision in it is as good as another.": ("data/teacher.py: Teacher.provenance: '' -> 'X'",),
     "All prompts have embeddings of one shape, and it is the shape that is asked for.": (
         "data/generate.py: make_manifest: '' -> 'X'",
-    ),
-    "Room to spare: a folder has a manifest, too, so that its shards are fewer than its files.": (
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 0",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (2)",
     ),
     "A value that every place is given another for.": ("data/dataset.py: TripletDataset.rows: '' -> 'X'",),
     "`str.format` leaves out what the text does not ask for.": (

@@ -17,7 +17,7 @@ from diffusers import (
 from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 
 StockScheduler = Literal["dpm_solver++", "unipc"]
 _SCHEDULERS = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
@@ -74,6 +74,7 @@ def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> Sc
             "export_diffusers makes a rectified flow stock, one with a RectifiedFlowEulerScheduler; got "
             f"{type(ours).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
+    require_straight(ours, "export_diffusers")
     if scheduler not in _SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
     return _SCHEDULERS[scheduler](

@@ -22,7 +22,7 @@ from rectified_diffusers.loading.errors import dtype_option, remedies
 from rectified_diffusers.loading.lora import cannot_be_saved
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
-from rectified_diffusers.loading.saving import make_readable
+from rectified_diffusers.loading.saving import finish_saving
 from rectified_diffusers.pipelines.calls import FiniteImageProcessor
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -133,7 +133,7 @@ class RectifiedFlowMixin(SafetensorsLoaders):
                 )
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
-        make_readable(Path(save_directory))
+        finish_saving(self, Path(save_directory))
         if push_to_hub:  # saves once more, to its own folder
             options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)

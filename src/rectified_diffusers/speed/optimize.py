@@ -81,8 +81,8 @@ def optimize(
     """Optimize the speed of a pipeline, in place, on its device; `docs/speed.md` has each switch's gain and cost.
 
     "auto" depends on the device. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
-    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`.
-    Copies and pickles of the pipeline are not optimized, and have weights of `dtype`.
+    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`;
+    copies and pickles of the pipeline are not optimized.
 
     Args:
         pipeline: with the architecture of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
@@ -99,8 +99,7 @@ def optimize(
             the VAE: much faster and a little less exact.
         cache_prompts: keep the embeddings of the last 64 prompts.
         cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
-        keep_memory: return no memory to the system before `restore`; auto is on for CPUs with glibc. This affects the
-            entire process.
+        keep_memory: of the entire process: return none to the system before `restore`; auto is on for CPUs with glibc.
     """
     pipe = _checked(pipeline)
     asked = {

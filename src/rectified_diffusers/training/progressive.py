@@ -9,6 +9,7 @@ from torch import Tensor
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import Grid
 from rectified_diffusers.models.velocity import guide
+from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import ProgressiveConfig
@@ -32,6 +33,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
         super().__init__(pipeline, dataset, config)
+        require_straight(pipeline.scheduler, "Progressive distillation")
         if not self.starts_as_flow:
             raise ValueError(
                 f"Progressive distillation needs a teacher that predicts a velocity, got {type(pipeline).__name__} "
