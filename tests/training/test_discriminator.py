@@ -136,6 +136,7 @@ def test_it_tells_real_data_and_the_student_follows(
     assert drawn().mean() > before.mean() + 0.3
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_or_micro_batches_equals_one(
     dataset: TripletDataset, real: TripletDataset, tmp_path: Path
 ) -> None:

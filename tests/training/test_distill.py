@@ -21,6 +21,7 @@ def test_the_unet_is_asked_at_the_noise_end_only(dataset: TripletDataset, output
         assert not dropped.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["l2", "pseudo_huber"])
 def test_one_step_lands_near_the_data(loss: str, dataset: TripletDataset, output_dir: Path) -> None:
     error = one_step_error("distill", dataset, output_dir, max_steps=120, loss=loss)

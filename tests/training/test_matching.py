@@ -153,6 +153,7 @@ def test_the_guided_teacher_is_asked_once(dataset: TripletDataset, output_dir: P
 # ------------------------------------------------------------------------------------------------ what is learnt
 
 
+@pytest.mark.slow
 def test_the_student_moves_to_the_teachers_distribution(dataset: TripletDataset, output_dir: Path) -> None:
     options: dict[str, Any] = {"max_steps": 100, "learning_rate": 5e-2, "fake_learning_rate": 1e-1, "fake_updates": 2}
     options |= {"warmup_steps": 0, "lr_schedule": "cosine", "weight_decay": 0.0, "batch_size": 8}

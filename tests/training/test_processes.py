@@ -90,7 +90,7 @@ def test_the_command_line_is_the_python_api(dataset: TripletDataset, alone: Path
     assert digests(tmp_path / "run")[weights] == digests(alone)[weights]
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, alone: Path, tmp_path: Path) -> None:
     make_tiny_pipeline().save_pretrained(tmp_path / "model")
     words = ["accelerate", "launch", "--config_file", str(CONFIGS / "cpu_2.yaml"), "--main_process_port", "PORT"]
@@ -105,7 +105,7 @@ def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, al
     assert isinstance(RectifiedFlowPipeline.from_pretrained(tmp_path / "run"), RectifiedFlowPipeline)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletDataset, tmp_path: Path) -> None:
     """Student, fake velocity and discriminator: two networks in turn, each with its own gradients to share."""
     options = {"max_steps": 2, "fake_updates": 2, "first_fake_updates": 1}
@@ -118,7 +118,7 @@ def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletD
     check_that_they_agree(tensors(tmp_path / "two", 2), tensors(tmp_path / "alone", 2))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_weights_shared_out_by_fsdp_are_those_of_one_process(
     dataset: TripletDataset, alone: Path, tmp_path: Path
 ) -> None:

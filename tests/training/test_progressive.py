@@ -100,6 +100,7 @@ def test_noise_is_new_at_every_step_or_that_of_the_triplets(dataset: TripletData
     assert torch.equal(coupled.noise, stored.noise)
 
 
+@pytest.mark.slow
 def test_a_student_of_one_step_ends_near_its_teacher_of_four(dataset: TripletDataset, output_dir: Path) -> None:
     options: dict[str, Any] = {"teacher_steps": 4, "steps_per_round": 60, "prompt_dropout": 0.0, "ema_decay": 0.8}
     trainer = make_progressive(
