@@ -254,7 +254,7 @@ def test_the_command_writes_an_animation_and_a_contact_sheet(model, tmp_path, ca
     with Image.open(sheet) as picture:
         assert picture.size == (3 * SIZE, 2 * SIZE)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" in ")[0] for line in lines] == [f"{gif}: 6 pictures", f"{sheet}: 6 pictures"]
+    assert [line.split(" in ")[0] for line in lines] == [f"{gif}: 6 images", f"{sheet}: 6 images"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_the_command_writes_an_animation_and_a_contact_sheet(model, tmp_path, ca
         (["a", "b", "--fps", "0"], "--fps must be above 0"),
         (["a", "b", "--guidance-scale", "nan"], "--guidance-scale must be finite"),
         (["a", "b", "--negative-prompt", "red"], "--negative-prompt has no effect without guidance"),
-        (["a", "b", "-o", "a.xyz"], "cannot write a picture with the suffix '.xyz'"),
+        (["a", "b", "-o", "a.xyz"], "cannot write an image with the suffix '.xyz'"),
         (["a", "b", "-o", "no/a.mp4"], "does not exist; make it first"),
         (["a", "b", "-o", "."], "is a folder"),
     ],

@@ -87,7 +87,7 @@ def test_a_missing_argument_is_told(refused, words):
         (["generate", "a", "-o", "a.png", "--seed", "-1"], "--seed must be between"),
         (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "-1"], "--refine-strength must be"),
         (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "nan"], "--refine-strength must be"),
-        (["generate", "a", "-o", "a.xyz"], "cannot write a picture"),
+        (["generate", "a", "-o", "a.xyz"], "cannot write an image"),
         (["generate", "a", "-o", "a.png", "--model", "no/such/model"], "no folder"),
         (["interpolate", "a", "-o", "a.gif"], "two prompts or seeds"),
         (["interpolate", "a", "b", "-o", "a.avi"], "suffix '.avi'"),

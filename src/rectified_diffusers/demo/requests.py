@@ -1,4 +1,4 @@
-"""Requests of the page and their results: validated orders, images with captions."""
+"""Requests for images, validated, and their results."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Style = tuple[Path, float]
 
 
 @dataclass(frozen=True)
-class Order:
+class ImageRequest:
     """A request for one image.
 
     Args:
@@ -62,7 +62,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError("Say what to draw: the prompt is empty.")
+            raise ValueError("The prompt is empty. Describe an image.")
         if len(self.prompt) > MAX_CHARACTERS:
             raise ValueError(f"A prompt has at most {MAX_CHARACTERS} characters, got {len(self.prompt)}. Shorten it.")
         _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
@@ -78,7 +78,7 @@ class Order:
         known["styles"] = {path.name: scale for path, scale in self.styles if scale}
         return json.dumps(known, ensure_ascii=False)
 
-    def with_steps(self, steps: int, guidance_scale: float) -> Order:
+    def with_steps(self, steps: int, guidance_scale: float) -> ImageRequest:
         return replace(self, steps=steps, guidance_scale=guidance_scale)
 
 
@@ -92,7 +92,7 @@ def cut_prompt(text: Any) -> tuple[str, str]:
 
 
 def check_frames(frames: Any) -> None:
-    _check_number("number of pictures on the way", frames, 1, MAX_FRAMES, whole=True)
+    _check_number("number of frames", frames, 1, MAX_FRAMES, whole=True)
 
 
 def _check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:
@@ -106,7 +106,7 @@ OWN_STEPS = 8  # steps of the model itself when it replaces a missing teacher
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """A generated image, or the progress toward it while `step` is below `steps`.
 
     Attributes:
@@ -138,5 +138,5 @@ def comparison_with(teacher: bool, steps: int, guidance_scale: float) -> Compari
     """Return the comparison for the model: its teacher, or the model itself with OWN_STEPS steps."""
     if teacher:
         return Comparison("Teacher", steps, guidance_scale)
-    remark = "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."
+    remark = "On the right is the same model with more steps. Compare it with another model by --teacher MODEL."
     return Comparison("The same model", OWN_STEPS, 1.0, remark)

@@ -106,9 +106,9 @@ def round_trip_error(
 
 def _time(strength: float) -> float:
     """Return the flow time t = 1 - strength, at which that share of the flow starts."""
-    require_type("strength", strength, Real, "It is a share, in (0, 1].")
+    require_type("strength", strength, Real, "Pass a number in (0, 1].")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is the share of the flow that is run, in (0, 1], got {strength}.")
+        raise ValueError(f"strength must be in (0, 1], the share of the flow that is run, got {strength}.")
     return 1 - strength
 
 
@@ -129,7 +129,7 @@ def _solve(
     require_texts("prompts", prompts)
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(state):
-        raise ValueError(f"pass one prompt, or one per picture: got {len(prompts)} for {len(state)} pictures.")
+        raise ValueError(f"pass one prompt, or one per image: got {len(prompts)} for {len(state)} images.")
     velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
     solve, evaluations = _SOLVERS[solver]
     with pipeline.progress_bar(total=steps * evaluations) as bar:
@@ -147,31 +147,25 @@ def _data(pipeline: Any, pictures: Pictures) -> Tensor:
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, RectifiedFlowEulerScheduler) or hasattr(pipeline, "text_encoder_2"):
         raise TypeError(
-            "inversion needs a RectifiedFlowPipeline, or another of the Stable Diffusion family with a "
+            "inversion needs a RectifiedFlowPipeline, or a Stable Diffusion pipeline with a "
             f"RectifiedFlowEulerScheduler; got {type(pipeline).__name__} with {type(scheduler).__name__}."
         )
     if isinstance(pictures, Tensor):
-        channels = pipeline.unet.config.in_channels
-        if pictures.ndim != 4 or pictures.shape[1] != channels:
-            raise ValueError(f"latents must be (B, {channels}, H, W), got {tuple(pictures.shape)}.")
-        require_latents("latents", pictures)
+        require_latents("latents", pictures, pipeline.unet.config.in_channels)
         latents = pictures
     else:
-        latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else _listed(pictures))
+        latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else pictures)
     # Half precision would limit every error from below. Only the U-Net's input is cast to it.
     return latents.to(pipeline.device, torch.promote_types(latents.dtype, torch.float32))
 
 
-def _listed(pictures: Any) -> list[Image.Image]:
-    require_type("pictures", pictures, Sequence, "Give a picture of PIL, a list of them, or latents as one tensor.")
-    return list(pictures)
-
-
-def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
+def _encode(pipeline: Any, images: Sequence[Image.Image]) -> Tensor:
     """Encode images to the scaled mean of the VAE's latents."""
-    for picture in pictures:
-        require_type("each of pictures", picture, Image.Image, "Give pictures of PIL, or latents as one tensor.")
-    if not pictures or len({picture.size for picture in pictures}) > 1:
-        raise ValueError(f"pass pictures of one size, got sizes {[picture.size for picture in pictures]}.")
-    pixels = pipeline.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
+    remedy = "Pass a PIL image, a list of them, or latents as one tensor."
+    require_type("pictures", images, Sequence, remedy)
+    for image in images:
+        require_type("each of pictures", image, Image.Image, remedy)
+    if not images or len({image.size for image in images}) > 1:
+        raise ValueError(f"pass images of one size, got sizes {[image.size for image in images]}.")
+    pixels = pipeline.image_processor.preprocess([image.convert("RGB") for image in images])
     return encode_pixels(pipeline.vae, pixels)

@@ -86,9 +86,7 @@ def _check_onnx(pipeline: Any) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            'the export to ONNX needs more packages: pip install "rectified_diffusers[onnx]".'
-        ) from error
+        raise ImportError('export_onnx needs more packages: pip install "rectified_diffusers[onnx]".') from error
 
 
 def _text_encoder_graph(pipeline: Any) -> _Graph:
@@ -118,8 +116,8 @@ def _unet_graph(pipeline: Any) -> _Graph:
     def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
 
-    picture = {0: "batch", 2: "height", 3: "width"}
-    dynamic = {"sample": picture, "out_sample": picture, "encoder_hidden_states": {0: "batch"}}
+    image = {0: "batch", 2: "height", 3: "width"}
+    dynamic = {"sample": image, "out_sample": image, "encoder_hidden_states": {0: "batch"}}
     return _Graph(predict, inputs, ("out_sample",), dynamic)
 
 

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,9 +62,9 @@ def _original(name: str, layers: int, attentive: set[str]) -> str:
         resnets, layer, _, rest = match.groups()
         return f"middle_block.{2 * int(layer)}.{_in_resnet(name, rest)}" if resnets else f"middle_block.1.{rest}"
     if match := _BLOCK.fullmatch(name):
-        way, block, kind, layer, rest = match.groups()
+        side, block, kind, layer, rest = match.groups()
         first = int(block) * (layers + 1)
-        place = f"input_blocks.{first + 1 + int(layer)}" if way == "down" else f"output_blocks.{first + int(layer)}"
+        place = f"input_blocks.{first + 1 + int(layer)}" if side == "down" else f"output_blocks.{first + int(layer)}"
         if kind == "resnets":
             return f"{place}.0.{_in_resnet(name, rest)}"
         if kind == "attentions":
@@ -74,17 +72,17 @@ def _original(name: str, layers: int, attentive: set[str]) -> str:
         if kind == "downsamplers":
             return f"input_blocks.{first + 1 + layers}.0.{rest.replace('conv.', 'op.', 1)}"
         return f"output_blocks.{first + layers}.{2 if block in attentive else 1}.{rest}"
-    raise _no_place(name)
+    raise _unknown_weight(name)
 
 
 def _in_resnet(name: str, rest: str) -> str:
     part, _, kind = rest.partition(".")
     if part not in _IN_RESNET:
-        raise _no_place(name)
+        raise _unknown_weight(name)
     return f"{_IN_RESNET[part]}.{kind}"
 
 
-def _no_place(name: str) -> ValueError:
+def _unknown_weight(name: str) -> ValueError:
     return ValueError(
         f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got one with a weight {name!r}, which has no place in "
         "the original layout. Save it for diffusers instead, with export_diffusers or save_pretrained."
@@ -114,15 +112,15 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     if unet_format not in get_args(UNetFormat):
         raise ValueError(f"unet_format must be one of {', '.join(get_args(UNetFormat))}, got {unet_format!r}.")
     if path.suffix != ".safetensors":
-        raise ValueError(f"a U-Net is exported to one file, whose name ends in .safetensors; got {str(path)!r}.")
+        raise ValueError(f"path must be a file whose name ends in .safetensors, got {str(path)!r}.")
     if type(unet) is not UNet2DConditionModel:
-        raise ValueError(f"the original layout is of a UNet2DConditionModel, and this is a {type(unet).__name__}.")
+        raise ValueError(f"the original layout needs a UNet2DConditionModel, got {type(unet).__name__}.")
     refuse_lora(unet.state_dict(), "the pipeline's unet")
     if unet_format == "comfyui":
         if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
             raise ValueError(
-                "the export for ComfyUI is of a rectified flow, with a RectifiedFlowEulerScheduler; got "
-                f"{type(pipeline.scheduler).__name__}. The U-Net of a diffusion model needs no other sign: use 'ldm'."
+                "the format comfyui needs a rectified flow with a RectifiedFlowEulerScheduler, got "
+                f"{type(pipeline.scheduler).__name__}. A diffusion model keeps its sign: use 'ldm'."
             )
         if pipeline.scheduler.config["velocity_direction"] == "data":
             unet = fold_sign(unet)

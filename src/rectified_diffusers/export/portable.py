@@ -90,7 +90,7 @@ def _stock_class(pipeline_class: type[Any]) -> type[Any]:
     if adds_code or getattr(pipeline_class, "get_timesteps", None) is not getattr(stock, "get_timesteps", None):
         raise ValueError(
             f"{pipeline_class.__name__} has code of its own that {stock.__name__} of diffusers lacks, so without it "
-            "the pictures would be others. Save the same components by a class that starts from noise: "
+            "the images would differ. Save the same components by a class that starts from noise: "
             "save_portable(RectifiedFlowPipeline.from_pipe(pipeline), folder)."
         )
     return stock

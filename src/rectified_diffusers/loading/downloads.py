@@ -71,8 +71,8 @@ def verify_downloads(source: str | os.PathLike[str], cache_dir: str | Path | Non
         for file in (*links, blob):
             file.unlink()
         raise OSError(
-            f"{source}: {', '.join(sorted(names)) or 'a file'} was damaged on its way from the Hub: expected the hash "
-            f"{blob.name}, got {got}. It has been deleted from the cache; load again, and it is fetched anew."
+            f"{source}: {', '.join(sorted(names)) or 'a file'} was damaged in the download: expected the hash "
+            f"{blob.name}, got {got}. It has been deleted from the cache: load again."
         )
 
 

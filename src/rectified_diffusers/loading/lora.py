@@ -17,8 +17,8 @@ _FACTOR = re.compile(
 )
 _OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 # What diffusers, PEFT and torch raise for a LoRA whose keys and shapes do not fit the model.
-_UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
-_AGAIN = "The file is damaged or no LoRA: download it again."
+UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+_AGAIN = "The file is damaged or not a LoRA: download it again."
 _OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # text encoder; the U-Net's are attn1 and attn2
 
 
@@ -56,14 +56,14 @@ def mend_kohya(
         alphas: as `lora_state_dict` returns them: `unet.<layer>.alpha`.
     """
     downs = {f"{key.split('.lora.')[0]}.alpha": key for key in weights if key.endswith(".down.weight")}
-    levelled = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
-    if not levelled or not alphas.keys() <= levelled.keys():  # another layout: no known fix applies
+    alpha_of = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
+    if not alpha_of or not alphas.keys() <= alpha_of.keys():  # another layout: no known fix applies
         return dict(weights), dict(alphas)
-    ((commonest, _),) = Counter(levelled.values()).most_common(1)
-    ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in levelled.items() if alpha != commonest}
+    ((commonest, _),) = Counter(alpha_of.values()).most_common(1)
+    ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in alpha_of.items() if alpha != commonest}
     mended = {**weights, **{up: weights[up].float() * (alpha / commonest) for up, alpha in ups.items()}}
     renamed = {_OLD_ATTENTION.sub(r"self_attn.\1_proj.lora_linear_layer.", key): mended[key] for key in mended}
-    return renamed, dict.fromkeys(levelled, commonest)
+    return renamed, dict.fromkeys(alpha_of, commonest)
 
 
 def check_lora(
@@ -159,7 +159,7 @@ def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
         yield
         if _adapters(pipeline) == before and not hotswap:
             raise ValueError("none of its layers is in this model; it was made for another architecture")
-    except _UNFIT as error:
+    except UNFIT as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         if added := {name for _, name in _adapters(pipeline) - before}:

@@ -17,8 +17,8 @@ def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return loader options with which diffusers opens no pickle; refuse options that request one."""
     if options.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False asks for pickles, which can run code when they are opened; leave it out. "
-            "Load them with diffusers' own class, if you trust them, and save_pretrained(new_folder)."
+            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if "
+            "you trust them, load them with diffusers' own class and call save_pretrained(new_folder)."
         )
     return {**options, "use_safetensors": True}
 
@@ -31,8 +31,8 @@ def refuse_pickle(source: Any, conversion: str) -> None:
     """
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source).endswith(".safetensors"):
         raise ValueError(
-            f"{Path(source).name} is no .safetensors file, and others can run code when they are opened. Convert it "
-            f"once, if you trust it: {conversion}."
+            f"{Path(source).name} is not a .safetensors file, and others can run code when they are opened. Convert "
+            f"it once, if you trust it: {conversion}."
         )
 
 

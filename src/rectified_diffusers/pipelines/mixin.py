@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -64,7 +60,7 @@ def _check_call(given: dict[str, Any]) -> None:
     unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
     if unknown:
         known = ", ".join(name for name in given if name not in ("self", "kwargs"))
-        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Is it misspelt?")
+        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Check the spelling.")
     copies = given.get("num_images_per_prompt")
     require_number("guidance_scale", given["guidance_scale"])
     if copies is not None:
@@ -78,7 +74,7 @@ def _check_call(given: dict[str, Any]) -> None:
         rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         if len(latents) != rows * (copies or 1):
             raise ValueError(
-                f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
+                f"latents must hold one noise for each image, {rows * (copies or 1)}, got {len(latents)}. Pass as "
                 "many prompts, or num_images_per_prompt."
             )
 
@@ -186,10 +182,10 @@ class RectifiedFlowMixin(SafetensorsLoaders):
 def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
     """Make a CLIP text model return the output of `clip_skip` layers before its last one, through its final norm."""
 
-    def ask_for_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def request_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
-    def answer_from_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
+    def return_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
         layers = len(output.hidden_states) - 1  # the first is the embedding
         if not 0 <= clip_skip <= layers:
             raise ValueError(
@@ -198,8 +194,8 @@ def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
         return (model.final_layer_norm(output.hidden_states[layers - clip_skip]),)
 
     hooks = [
-        text_encoder.register_forward_pre_hook(ask_for_layers, with_kwargs=True),
-        text_encoder.register_forward_hook(answer_from_layer),
+        text_encoder.register_forward_pre_hook(request_layers, with_kwargs=True),
+        text_encoder.register_forward_hook(return_layer),
     ]
     try:
         yield
@@ -278,15 +274,15 @@ class StartFromImage(RectifiedFlowMixin):
             if left < 1:
                 raise ValueError(
                     f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}: "
-                    "the pipeline before has taken them all, and its latents are done. Take more steps in both, or "
-                    "pass strength instead, after which every step is spent."
+                    "the first pipeline has run them all. Pass more steps to both, or strength instead of "
+                    "denoising_start."
                 )
             return timesteps, left
         if not 0 < strength <= 1:
-            raise ValueError(f"strength is the share of the flow that is run again, in (0, 1], got {strength}.")
-        laid = self.scheduler.sigmas[:-1]
+            raise ValueError(f"strength must be in (0, 1], the share of the flow that is run again, got {strength}.")
+        full = self.scheduler.sigmas[:-1]
         self.scheduler.set_timesteps(num_inference_steps, device, start=1 - strength)
-        if not torch.allclose(self.scheduler.sigmas[:-1], strength * laid):  # the caller's own grid: keep its shape
-            timesteps = self.scheduler.config["num_train_timesteps"] * strength * laid
+        if not torch.allclose(self.scheduler.sigmas[:-1], strength * full):  # the caller's own grid: keep its shape
+            timesteps = self.scheduler.config["num_train_timesteps"] * strength * full
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         return self.scheduler.timesteps, num_inference_steps

@@ -37,7 +37,7 @@ def cached_prompts(pipeline: Any) -> Iterator[Forget]:
     """
     stock = pipeline.encode_prompt
     signature = inspect.signature(stock)
-    answers: OrderedDict[Any, Any] = OrderedDict()
+    results: OrderedDict[Any, Any] = OrderedDict()
     made_by: list[Any] = [None]
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -47,17 +47,17 @@ def cached_prompts(pipeline: Any) -> Iterator[Forget]:
         if key is None or torch.is_grad_enabled():
             return stock(*args, **kwargs)
         if (now := _encoders_of(pipeline)) != made_by[0]:
-            answers.clear()
+            results.clear()
             made_by[0] = now
-        if key not in answers:
-            answers[key] = stock(*args, **kwargs)
-            if len(answers) > PROMPTS:
-                answers.popitem(last=False)
-        answers.move_to_end(key)
-        return _copied(answers[key])
+        if key not in results:
+            results[key] = stock(*args, **kwargs)
+            if len(results) > PROMPTS:
+                results.popitem(last=False)
+        results.move_to_end(key)
+        return _copied(results[key])
 
     with replaced(pipeline, "encode_prompt", encode_prompt):
-        yield answers.clear
+        yield results.clear
 
 
 def _encoders_of(pipeline: Any) -> tuple[Any, ...]:
@@ -83,11 +83,11 @@ def _frozen(value: Any) -> Any:
     return None
 
 
-def _copied(answer: Any) -> Any:
+def _copied(result: Any) -> Any:
     """Copy the tensors of a result, so that no caller can modify the cache."""
-    if isinstance(answer, (list, tuple)):
-        return type(answer)(_copied(part) for part in answer)
-    return answer.clone() if isinstance(answer, Tensor) else answer
+    if isinstance(result, (list, tuple)):
+        return type(result)(_copied(part) for part in result)
+    return result.clone() if isinstance(result, Tensor) else result
 
 
 @contextmanager
@@ -141,7 +141,7 @@ _CHANGES_WEIGHTS = (
 def watched(pipeline: Any, changed: Forget) -> Iterator[None]:
     """Call `changed` after each method of the pipeline that replaces or scales weights."""
 
-    def telling(method: Any) -> Any:
+    def notifying(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
@@ -153,5 +153,5 @@ def watched(pipeline: Any, changed: Forget) -> Iterator[None]:
     with ExitStack() as stack:
         for name in _CHANGES_WEIGHTS:
             if hasattr(pipeline, name):
-                stack.enter_context(replaced(pipeline, name, telling(getattr(pipeline, name))))
+                stack.enter_context(replaced(pipeline, name, notifying(getattr(pipeline, name))))
         yield

@@ -15,7 +15,7 @@ from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
-from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, pictures_on_device, replaced
+from rectified_diffusers.speed.patching import can_keep_memory, images_on_device, kept_memory, replaced
 from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
 from rectified_diffusers.speed.projections import can_fuse, fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling
@@ -98,7 +98,7 @@ def optimize(
             entire process.
     """
     pipe = _checked(pipeline)
-    asked = {
+    requested = {
         "dtype": dtype,
         "compile": compile,
         "channels_last": channels_last,
@@ -109,7 +109,7 @@ def optimize(
         "cache_times": cache_times,
         "keep_memory": keep_memory,
     }
-    switches = _choose(pipe, lossless, asked) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
+    switches = _choose(pipe, lossless, requested) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
     result = Optimized(pipe, switches)
     try:
         _turn_on(result, compile_mode)
@@ -119,20 +119,20 @@ def optimize(
     return result
 
 
-def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
+def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[str, Any]:
     """Replace each "auto" by the setting for the pipeline's device; refuse invalid values of a switch."""
-    for name, value in asked.items():
+    for name, value in requested.items():
         if name != "dtype" and value not in (True, False, "auto"):
             raise ValueError(f"{name} must be True, False or 'auto', got {value!r}.")
     device = pipeline.unet.device
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
-    dtype = asked["dtype"]
+    dtype = requested["dtype"]
     if not (dtype in ("auto", None) or isinstance(dtype, torch.dtype)):
         raise TypeError(f"dtype must be a torch.dtype such as torch.float16, 'auto' or None, got {dtype!r}.")
     if dtype == "auto":
         dtype = None if lossless else fast_dtype(device, wide_range="text_encoder_2" in pipeline.components)
     computed_in = pipeline.unet.dtype if dtype is None else dtype
-    compiles = (on_cuda and not lossless) if asked["compile"] == "auto" else asked["compile"]
+    compiles = (on_cuda and not lossless) if requested["compile"] == "auto" else requested["compile"]
     automatic = {
         "compile": compiles,
         "channels_last": not lossless and (on_cpu or on_cuda),
@@ -142,7 +142,7 @@ def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, A
         "cache_times": on_cpu and not compiles,
         "keep_memory": on_cpu and can_keep_memory(),
     }
-    chosen = {**asked, "dtype": dtype}
+    chosen = {**requested, "dtype": dtype}
     return {name: automatic[name] if value == "auto" else value for name, value in chosen.items()}
 
 
@@ -216,7 +216,7 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
     if on["compile"]:
         stack.enter_context(compiled(pipe, mode=compile_mode))
     if getattr(pipe, "image_processor", None) is not None:
-        stack.enter_context(pictures_on_device(pipe))
+        stack.enter_context(images_on_device(pipe))
     if on["keep_memory"]:
         stack.enter_context(kept_memory())
     stack.enter_context(watched(pipe, result.forget))
