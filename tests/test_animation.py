@@ -161,7 +161,7 @@ def test_stable_diffusion_xl_has_its_pooled_embeddings_turned_too():
         ([], [], 2, "got 0 prompts and 0 seeds"),
         (["a", "b", "c"], [0, 1], 2, "got 3 prompts and 2 seeds"),
         (["a", "b"], [], 2, "got 2 prompts and 0 seeds"),
-        ("a", [0, -1], 2, r"in \[0, 2\^63\), got -1"),
+        ("a", [0, -1], 2, "a seed must be at least 0, got -1"),
         ("a", [0, 1], 0, "frames must be at least 1, got 0"),
     ],
 )
@@ -215,9 +215,9 @@ def test_an_mp4_has_every_picture(tmp_path):
 def test_save_animation_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"a .gif or an .mp4, got 'a.png'"):
         save_animation(colours(2), tmp_path / "a.png")
-    with pytest.raises(ValueError, match="pictures of one size, got sizes"):
+    with pytest.raises(ValueError, match="images of one size, got sizes"):
         save_animation([*colours(1), *colours(1, (8, 8))], tmp_path / "a.gif")
-    with pytest.raises(ValueError, match="pictures of one size"):
+    with pytest.raises(ValueError, match="images of one size"):
         save_animation([], tmp_path / "a.gif")
     for speed in (0, 51, math.nan):
         with pytest.raises(ValueError, match="frames_per_second must be in"):

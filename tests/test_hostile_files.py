@@ -131,7 +131,7 @@ def test_a_pickle_beside_safetensors_is_never_opened(folder, trap):
 
 
 def test_asking_for_pickles_is_refused(folder):
-    with pytest.raises(ValueError, match=r"use_safetensors=False asks for pickles.*leave it out"):
+    with pytest.raises(ValueError, match=r"use_safetensors=False requests pickles.*Omit it"):
         RectifiedFlowPipeline.from_pretrained(folder, use_safetensors=False)
 
 
@@ -139,7 +139,7 @@ def test_asking_for_pickles_is_refused(folder):
 def test_a_single_file_that_is_a_pickle(tmp_path, trap, suffix):
     file = trap(tmp_path / f"model{suffix}")
     with pytest.raises(
-        ValueError, match=r"no \.safetensors file.*run code.*from_single_file\(file\)\.save_pretrained"
+        ValueError, match=r"not a \.safetensors file.*run code.*from_single_file\(file\)\.save_pretrained"
     ):
         RectifiedFlowPipeline.from_single_file(str(file))
 
@@ -162,9 +162,9 @@ def test_a_lora_that_is_a_pickle(tmp_path, trap, make):
         file = trap(tmp_path / f"pytorch_lora_weights{suffix}")
         for arguments in ({"weight_name": file.name}, {}):
             source = tmp_path if arguments else file
-            with pytest.raises(ValueError, match=r"no \.safetensors file.*torch\.load\(file, weights_only=True\)"):
+            with pytest.raises(ValueError, match=r"not a \.safetensors file.*torch\.load\(file, weights_only=True\)"):
                 pipeline.load_lora_weights(str(source), **arguments)
-    with pytest.raises(ValueError, match=r"no \.safetensors file"):  # a folder that has nothing else
+    with pytest.raises(ValueError, match=r"not a \.safetensors file"):  # a folder that has nothing else
         pipeline.load_lora_weights(tmp_path)
     with pytest.raises(ValueError, match="use_safetensors=False"):
         pipeline.load_lora_weights(tmp_path, use_safetensors=False)
@@ -464,7 +464,7 @@ def test_headers_that_lie(folder, tmp_path, damage):
     content = damage(weights.read_bytes())
     weights.unlink()
     weights.write_bytes(content)
-    with pytest.raises(OSError, match=r"cannot be read: .* or copy the folder again"):
+    with pytest.raises(OSError, match=r"cannot be read: .* or copy the complete folder again"):
         RectifiedFlowPipeline.from_pretrained(folder)
     pipeline: Any = make_tiny_pipeline("flow")
     before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
@@ -520,7 +520,7 @@ def peft_lora(rank: int = 2, **changes: Any) -> dict[str, torch.Tensor]:
 A, B = f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"
 KOHYA = "lora_unet_" + LAYER.replace(".", "_")
 HOSTILE_LORAS = {
-    "nothing": ({}, "without weights"),
+    "nothing": ({}, "got no weights"),
     "NaN": ({**peft_lora(), A: torch.full((2, 16), torch.nan)}, "holds NaN or infinity in .*lora_A"),
     "infinity": ({**peft_lora(), B: torch.full((16, 2), torch.inf)}, "holds NaN or infinity in .*lora_B"),
     "integers": ({**peft_lora(), A: torch.ones(2, 16, dtype=torch.int64)}, "holds torch.int64"),

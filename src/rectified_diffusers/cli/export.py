@@ -29,6 +29,7 @@ class ExportOptions(DeviceOptions):
         "stock flow scheduler, the velocity's sign folded into the U-Net. comfyui: the U-Net in one file of the "
         "original layout, the sign folded, for ComfyUI. ldm: the same with the original sign.",
         flags=["format"],
+        metavar=None,
     )
     model: str = option(MISSING, "Pipeline folder or Hub id.")
     output: Path = option(MISSING, "Folder to write; a .safetensors file for comfyui and ldm.", flags=OUTPUT)

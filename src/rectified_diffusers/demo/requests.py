@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,15 +44,7 @@ Style = tuple[Path, float]
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """A request for one image.
-
-    Args:
-        prompt: not empty, at most MAX_CHARACTERS.
-        seed: seed of the noise, in [0, MAX_SEED].
-        steps: Euler steps, in [1, MAX_STEPS].
-        guidance_scale: 1 means no guidance.
-        styles: files to apply, each with its scale.
-    """
+    """A request for one image; the values are checked, because they come from a browser."""
 
     prompt: str
     seed: int = 0
@@ -73,13 +65,8 @@ class ImageRequest:
 
     def describe(self) -> str:
         """Return the settings of the image as JSON, which is stored in the PNG file."""
-        known: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
-        known["guidance_scale"] = self.guidance_scale
-        known["styles"] = {path.name: scale for path, scale in self.styles if scale}
-        return json.dumps(known, ensure_ascii=False)
-
-    def with_steps(self, steps: int, guidance_scale: float) -> ImageRequest:
-        return replace(self, steps=steps, guidance_scale=guidance_scale)
+        styles = {path.name: scale for path, scale in self.styles if scale}
+        return json.dumps({**vars(self), "styles": styles}, ensure_ascii=False)
 
 
 def cut_prompt(text: Any) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,8 +94,7 @@ class Studio:
 
     def compare(self, request: ImageRequest) -> Iterator[Generation]:
         """Generate the same prompt from the same noise with the teacher. Yields the progress, then the result."""
-        beside = self.comparison
-        request = request.with_steps(beside.steps, beside.guidance_scale)
+        request = replace(request, steps=self.comparison.steps, guidance_scale=self.comparison.guidance_scale)
 
         def work(emit: Callable[[Generation], None]) -> None:
             with self._locked(request) if self._teacher is self._pipeline else self._lock:

@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 class LoadingStudio:
     """Stand-in for a `Studio` that is loading. It has what the page shows; any other access waits for the studio.
 
-    Args:
-        name: name of the model.
-        comparison: the comparison shown next to it.
-        studio: the future studio. If it fails, every waiting caller gets its error.
-        can_sketch: whether it has a ControlNet.
+    If loading fails, every waiting caller gets the error.
     """
 
     def __init__(self, name: str, comparison: Comparison, studio: Future[Studio], *, can_sketch: bool) -> None:

@@ -3,8 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.checks import require_count, require_number, require_pipeline, require_texts, require_type
+from rectified_diffusers.checks import require_count, require_finite, require_number, require_pipeline, require_texts
 from rectified_diffusers.models.latents import latent_shape
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
@@ -32,14 +31,10 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
         dim: the dimensions that make up one vector.
     """
     for name, x in (("start", start), ("end", end)):
-        require_type(name, x, Tensor, "Make one with torch.as_tensor.")
-        if not x.is_floating_point() or not bool(x.isfinite().all()):
-            raise ValueError(f"{name} must be finite and in floating point, got {x.dtype} with other values.")
-    require_type("weight", weight, Real, "Pass a number in [0, 1].")
+        require_finite(name, x)
+    require_number("weight", weight, 0, 1)
     if start.shape != end.shape:
         raise ValueError(f"slerp needs tensors of one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight must be in [0, 1], got {weight}.")
     if weight in (0, 1):
         return end if weight else start
     wide = torch.promote_types(start.dtype, torch.float32)
@@ -75,9 +70,9 @@ def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
             f"got {len(texts)} prompts and {len(numbers)} seeds."
         )
     for seed in numbers:
-        require_type("a seed", seed, SupportsIndex, "Pass whole numbers.")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"a seed must be in [0, 2^63), got {seed}.")
+        require_count("a seed", seed, at_least=0)
+        if seed >= 2**63:
+            raise ValueError(f"a seed must be below 2^63, got {seed}.")
     texts, numbers = (texts * (count // len(texts)), numbers * (count // len(numbers)))
     return list(zip(texts, numbers, strict=True))
 

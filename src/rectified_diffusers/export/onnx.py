@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rectified_diffusers.checks import require_pipeline
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
 
@@ -73,13 +74,9 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
 
 def _check_onnx(pipeline: Any) -> None:
     """Check that the pipeline has exactly the three components and that the required packages are installed."""
-    names = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
-    missing = [name for name in names if getattr(pipeline, name, None) is None]
-    if missing or hasattr(pipeline, "text_encoder_2"):
-        raise ValueError(
-            f"export_onnx needs a pipeline of the Stable Diffusion family with one text encoder, a U-Net and a VAE; "
-            f"got {type(pipeline).__name__}" + (f" without {', '.join(missing)}." if missing else ".")
-        )
+    require_pipeline("export_onnx", pipeline, "text_encoder", "unet", "vae", "tokenizer", "scheduler")
+    if hasattr(pipeline, "text_encoder_2"):
+        raise ValueError(f"export_onnx needs a pipeline with one text encoder, got {type(pipeline).__name__}.")
     refuse_any_lora(pipeline)
     if pipeline.unet.dtype == torch.bfloat16:
         raise ValueError("onnxruntime cannot convolve bfloat16; load the pipeline in float32 or float16.")

@@ -30,11 +30,9 @@ _active: ContextVar[bool] = ContextVar("complete_components", default=False)
 
 @contextmanager
 def complete_components() -> Iterator[None]:
-    """Raise an error for every incomplete model that `from_pretrained` loads inside this context, in this thread.
+    """Raise a ValueError for every incomplete model that `from_pretrained` loads inside this context, in this thread.
 
-    Raises:
-        ValueError: weights of a model are missing or unexpected, or its folder contains an adapter's config, which
-            would make transformers load another model in its place.
+    It also refuses a folder with an adapter's config, for which transformers would load another model.
     """
     _install()
     token = _active.set(True)

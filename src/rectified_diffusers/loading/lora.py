@@ -22,11 +22,11 @@ _AGAIN = "The file is damaged or not a LoRA: download it again."
 _OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # text encoder; the U-Net's are attn1 and attn2
 
 
-def cannot_be_saved(model: nn.Module) -> bool:
-    """Return whether a LoRA in a model, active or not, makes `save_pretrained` write files that cannot be loaded.
+def has_lora(model: nn.Module) -> bool:
+    """Return whether a LoRA is attached to a model, active or not.
 
-    The layers of a LoRA rename the weights, so the loader reports the old names as missing. transformers instead saves
-    the LoRA with a path to its base model, outside the folder, which we do not follow.
+    `save_pretrained` of such a model writes files that cannot be loaded: the layers of a LoRA rename the weights, and
+    transformers saves the LoRA with a path to its base model.
     """
     return any(name.endswith(".base_layer") for name, _ in model.named_modules())
 
@@ -73,14 +73,10 @@ def check_lora(
 
     Args:
         weights: by name, in any layout; a pair of factors is recognized by the names that the layouts share.
-        alphas: of layers, if the file stores them separately.
         metadata: settings of PEFT, if the file has them: `unet.r` and so on.
-
-    Raises:
-        ValueError: with the name of what is wrong.
     """
     if not weights:
-        raise ValueError("A LoRA without weights: expected pairs of lora_down and lora_up, or lora_A and lora_B.")
+        raise ValueError("A LoRA must hold pairs of lora_down and lora_up, or lora_A and lora_B, got no weights.")
     for name, tensor in weights.items():
         check_factor(name, tensor)
         found = _FACTOR.fullmatch(name)
@@ -91,7 +87,7 @@ def check_lora(
             raise ValueError(f"{name!r} has no partner {other!r}: a LoRA has two factors per layer. {_AGAIN}")
         if found["side"] in ("A", "down") and tensor.shape[0] != weights[other].shape[1:2].numel():
             raise ValueError(
-                f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} are of "
+                f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} have "
                 f"different ranks. {_AGAIN}"
             )
     numbers = {**(alphas or {}), **dict(_numbers(metadata or {}))}
@@ -149,11 +145,7 @@ def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> 
 
 @contextmanager
 def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
-    """Restore the pipeline if the LoRA loaded inside does not fit it, and refuse a LoRA that applies to no component.
-
-    Raises:
-        ValueError: instead of whatever diffusers and PEFT raise for weights that do not fit.
-    """
+    """Restore the pipeline and raise a ValueError if the LoRA loaded inside does not fit it or applies to nothing."""
     before = _adapters(pipeline)
     try:
         yield
@@ -181,11 +173,8 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             ranks = key == "rank_pattern" or key.endswith(".rank_pattern")
-            inner = (
-                {f"{layer}.r": rank for layer, rank in inner.items()}
-                if ranks and isinstance(inner, Mapping)
-                else inner
-            )
+            if ranks and isinstance(inner, Mapping):
+                inner = {f"{layer}.r": rank for layer, rank in inner.items()}
             yield from _numbers(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, value

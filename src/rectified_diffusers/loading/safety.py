@@ -43,16 +43,13 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
 
 
 def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
-    """Refuse a local folder whose model index names classes of libraries that diffusers would import for it.
+    """Refuse a local folder whose model index names a library that diffusers would import for it.
 
     diffusers before 0.40 imports whatever an index names. Allowed are the libraries known to diffusers, the modules of
     its pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own check does the same.
 
     Args:
-        replaced: classes that are never loaded from where the index says, because others replace them.
-
-    Raises:
-        ValueError: a component is from another library.
+        replaced: classes that are not loaded from the named library, because others replace them.
     """
     index = Path(source, "model_index.json")
     if not index.is_file() or not is_json_object(index):  # a damaged index is explained where loading fails
@@ -65,8 +62,8 @@ def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] 
         if known or entry[-1] in replaced:
             continue
         raise ValueError(
-            f"{index}: {name} is of {library!r}, which is neither diffusers nor transformers nor imported here, so "
-            "loading it would run code. If you trust it, import it first, or pass trust_remote_code=True."
+            f"{index}: {name} is from {library!r}, expected diffusers, transformers or an imported library, because "
+            "loading it runs code. If you trust it, import it first, or pass trust_remote_code=True."
         )
 
 

@@ -4,10 +4,10 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from rectified_diffusers.checks import require_count, require_finite, require_latents, require_number, require_texts
 from rectified_diffusers.loading.errors import dtype_option, remedies
-from rectified_diffusers.loading.lora import cannot_be_saved
+from rectified_diffusers.loading.lora import has_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import make_readable
@@ -25,16 +25,16 @@ from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 logger = logging.getLogger(__name__)
 
 _PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "safe_serialization", "variant")
-P = ParamSpec("P")
-R = TypeVar("R")
+Pipeline = TypeVar("Pipeline")
 
 
-def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
-    """Return a pipeline's `__call__` with one step and no guidance as defaults; the rest is diffusers' own.
+def one_step_by_default(pipeline_class: type[Pipeline]) -> type[Pipeline]:
+    """Give the inherited `__call__` of a pipeline class one step and no guidance as defaults, and check arguments.
 
     Stable Diffusion's defaults, 50 steps and guidance 7.5, waste time on a rectified flow and oversaturate colors. The
     explicit signature is kept, with the new defaults, because diffusers and its tests inspect it.
     """
+    call: Any = pipeline_class.__call__
     signature = inspect.signature(call)
     defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
     parameters = [
@@ -44,14 +44,15 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     signature = signature.replace(parameters=parameters)
 
     @functools.wraps(call)
-    def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
+    def call_with_defaults(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs)
         arguments.apply_defaults()
         _check_call(arguments.arguments)
         return call(*arguments.args, **arguments.kwargs)
 
     call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-    return call_with_defaults
+    setattr(pipeline_class, "__call__", call_with_defaults)  # noqa: B010 (a type checker knows no such method)
+    return pipeline_class
 
 
 def _check_call(given: dict[str, Any]) -> None:
@@ -82,14 +83,9 @@ def _check_call(given: dict[str, Any]) -> None:
 class RectifiedFlowMixin(SafetensorsLoaders):
     """Make a diffusers pipeline sample a rectified flow, whatever scheduler its checkpoint was saved with.
 
-    A scheduler reaches a pipeline in three ways. Each is handled where it can be distinguished from the others:
-
-    - *stored*: the published InstaFlow checkpoints name PNDMScheduler, which samples a velocity as if it were noise.
-      The loader calls `extract_init_dict` for the components of a checkpoint. There it is replaced with ours, with a
-      message at info level.
-    - *carried over* by `from_pipe` from another pipeline: replaced with ours as well.
-    - *passed* to the constructor or a loader, or assigned: only the caller can have chosen it, so anything that is not
-      ours is an error. `None` selects the default.
+    A diffusion scheduler that is stored in a checkpoint (the published InstaFlow checkpoints name PNDMScheduler) or
+    comes from another pipeline through `from_pipe` is replaced with ours, with a message at info level. A scheduler
+    that the caller passes or assigns must be ours; `None` selects the default.
     """
 
     @classmethod
@@ -157,18 +153,13 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached.
-
-        Raises:
-            ValueError: a LoRA is attached to a model, which could not be loaded again.
-        """
+        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached."""
         for name, model in self.components.items():
-            if isinstance(model, nn.Module) and cannot_be_saved(model):
+            if isinstance(model, nn.Module) and has_lora(model):
                 raise ValueError(
-                    f"A LoRA is attached to the {name}, expected plain weights: saved like this, they could not be "
-                    f"loaded. To keep the LoRA in the weights, fuse_lora(components=[{name!r}]) and then "
-                    "unload_lora_weights(); to save without it, unload_lora_weights(). save_lora_weights() saves a "
-                    "LoRA by itself."
+                    f"A LoRA is attached to the {name}, expected plain weights: the saved model could not be loaded. "
+                    f"Call fuse_lora(components=[{name!r}]) to keep the LoRA in the weights, then "
+                    "unload_lora_weights(); save_lora_weights() saves a LoRA by itself."
                 )
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -263,10 +254,8 @@ class StartFromImage(RectifiedFlowMixin):
         Args:
             num_inference_steps: N, spent between 1 - strength and 1; with `denoising_start`, between 0 and 1.
             strength: share of the flow that is run again, in (0, 1].
-            device: of the timesteps.
-            denoising_start: Stable Diffusion XL's argument, instead of `strength`: continue from latents that another
-                pipeline brought to this t with `denoising_end`. Both pipelines then share one grid of N steps, which
-                diffusers splits.
+            denoising_start: Stable Diffusion XL's argument, instead of `strength`: continue another pipeline's
+                latents, which end at this t by its `denoising_end`, on the same grid of N steps.
         """
         if denoising_start is not None:
             stock: Any = super()

@@ -91,8 +91,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Keep only those entries of another scheduler's config that have the same meaning here.
 
-        diffusers users swap schedulers with `from_config(pipeline.scheduler.config)`. A diffusion scheduler's betas
-        and its prediction type must not be taken over, neither as arguments nor as unused keys of our config.
+        `from_config(pipeline.scheduler.config)` must not take over a diffusion scheduler's betas and prediction type.
         """
         if "velocity_direction" not in config_dict:
             # DPM-Solver++, UniPC and others become flow schedulers by a setting, which `export_diffusers` uses.
@@ -132,7 +131,6 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         """Set the grid of the next run: N equal steps from `start` to 1, or a grid from the caller.
 
         Args:
-            num_inference_steps: N, at least 1.
             device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
             timesteps: the grid as timesteps, descending, without the final 0.
             sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.

@@ -13,6 +13,7 @@ from diffusers import (
 from rectified_diffusers.pipelines.mixin import OneTextEncoder, StartFromImage, one_step_by_default
 
 
+@one_step_by_default
 class RectifiedFlowPipeline(OneTextEncoder, StableDiffusionPipeline):
     """Text to image with a rectified flow such as InstaFlow (arXiv:2309.06380): StableDiffusionPipeline, in one step.
 
@@ -20,21 +21,18 @@ class RectifiedFlowPipeline(OneTextEncoder, StableDiffusionPipeline):
     few steps. The distilled one-step model runs without guidance, which is the default here.
     """
 
-    __call__ = one_step_by_default(StableDiffusionPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowImg2ImgPipeline(StartFromImage, OneTextEncoder, StableDiffusionImg2ImgPipeline):
     """Image to image with a rectified flow: StableDiffusionImg2ImgPipeline, at any strength in one step."""
 
-    __call__ = one_step_by_default(StableDiffusionImg2ImgPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowInpaintPipeline(StartFromImage, OneTextEncoder, StableDiffusionInpaintPipeline):
     """Inpainting with a rectified flow: StableDiffusionInpaintPipeline, at any strength in one step."""
 
-    __call__ = one_step_by_default(StableDiffusionInpaintPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowControlNetPipeline(OneTextEncoder, StableDiffusionControlNetPipeline):
     """Text and conditioning images to image with a rectified flow: StableDiffusionControlNetPipeline, in one step.
 
@@ -43,22 +41,17 @@ class RectifiedFlowControlNetPipeline(OneTextEncoder, StableDiffusionControlNetP
     from 0 to 1.
     """
 
-    __call__ = one_step_by_default(StableDiffusionControlNetPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowControlNetImg2ImgPipeline(StartFromImage, OneTextEncoder, StableDiffusionControlNetImg2ImgPipeline):
     """Image to image with a ControlNet: StableDiffusionControlNetImg2ImgPipeline, at any strength in one step."""
 
-    __call__ = one_step_by_default(StableDiffusionControlNetImg2ImgPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowControlNetInpaintPipeline(StartFromImage, OneTextEncoder, StableDiffusionControlNetInpaintPipeline):
     """Inpainting with a ControlNet: StableDiffusionControlNetInpaintPipeline, at any strength in one step."""
 
-    __call__ = one_step_by_default(StableDiffusionControlNetInpaintPipeline.__call__)
 
-
+@one_step_by_default
 class RectifiedFlowAdapterPipeline(OneTextEncoder, StableDiffusionAdapterPipeline):
     """Text to image with T2I-Adapters: StableDiffusionAdapterPipeline, in one step."""
-
-    __call__ = one_step_by_default(StableDiffusionAdapterPipeline.__call__)

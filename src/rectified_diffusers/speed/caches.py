@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rectified_diffusers.speed.patching import replaced
 
@@ -54,7 +55,7 @@ def cached_prompts(pipeline: Any) -> Iterator[Forget]:
             if len(results) > PROMPTS:
                 results.popitem(last=False)
         results.move_to_end(key)
-        return _copied(results[key])
+        return tree_map_only(Tensor, torch.clone, results[key])  # so that no caller can modify the cache
 
     with replaced(pipeline, "encode_prompt", encode_prompt):
         yield results.clear
@@ -81,13 +82,6 @@ def _frozen(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype)):
         return type(value).__name__, value
     return None
-
-
-def _copied(result: Any) -> Any:
-    """Copy the tensors of a result, so that no caller can modify the cache."""
-    if isinstance(result, (list, tuple)):
-        return type(result)(_copied(part) for part in result)
-    return result.clone() if isinstance(result, Tensor) else result
 
 
 @contextmanager

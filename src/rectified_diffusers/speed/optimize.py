@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 from typing_extensions import Self
 
+from rectified_diffusers.checks import require_pipeline
 from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
@@ -26,12 +27,7 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
-
-    Args:
-        pipeline: that was optimized, in place.
-        switches: the value of each switch.
-    """
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit."""
 
     pipeline: Any
     switches: dict[str, Any]
@@ -44,11 +40,7 @@ class Optimized:
             each()
 
     def restore(self) -> None:
-        """Restore the pipeline, bit for bit; a second call does nothing.
-
-        The original weights come back: anything fused into them since (`fuse_lora`, a weight delta) is lost where
-        `dtype` or `channels_last` had replaced them.
-        """
+        """Restore the pipeline bit for bit; what was fused into weights that `optimize` replaced is lost."""
         self._undo.close()
 
     def __enter__(self) -> Self:
@@ -147,22 +139,14 @@ def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[st
 
 
 def _checked(pipeline: Any) -> Any:
-    components = getattr(pipeline, "components", {})
-    missing = [name for name in ("unet", "vae") if not isinstance(components.get(name), nn.Module)]
-    if missing:
-        raise TypeError(
-            f"optimize needs a pipeline with a unet and a vae, got {type(pipeline).__name__} without "
-            f"{' and '.join(missing)}. Compile a transformer with torch.compile(pipeline.transformer)."
-        )
+    require_pipeline("optimize", pipeline, "unet", "vae")
     if _MARK in vars(pipeline):
-        raise ValueError("This pipeline is optimized already: call restore() on that result before another optimize.")
-    offloaded = [
-        name for name, each in components.items() if isinstance(each, nn.Module) and hasattr(each, "_hf_hook")
-    ]
-    if offloaded:
+        raise ValueError("This pipeline is already optimized: call restore() on that result first.")
+    models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    if offloaded := [name for name, model in models.items() if hasattr(model, "_hf_hook")]:
         raise ValueError(
             f"CPU offload moves the weights of {', '.join(offloaded)} on every call. Call remove_all_hooks() on the "
-            "pipeline and move it to one device, then optimize."
+            "pipeline, move it to one device, then optimize."
         )
     return pipeline
 
@@ -183,7 +167,7 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
     if found != expected:
         raise ValueError(
             f"The decoder reads latents of {found[0]} channels at 1/{found[1]} of the size, expected {expected[0]} at "
-            f"1/{expected[1]} as the pipeline's VAE makes them. Take the AutoencoderTiny of this family of models."
+            f"1/{expected[1]}. Use the AutoencoderTiny of this family of models."
         )
     return tiny.to(vae.device, vae.dtype).eval()
 
