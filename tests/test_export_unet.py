@@ -185,7 +185,7 @@ def test_it_refuses(tmp_path):
     file = tmp_path / "unet.safetensors"
     with pytest.raises(ValueError, match="one of comfyui, ldm, got 'a1111'"):
         export_unet(pipeline, file, "a1111")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"ends in \.safetensors; got .*unet\.ckpt"):
+    with pytest.raises(ValueError, match=r"ends in \.safetensors, got .*unet\.ckpt"):
         export_unet(pipeline, tmp_path / "unet.ckpt")
     with pytest.raises(ValueError, match="got DDIMScheduler"):
         export_unet(make_tiny_pipeline("diffusion"), file)

@@ -404,7 +404,7 @@ def test_code_in_a_folder_leaves_no_trace(folder, tmp_path, plant, capsys, monke
     message = capsys.readouterr().err
     if "adapter" in plant.__name__:
         assert code == 2
-        assert "text_encoder holds an adapter_config.json" in message
+        assert "text_encoder contains an adapter_config.json" in message
         assert message.count("\n") == 1
     elif "maps" not in plant.__name__:
         assert code == 2, message

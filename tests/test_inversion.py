@@ -173,7 +173,7 @@ def test_invert_refuses(pipeline, arguments, message):
 
 @pytest.mark.parametrize("call", [edit, round_trip_error])
 def test_strength_is_checked_before_the_work(call):
-    with pytest.raises(ValueError, match="strength must be in"):
+    with pytest.raises(ValueError, match="strength, the share of the flow that is run, must be in"):
         call(None, latents(), *["a fox"] * (2 if call is edit else 1), strength=2)
 
 

@@ -88,7 +88,7 @@ def load_by_command(model: str, cache: str) -> object:
     ids=["shorter", "empty", "grown"],
 )
 def test_a_wrong_length(hub, client, cache, expected, damage):
-    words = r"Consistency check failed|damaged on its way|could not be fetched"
+    words = r"Consistency check failed|damaged in the download|could not be fetched"
     error = fails_then_ends_well(hub, client, cache, expected, {UNET: Fault(damage=damage)}, words)
     assert "diffusion_pytorch_model.safetensors" in str(error)
 

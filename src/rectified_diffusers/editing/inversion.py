@@ -108,7 +108,7 @@ def _time(strength: float) -> float:
     """Return the flow time t = 1 - strength, at which that share of the flow starts."""
     require_type("strength", strength, Real, "Pass a number in (0, 1].")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength must be in (0, 1], the share of the flow that is run, got {strength}.")
+        raise ValueError(f"strength, the share of the flow that is run, must be in (0, 1], got {strength}.")
     return 1 - strength
 
 

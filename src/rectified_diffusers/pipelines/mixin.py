@@ -268,7 +268,7 @@ class StartFromImage(RectifiedFlowMixin):
                 )
             return timesteps, left
         if not 0 < strength <= 1:
-            raise ValueError(f"strength must be in (0, 1], the share of the flow that is run again, got {strength}.")
+            raise ValueError(f"strength, the share of the flow that is run again, must be in (0, 1], got {strength}.")
         full = self.scheduler.sigmas[:-1]
         self.scheduler.set_timesteps(num_inference_steps, device, start=1 - strength)
         if not torch.allclose(self.scheduler.sigmas[:-1], strength * full):  # the caller's own grid: keep its shape

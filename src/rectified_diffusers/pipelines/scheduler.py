@@ -146,7 +146,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             if not isinstance(start, Real):
                 raise TypeError(f"start must be a number in [0, 1), got {start!r}. Pass a float.")
             if not 0 <= start < 1:
-                raise ValueError(f"start must be in [0, 1), the flow time of the first step, got {start}.")
+                raise ValueError(f"start, the flow time of the first step, must be in [0, 1), got {start}.")
             grid = _uniform_sigmas(num_inference_steps)
         else:
             if start != 0:
