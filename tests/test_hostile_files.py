@@ -174,16 +174,16 @@ def test_words_and_ip_adapters_that_are_pickles(tmp_path, trap):
     pipeline: Any = make_tiny_pipeline("flow")
     file = trap(tmp_path / "learned_embeds.bin")
     for source in (tmp_path, file, [file]):
-        with pytest.raises(ValueError, match=r"learned_embeds.bin is no \.safetensors.*'word.safetensors'"):
+        with pytest.raises(ValueError, match=r"learned_embeds.bin is not a \.safetensors.*'word.safetensors'"):
             pipeline.load_textual_inversion(source, token="<word>")
-    with pytest.raises(ValueError, match=r"other.pt is no \.safetensors"):
+    with pytest.raises(ValueError, match=r"other.pt is not a \.safetensors"):
         pipeline.load_textual_inversion(tmp_path, weight_name="other.pt")
-    with pytest.raises(ValueError, match=r"adapter.bin is no \.safetensors.*h94/IP-Adapter"):
+    with pytest.raises(ValueError, match=r"adapter.bin is not a \.safetensors.*h94/IP-Adapter"):
         pipeline.load_ip_adapter(tmp_path, "models", ["adapter.bin"])
     with pytest.raises(ValueError, match="Required keys are"):  # of diffusers: tensors have no file to judge
         pipeline.load_ip_adapter({}, subfolder="", weight_name="")
     trap(tmp_path / "models/image_encoder/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is no \.safetensors.*CLIPVisionModel"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is not a \.safetensors.*CLIPVisionModel"):
         pipeline.load_ip_adapter(tmp_path, "models", "adapter.safetensors")
 
 
@@ -480,7 +480,7 @@ def test_headers_that_lie(folder, tmp_path, damage):
     ):
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        Styles(pipeline).wear([(tmp_path / "lora.safetensors", 1.0)])
+        Styles(pipeline).apply([(tmp_path / "lora.safetensors", 1.0)])
     after = pipeline.unet.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -599,7 +599,7 @@ def test_a_hostile_lora_is_refused_and_changes_nothing(tmp_path, worn, weights, 
     assert {name for names in pipeline.get_list_adapters().values() for name in names} == {"mine"}
     assert torch.equal(sample(pipeline), before)
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
-        styles.wear([(file, 1.0)])
+        styles.apply([(file, 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["NaN", "infinity", "integers", "a huge rank", "a vector", "foreign alone"])
@@ -607,7 +607,7 @@ def test_the_demo_looks_itself_at_a_lora_for_a_stock_pipeline(tmp_path, kind):
     weights, _ = HOSTILE_LORAS[kind]
     save_file(weights, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
-        Styles(make_tiny_pipeline("diffusion")).wear([(tmp_path / "lora.safetensors", 1.0)])
+        Styles(make_tiny_pipeline("diffusion")).apply([(tmp_path / "lora.safetensors", 1.0)])
 
 
 def test_after_a_hostile_lora_the_pipeline_can_be_saved(tmp_path):
