@@ -304,7 +304,7 @@ def test_triplets_refuses(teacher, prompts, tmp_path, refused):
     latin.write_bytes("Käse".encode("latin-1"))
     assert "There is no prompt file" in line(prompts=str(tmp_path / "missing.txt"))
     assert "holds no prompt;" in line(prompts=str(empty))
-    assert "is not UTF-8" in line(prompts=str(latin))
+    assert "not UTF-8" in line(prompts=str(latin))
     assert "no folder 'missing'" in line(teacher="missing")
     assert "is a file" in line(**{"output-dir": prompts})
     assert "num_triplets must be" in line(**{"num-triplets": "0"})
