@@ -1,0 +1,149 @@
+"""Find out how a stock call guides: by an input of the network, by two passes, or in a way that cannot be repeated."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rectified_diffusers.models.calibration import PROMPTS, STEPS, Calibration, first
+from rectified_diffusers.models.conditioning import equal, map_leaves, split_rows
+from rectified_diffusers.models.stock_call import NetworkCall, StockCall, Stop, Trace, UnsupportedPipelineError, stop
+
+_SCALE = 3.0
+_LINEAR = 1e-4
+
+
+@dataclass(frozen=True)
+class TwoPasses:
+    """Guidance by a conditional and an unconditional evaluation of the network.
+
+    Attributes:
+        argument: of the stock call, or the name of a guider component.
+        options: arguments of the stock call that turn it on.
+        batched: both evaluations are one batch of two rows.
+        cond_first: the conditional one comes first.
+        error: relative difference of u + w (c - u) to what the scheduler receives.
+        offset: w - scale: 0, or 1 where scale 0 is no guidance; None if the scale is a guider's own.
+    """
+
+    argument: str
+    options: dict[str, Any]
+    batched: bool
+    cond_first: bool
+    error: float
+    offset: float | None
+
+    @property
+    def linear(self) -> bool:
+        """Whether two evaluations of our own repeat it."""
+        return self.error <= _LINEAR and self.offset in (0, 1, None)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a stock call guides.
+
+    Attributes:
+        inputs: arguments of the stock call that reach the network as a number.
+        two_passes: None if there is none.
+        unknown: says why an argument for guidance was not understood, by argument.
+    """
+
+    inputs: tuple[str, ...] = ()
+    two_passes: TwoPasses | None = None
+    unknown: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        if self.two_passes is None:
+            unknown = next(iter(self.unknown.values()), None)
+            return "input" if self.inputs else "none" if unknown is None else f"not linear ({unknown})"
+        passes = self.two_passes
+        text = f"{'batched' if passes.batched else 'sequential'}, {'cond' if passes.cond_first else 'uncond'} first"
+        return ("input; " if self.inputs else "") + (f"linear, {text}" if passes.linear else f"not linear, {text}")
+
+
+def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
+    """Classify the guidance of a stock call from a few guided steps."""
+    off, unknown = calibration.off, {}
+    inputs = tuple(name for name in call.scales if name not in off and _reaches_network(call, off, name))
+    for name in (*(name for name in call.scales if name not in inputs), *_guiders(call)):
+        is_guider = name not in call.scales
+        scaled = {} if is_guider else {name: _SCALE}
+        # Without a negative prompt the unconditional is the pipeline's own; some guide only if there is one.
+        for negative in ({}, {call.negative: ""} if call.negative else {}):
+            options = {**off, **scaled, **negative}
+            trace = call.run(PROMPTS[:1], STEPS, options, guided=is_guider)
+            calls = [one for one in trace.calls_of(0) if one.component == calibration.component]
+            answers = [row for one in calls for row in _rows_of(one, calibration)]
+            if len(answers) == 2:
+                two_passes = _fit(answers, trace, calibration, name, options, batched=len(calls) == 1)
+                if two_passes is None:
+                    unknown[name] = "no pass is the one without guidance"
+                    break
+                return Guidance(inputs, two_passes, unknown)
+            if len(answers) > 2:
+                unknown[name] = f"{len(answers)} passes"
+    return Guidance(inputs, None, unknown)
+
+
+def _guiders(call: StockCall) -> list[str]:
+    components = call.pipeline.components
+    return [name for name, part in components.items() if hasattr(part, "num_conditions") and hasattr(part, "disable")]
+
+
+def _reaches_network(call: StockCall, off: dict[str, Any], name: str) -> bool:
+    """Return whether an argument of the stock call changes an argument of the network."""
+    traces = [call.run(PROMPTS[:1], STEPS, {**off, name: scale}, on_network=stop) for scale in (2.0, 3.0)]
+    one, two = (trace.calls[-1].arguments if trace.calls else {} for trace in traces)
+    return not equal(one, two)
+
+
+def _rows_of(call: NetworkCall, calibration: Calibration) -> list[Tensor]:
+    answer = calibration.answer.read(first(call.answer), calibration.latent_shape)
+    return list(answer)
+
+
+def _fit(
+    answers: list[Tensor], trace: Trace, calibration: Calibration, name: str, options: dict[str, Any], *, batched: bool
+) -> TwoPasses | None:
+    """Fit w in target = u + w (c - u); c is the answer that equals the one without guidance. None if there is none."""
+    unguided = calibration.trace.steps[0].answer[0].float()
+    distances = [float((answer - unguided).norm() / unguided.norm()) for answer in answers]
+    rounding = 64 * torch.finfo(trace.steps[0].answer.dtype).eps
+    if min(distances) > max(_LINEAR, rounding):
+        return None
+    cond_first = distances[0] <= distances[1]
+    cond, uncond = answers if cond_first else reversed(answers)
+    target, apart = trace.steps[0].answer[0].float(), (cond - uncond).flatten()
+    weight = float((target - uncond).flatten() @ apart / (apart @ apart)) if bool(apart.any()) else 0.0
+    error = float((torch.lerp(uncond, cond, weight) - target).abs().max() / target.abs().max())
+    offset = None if name not in options else weight - options[name]
+    if offset is not None and abs(offset - round(offset)) < 0.05:  # the weight of a small difference is imprecise
+        offset = float(round(offset))
+    return TwoPasses(name, options, batched, cond_first, error, offset)
+
+
+def unconditional(call: StockCall, calibration: Calibration, two_passes: TwoPasses, axes: Any) -> dict[str, Any]:
+    """Return the conditioning that the pipeline guides away from; the network is not evaluated."""
+    wanted = 0 if two_passes.batched or not two_passes.cond_first else 1
+    seen = 0
+
+    def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal seen
+        if component != calibration.component:
+            return network(*args, **kwargs)
+        if seen == wanted:
+            raise Stop
+        seen += 1
+        return map_leaves(calibration.answer.blank, lambda leaf: leaf)
+
+    guided = two_passes.argument not in call.scales
+    trace = call.run(PROMPTS[:1], STEPS, two_passes.options, on_network=answer, guided=guided)
+    conditioning = calibration.conditioning_of(trace.calls[-1])
+    if not two_passes.batched:
+        return conditioning
+    if axes is None:
+        raise UnsupportedPipelineError("its unconditional cannot be separated from the batch of two that it makes")
+    return split_rows(conditioning, axes, 2)[1 if two_passes.cond_first else 0]
