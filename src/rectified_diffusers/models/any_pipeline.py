@@ -11,17 +11,17 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
-from rectified_diffusers.models.calibration import PROMPTS, calibrate, first
+from rectified_diffusers.models.calibration import PROMPTS, STEPS, calibrate, first
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.stock_call import (
     StockCall,
     Trace,
-    UnsupportedPipelineError,
     evaluate,
     first_sample,
     stop,
@@ -51,8 +51,11 @@ class PipelineDenoiser(Denoiser):
     """
 
     def __init__(self, pipeline: Any, guidance: float | None = None, options: Mapping[str, Any] | None = None) -> None:
-        self.call = StockCall(pipeline, options or {})
-        self.is_flow = not _is_diffusion(pipeline.scheduler)
+        scheduler = getattr(pipeline, "scheduler", None)
+        self.is_flow = scheduler is None or not _is_diffusion(scheduler)
+        # DDIM neither scales its samples nor adds noise; the network is the same with any scheduler of its schedule.
+        solver = scheduler if self.is_flow else DDIMScheduler.from_config(scheduler.config)
+        self.call = StockCall(pipeline, options or {}, solver)
         self.calibration = calibrate(self.call, self.is_flow)
         self.component = self.calibration.component  # pyright: ignore
         self._shared: list[Any] = []
@@ -122,7 +125,7 @@ class PipelineDenoiser(Denoiser):
         return cast(Conditioning, PromptConditioning((tree,) * count, self.axes).to(device))
 
     def _encoding(self, prompts: Sequence[str]) -> dict[str, Any]:
-        trace = self.call.run(prompts, 1, {**self.calibration.off, **self.scale}, on_network=self._stop)
+        trace = self.call.run(prompts, STEPS, {**self.calibration.off, **self.scale}, on_network=self._stop)
         return self.calibration.conditioning_of(trace.calls[-1])
 
     def _stop(self, network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,7 +205,9 @@ class PipelineDenoiser(Denoiser):
         images = [self._decode_row(row[None], output_type, gradient) for row in latents]
         if isinstance(images[0], Tensor):
             return torch.cat(images)
-        return np.concatenate(images) if isinstance(images[0], np.ndarray) else [image for row in images for image in row]
+        return (
+            np.concatenate(images) if isinstance(images[0], np.ndarray) else [image for row in images for image in row]
+        )
 
     def _decode_row(self, latents: Tensor, output_type: str, gradient: bool) -> Any:
         def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,7 +224,7 @@ class PipelineDenoiser(Denoiser):
         options = {**self.calibration.off, **({self.call.output_type: output_type} if self.call.output_type else {})}
         encoded = self.calibration.trace.encoded
         trace = self.call.run(
-            PROMPTS[:1], 1, options, on_network=answer, on_step=step, encoded=encoded, gradient=gradient
+            PROMPTS[:1], STEPS, options, on_network=answer, on_step=step, encoded=encoded, gradient=gradient
         )
         output = trace.output
         return output[0] if not isinstance(output, Tensor) else output
@@ -245,7 +250,9 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
 def _is_diffusion(scheduler: Any) -> bool:
     """Return whether a scheduler is for a network that predicts noise, data or a mixture of both."""
     kind = scheduler.config.get("prediction_type")
-    has_schedule = getattr(scheduler, "alphas_cumprod", None) is not None and not scheduler.config.get("use_flow_sigmas")
+    has_schedule = getattr(scheduler, "alphas_cumprod", None) is not None and not scheduler.config.get(
+        "use_flow_sigmas"
+    )
     return has_schedule and kind in ("epsilon", "v_prediction", "sample")
 
 

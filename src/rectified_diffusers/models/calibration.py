@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.models.conditioning import equal, map_leaves
-from rectified_diffusers.models.stock_call import NetworkCall, StockCall, Step, Trace, UnsupportedPipelineError, stop
+from rectified_diffusers.models.stock_call import NetworkCall, Step, StockCall, Trace, UnsupportedPipelineError, stop
 
 PROMPTS = "a red apple", "two dogs at night"
 STEPS = 3
@@ -163,8 +163,13 @@ def calibrate(call: StockCall, is_flow: bool) -> Calibration:
         raise UnsupportedPipelineError(f"the network's argument {changing[0]} changes from step to step")
     latent_shape = tuple(steps[0].sample.shape[1:])
     answer = _find_answer(calls, steps)
-    flow = _find_flow(call, off, steps) if is_flow else None
     place = _find_noise(trace, is_flow)
+    if is_flow and not _starts_straight(steps[0]):
+        require_ode(call, off, steps[0].sample, place)
+        raise UnsupportedPipelineError(
+            f"the first step of {type(call.scheduler).__name__} is not an Euler step of a straight flow"
+        )
+    flow = _find_flow(call, off, steps) if is_flow else None
     return Calibration(component, off, sample, time, answer, latent_shape, place, flow, trace)
 
 
@@ -187,13 +192,19 @@ def run_unguided(call: StockCall) -> tuple[dict[str, Any], str, Trace]:
             ) from error
         if not trace.steps:
             raise UnsupportedPipelineError("its call takes no step of the scheduler")
-        components = {one.component for one in trace.calls if one.step > 0} or {trace.calls[-1].component}
+        if not trace.calls_of(0):
+            raise UnsupportedPipelineError("its call evaluates no network before its first step")
+        # Others may be called before the first step, such as networks that refine the text embeddings.
+        components = {calls[-1].component for i in range(len(trace.steps)) if (calls := trace.calls_of(i))}
+        components |= {one.component for one in trace.calls if one.step > 0}
         if len(components) > 1:
             raise UnsupportedPipelineError(f"it has several networks: {', '.join(sorted(components))}")
         component = components.pop()
         counts = [sum(one.component == component for one in trace.calls_of(i)) for i in range(len(trace.steps))]
         rows = _rows(trace.calls_of(0)[-1], trace.steps[0])
         if set(counts) == {1} and rows == 1:
+            if not all(bool(step.result.isfinite().all()) for step in trace.steps):
+                raise UnsupportedPipelineError(f"its latents are not finite in {trace.steps[0].sample.dtype}")
             if len(trace.steps) < STEPS:
                 raise UnsupportedPipelineError(f"it takes {len(trace.steps)} steps where {STEPS} are set")
             return off, component, trace
@@ -300,21 +311,44 @@ def _blank(answer: Any) -> Any:
     return map_leaves(answer, lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
+def require_ode(call: StockCall, off: Mapping[str, Any], noise: Tensor, place: int, scheduler: Any = None) -> None:
+    """Raise `UnsupportedPipelineError` if two random states lead from the same noise to different latents."""
+    ends = [
+        call.run(PROMPTS[:1], STEPS, off, noise=(noise, place), seed=seed, scheduler=scheduler).steps[-1].result
+        for seed in (0, 1)
+    ]
+    if float((ends[0] - ends[1]).float().norm()) > 16 * torch.finfo(ends[0].dtype).eps * float(ends[0].float().norm()):
+        solver = type(call.scheduler if scheduler is None else scheduler).__name__
+        raise UnsupportedPipelineError(f"{solver} adds noise, so its data do not follow from the initial noise")
+
+
+def _factor_of_step(step: Step) -> tuple[float, bool]:
+    """Return the factor c in: result - sample = c (difference of sigmas) answer, and whether it is so."""
+    if step.sigmas is None:
+        return 0.0, False
+    moved = (step.result - step.sample).float()
+    along = (step.sigmas[1] - step.sigmas[0]) * step.answer.float()
+    factor = float((moved * along).sum() / (along * along).sum())
+    rounding = 2 * torch.finfo(step.sample.dtype).eps * float(step.sample.float().norm())
+    return factor, bool((moved - factor * along).norm() <= 1e-3 * moved.norm() + rounding)
+
+
+def _starts_straight(step: Step) -> bool:
+    factor, straight = _factor_of_step(step)
+    return straight and 0.99 < abs(factor) < 1.01
+
+
 def _find_flow(call: StockCall, off: dict[str, Any], steps: Sequence[Step]) -> Flow:
     """Find sign, direction and timesteps of a flow; its first step is an Euler step along sigma."""
-    scheduler = type(call.pipeline.scheduler).__name__
+    scheduler = type(call.scheduler).__name__
     sigmas = [step.sigmas for step in steps if step.sigmas is not None]
     if len(sigmas) != len(steps):
         raise UnsupportedPipelineError(f"{scheduler} has no sigma for each of its steps")
-    step, (before, after) = steps[0], sigmas[0]
-    moved, along = (step.result - step.sample).float(), (after - before) * step.answer.float()
-    factor = float((moved * along).sum() / (along * along).sum())
-    rounding = 2 * torch.finfo(step.sample.dtype).eps * float(step.sample.float().norm())
-    if not 0.99 < abs(factor) < 1.01 or (moved - factor * along).norm() > 1e-3 * moved.norm() + rounding:
-        raise UnsupportedPipelineError(f"the first step of {scheduler} is not an Euler step of a straight flow")
+    before, after = sigmas[0]
+    factor = _factor_of_step(steps[0])[0]
     ascending = after > before
     sign = round(factor) if ascending else -round(factor)
-    count = float(call.pipeline.scheduler.config.get("num_train_timesteps", 1000))
+    count = float(call.scheduler.config.get("num_train_timesteps", 1000))
     errors = [abs(step.timestep - count * sigma) for step, (sigma, _) in zip(steps, sigmas, strict=True)]
     if max(errors) <= 1e-6 * count:
         return Flow(sign, ascending, count)

@@ -136,7 +136,9 @@ class PromptConditioning:
         """Return the conditioning of all prompts, in order. All parts must come from one adapter."""
         return replace(parts[0], trees=tuple(tree for part in parts for tree in part.trees))
 
-    def to(self, device: str | torch.device | None = None, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> "PromptConditioning":
+    def to(
+        self, device: str | torch.device | None = None, dtypes: Mapping[torch.dtype, torch.dtype] | None = None
+    ) -> "PromptConditioning":
         """Move all tensors to a device, and convert those of some dtypes to others. Tensors shared stay shared."""
         moved: dict[int, Tensor] = {}
 
@@ -153,7 +155,9 @@ class PromptConditioning:
         """Return the batches that the network can evaluate at once: indices of the prompts and its arguments."""
         found: list[list[int]] = []
         for i, tree in enumerate(self.trees):
-            fitting = (group for group in found if self.axes is not None and _fit(self.trees[group[0]], tree, self.axes))
+            fitting = (
+                group for group in found if self.axes is not None and _fit(self.trees[group[0]], tree, self.axes)
+            )
             group = next(fitting, None)
             if group is None:
                 found.append([i])
@@ -163,7 +167,9 @@ class PromptConditioning:
 
     @property
     def nbytes(self) -> int:
-        tensors = {id(leaf): leaf.nbytes for tree in self.trees for _, leaf in leaves_of(tree) if isinstance(leaf, Tensor)}
+        tensors = {
+            id(leaf): leaf.nbytes for tree in self.trees for _, leaf in leaves_of(tree) if isinstance(leaf, Tensor)
+        }
         return sum(tensors.values())
 
     def pack(self) -> tuple[dict[str, Tensor], str]:

@@ -80,7 +80,7 @@ def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
             if len(answers) == 2:
                 two_passes = _fit(answers, trace, calibration, name, options, batched=len(calls) == 1)
                 if two_passes is None:
-                    unknown[name] = "no pass is the one without guidance"
+                    unknown[name] = "neither of two passes is the one without guidance"
                     break
                 return Guidance(inputs, two_passes, unknown)
             if len(answers) > 2:
@@ -112,7 +112,8 @@ def _fit(
     unguided = calibration.trace.steps[0].answer[0].float()
     distances = [float((answer - unguided).norm() / unguided.norm()) for answer in answers]
     rounding = 64 * torch.finfo(trace.steps[0].answer.dtype).eps
-    if min(distances) > max(_LINEAR, rounding):
+    finite = bool(trace.steps[0].answer.isfinite().all())
+    if not finite or not min(distances) <= max(_LINEAR, rounding):
         return None
     cond_first = distances[0] <= distances[1]
     cond, uncond = answers if cond_first else reversed(answers)

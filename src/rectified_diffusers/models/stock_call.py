@@ -100,13 +100,15 @@ class StockCall:
     Args:
         pipeline: it is not changed.
         options: further arguments of the call, such as height and width.
+        scheduler: used in place of the pipeline's own.
     """
 
-    def __init__(self, pipeline: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, pipeline: Any, options: Mapping[str, Any], scheduler: Any = None) -> None:
         self.pipeline, self.options = pipeline, dict(options)
         kind = type(pipeline).__name__
         if not hasattr(pipeline, "components") or getattr(pipeline, "scheduler", None) is None:
             raise UnsupportedPipelineError(f"{kind} has no scheduler")
+        self.scheduler = pipeline.scheduler if scheduler is None else scheduler
         self.networks = {
             name: part
             for name, part in pipeline.components.items()
@@ -185,7 +187,7 @@ class StockCall:
         own = vars(private)
         for name, network in self.networks.items():
             own[name] = StandIn(network, functools.partial(self._call_network, trace, on_network, network, name))
-        solver = copy.deepcopy(self.pipeline.scheduler if scheduler is None else scheduler)
+        solver = copy.deepcopy(self.scheduler if scheduler is None else scheduler)
         solver.step = _watched_step(solver, trace, on_step)
         own["scheduler"] = trace.scheduler = solver
         own["maybe_free_model_hooks"] = lambda: None  # run below, on the pipeline that has its networks
@@ -210,7 +212,7 @@ class StockCall:
         devices = {part.device for part in self.networks.values() if part.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=devices), suppress(Stop), torch.set_grad_enabled(gradient):
-                torch.manual_seed(seed)
+                torch.manual_seed(~seed)  # not the generator's, or noise of a step could equal the initial noise
                 trace.output = call(private, **arguments)
         finally:
             free = getattr(self.pipeline, "maybe_free_model_hooks", None)
@@ -242,6 +244,13 @@ def bind(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return dict(bound)
 
 
+def step_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
+    """Return prediction, timestep and sample from the arguments of `scheduler.step`, which every scheduler has."""
+    names = ("model_output", "timestep", "sample")
+    answer, timestep, sample = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
+    return answer, timestep, sample
+
+
 def first_sample(result: Any) -> Tensor:
     """Return the sample in the result of `scheduler.step`."""
     return result[0] if isinstance(result, tuple) else result.prev_sample
@@ -250,18 +259,18 @@ def first_sample(result: Any) -> Tensor:
 def _watched_step(solver: Any, trace: Trace, on_step: OnStep | None) -> Callable[..., Any]:
     """Return a `step` that records its arguments and its result."""
     step = solver.step
-    signature = inspect.signature(step)
 
     @functools.wraps(step)  # pipelines read its signature
     def watched(*args: Any, **kwargs: Any) -> Any:
-        answer, timestep, sample = list(signature.bind(*args, **kwargs).arguments.values())[:3]
+        answer, timestep, sample = step_arguments(args, kwargs)
         sample, index = sample.clone(), len(trace.steps)
         result = step(*args, **kwargs) if on_step is None else on_step(step, *args, **kwargs)
         sigmas = getattr(solver, "sigmas", None)
         around = None
         if sigmas is not None and index + 1 < len(sigmas):
             around = float(sigmas[index]), float(sigmas[index + 1])
-        trace.steps.append(Step(answer.detach().clone(), float(timestep), sample, first_sample(result), around))
+        moved = first_sample(result).detach().clone()
+        trace.steps.append(Step(answer.detach().clone(), float(timestep), sample.detach(), moved, around))
         return result
 
     return watched
@@ -279,7 +288,7 @@ def _watched_noise(private: Any, trace: Trace, noise: tuple[Tensor, int] | None)
         parts = list(drawn) if isinstance(drawn, tuple) else [drawn]
         if noise is not None:
             given, place = noise
-            parts[place] = given.to(parts[place]).reshape(parts[place].shape)
+            parts[place] = given.to(parts[place]).reshape(parts[place].shape).clone()  # some change it in place
         trace.prepared = [part.clone() if isinstance(part, Tensor) else part for part in parts]
         return tuple(parts) if isinstance(drawn, tuple) else parts[0]
 
