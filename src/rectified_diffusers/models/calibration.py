@@ -146,7 +146,11 @@ class Calibration:
 
 
 def calibrate(call: StockCall, is_flow: bool) -> Calibration:
-    """Run a few steps of the stock call without guidance and read them; raise `UnsupportedPipelineError` with a reason."""
+    """Run a few steps of the stock call without guidance, and read them.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline does not fit; the message is the reason.
+    """
     off, component, trace = run_unguided(call)
     calls, steps = [one for one in trace.calls if one.component == component], trace.steps
     if steps[0].sample.shape[0] != 1:
@@ -174,7 +178,7 @@ def calibrate(call: StockCall, is_flow: bool) -> Calibration:
 
 
 def run_unguided(call: StockCall) -> tuple[dict[str, Any], str, Trace]:
-    """Return arguments with which the stock call evaluates one network once per step, the network's name and a trace."""
+    """Return arguments with which the stock call evaluates one network once per step, its component and a trace."""
     found = "no network is evaluated"
     variants: list[dict[str, Any]] = [{}]
     variants += [{name: scale} for name in call.scales for scale in (1.0, 0.0)]
@@ -237,11 +241,11 @@ def _flat(value: Any) -> Tensor | None:
 def _find_sample(varying: Sequence[str], calls: Sequence[NetworkCall], steps: Sequence[Step]) -> SampleForm:
     """Find the argument that equals the scheduler's sample."""
     for name in varying:
-        values = [_flat(call.arguments.get(name)) for call in calls]
+        values = [value for call in calls if (value := _flat(call.arguments.get(name))) is not None]
         samples = [step.sample.float().flatten() for step in steps]
-        pairs = list(zip(values, samples, strict=True))
-        if any(value is None or value.shape != sample.shape for value, sample in pairs):
+        if [value.shape for value in values] != [sample.shape for sample in samples]:
             continue
+        pairs = list(zip(values, samples, strict=True))
         argument = calls[0].arguments[name]
         rows = argument if isinstance(argument, Tensor) else argument[0][None]
         rounding = 2 * torch.finfo(rows.dtype).eps

@@ -173,7 +173,7 @@ class PromptConditioning:
         return sum(tensors.values())
 
     def pack(self) -> tuple[dict[str, Tensor], str]:
-        """Return all tensors by name and a JSON text of everything else, for `unpack`; equal tensors are stored once."""
+        """Return all tensors by name, equal ones once, and a JSON text of everything else, for `unpack`."""
         names: dict[str, str] = {}
         tensors: dict[str, Tensor] = {}
 
@@ -189,8 +189,8 @@ class PromptConditioning:
                 return {_kind(tree): [describe(part, f"{name}/{i}") for i, part in enumerate(tree)]}
             if tree is not None and not isinstance(tree, (bool, int, float, str)):
                 raise TypeError(
-                    f"The argument {name.partition('/')[2]} of the network is a {type(tree).__name__}, which cannot be "
-                    "stored. Encode the prompts during training instead."
+                    f"The argument {name.partition('/')[2]} of the network is a {type(tree).__name__}, which cannot "
+                    "be stored. Encode the prompts during training instead."
                 )
             return {"value": tree}
 

@@ -8,7 +8,15 @@ from torch import Tensor
 
 from rectified_diffusers.models.calibration import PROMPTS, STEPS, Calibration, first
 from rectified_diffusers.models.conditioning import equal, map_leaves, split_rows
-from rectified_diffusers.models.stock_call import NetworkCall, StockCall, Stop, Trace, UnsupportedPipelineError, stop
+from rectified_diffusers.models.stock_call import (
+    NetworkCall,
+    StockCall,
+    Stop,
+    Trace,
+    UnsupportedPipelineError,
+    is_guider,
+    stop,
+)
 
 _SCALE = 3.0
 _LINEAR = 1e-4
@@ -89,8 +97,7 @@ def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
 
 
 def _guiders(call: StockCall) -> list[str]:
-    components = call.pipeline.components
-    return [name for name, part in components.items() if hasattr(part, "num_conditions") and hasattr(part, "disable")]
+    return [name for name, part in call.pipeline.components.items() if is_guider(part)]
 
 
 def _reaches_network(call: StockCall, off: dict[str, Any], name: str) -> bool:

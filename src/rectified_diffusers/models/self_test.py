@@ -104,7 +104,7 @@ def _prediction(denoiser: PipelineDenoiser, trace: Trace) -> float:
 def _euler(denoiser: PipelineDenoiser, trace: Trace) -> float | None:
     """Compare an Euler loop of our own with the stock pipeline's latents after each step.
 
-    A multistep solver is replaced by Euler steps along its sigmas. Times that the pipeline rounds are rounded here too.
+    A multistep solver is replaced by Euler steps along its sigmas. Times that the pipeline rounds are rounded too.
     """
     flow = denoiser.calibration.flow
     if flow is None:
@@ -114,13 +114,13 @@ def _euler(denoiser: PipelineDenoiser, trace: Trace) -> float | None:
     if not all(_is_euler(step, flow.sign, *time) for step, time in zip(trace.steps, times, strict=True)):
         moves = iter(times)
 
-        def step(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
+        def take(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
             result, (before, after) = scheduler_step(*args, **kwargs), next(moves)
             answer, _, sample = step_arguments(args, kwargs)
             moved = (sample.float() + (after - before) * flow.sign * answer.float()).to(first_sample(result))
             return (moved, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=moved)
 
-        trace = _stock(denoiser, trace.steps[0].sample, step)
+        trace = _stock(denoiser, trace.steps[0].sample, take)
     conditioning = denoiser.encode(PROMPTS[:1], denoiser.network.device)
     x, errors = trace.steps[0].sample, []
     for step, (before, after) in zip(trace.steps, times, strict=True):

@@ -1,4 +1,4 @@
-"""The stock `__call__` of a pipeline, on a private copy whose networks, scheduler and noise can be watched or replaced.
+"""The stock `__call__` of a pipeline, on a private copy whose networks, scheduler and noise are watched or replaced.
 
 The copy shares the models and has its own attributes, so neither the pipeline nor its models are changed, and other
 threads can use them meanwhile. Stand-ins take the place of the networks: they pass everything on to the network except
@@ -82,6 +82,11 @@ class StandIn:
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.__dict__["_network"], name, value)
+
+
+def is_guider(part: Any) -> bool:
+    """Return whether a component of a pipeline combines several predictions."""
+    return hasattr(part, "disable") and hasattr(part, "num_conditions")
 
 
 def evaluate(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,25 +188,7 @@ class StockCall:
             gradient: allows gradients, which the stock call turns off.
         """
         trace = Trace()
-        private = copy.copy(self.pipeline)
-        own = vars(private)
-        for name, network in self.networks.items():
-            own[name] = StandIn(network, functools.partial(self._call_network, trace, on_network, network, name))
-        solver = copy.deepcopy(self.scheduler if scheduler is None else scheduler)
-        solver.step = _watched_step(solver, trace, on_step)
-        own["scheduler"] = trace.scheduler = solver
-        own["maybe_free_model_hooks"] = lambda: None  # run below, on the pipeline that has its networks
-        own["prepare_latents"] = _watched_noise(private, trace, noise)
-        own["encode_prompt"] = _watched_encoding(private, trace, encoded)
-        for name in ("prepare_latents", "encode_prompt"):
-            if own[name] is None:
-                del own[name]
-        if not guided:
-            for name, part in self.pipeline.components.items():
-                if hasattr(part, "disable") and hasattr(part, "num_conditions"):
-                    own[name] = copy.deepcopy(part)
-                    own[name].disable()
-        private.set_progress_bar_config(disable=True)
+        private = self._private_copy(trace, on_network, on_step, noise, encoded, guided=guided, scheduler=scheduler)
         arguments = {self.prompt: prompts[0] if len(prompts) == 1 else list(prompts), self.steps: steps}
         arguments |= {**self.options, **options}
         if "generator" in self.parameters:
@@ -219,6 +206,39 @@ class StockCall:
             if free is not None:
                 free()
         return trace
+
+    def _private_copy(
+        self,
+        trace: Trace,
+        on_network: OnNetwork,
+        on_step: OnStep | None,
+        noise: tuple[Tensor, int] | None,
+        encoded: Sequence[Any] | None,
+        *,
+        guided: bool,
+        scheduler: Any,
+    ) -> Any:
+        """Return a shallow copy of the pipeline that records what it does in `trace`."""
+        private = copy.copy(self.pipeline)
+        own = vars(private)
+        for name, network in self.networks.items():
+            own[name] = StandIn(network, functools.partial(self._call_network, trace, on_network, network, name))
+        solver = copy.deepcopy(self.scheduler if scheduler is None else scheduler)
+        solver.step = _watched_step(solver, trace, on_step)
+        own["scheduler"] = trace.scheduler = solver
+        own["maybe_free_model_hooks"] = lambda: None  # run after the call, on the pipeline that has its networks
+        watched = {
+            "prepare_latents": _watched_noise(private, trace, noise),
+            "encode_prompt": _watched_encoding(private, trace, encoded),
+        }
+        own.update({name: method for name, method in watched.items() if method is not None})
+        if not guided:
+            for name, part in self.pipeline.components.items():
+                if is_guider(part):
+                    own[name] = copy.deepcopy(part)
+                    own[name].disable()
+        private.set_progress_bar_config(disable=True)
+        return private
 
     def _call_network(
         self, trace: Trace, on_network: OnNetwork, network: Any, component: str, *args: Any, **kwargs: Any
