@@ -51,10 +51,10 @@ class PipelineDenoiser(Denoiser):
     """
 
     def __init__(self, pipeline: Any, guidance: float | None = None, options: Mapping[str, Any] | None = None) -> None:
-        scheduler: Any = getattr(pipeline, "scheduler", None)
-        self.is_flow = scheduler is None or not _is_diffusion(scheduler)
+        scheduler = getattr(pipeline, "scheduler", None)
+        self.is_flow = not _is_diffusion(scheduler)
         # DDIM neither scales its samples nor adds noise; the network is the same with any scheduler of its schedule.
-        solver = scheduler if self.is_flow else DDIMScheduler.from_config(scheduler.config)
+        solver: Any = scheduler if self.is_flow else DDIMScheduler.from_config(scheduler.config)
         self.call = StockCall(pipeline, options or {}, solver)
         self.calibration = calibrate(self.call, self.is_flow)
         self.component = self.calibration.component  # pyright: ignore
