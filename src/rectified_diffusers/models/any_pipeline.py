@@ -249,11 +249,9 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
 
 def _is_diffusion(scheduler: Any) -> bool:
     """Return whether a scheduler is for a network that predicts noise, data or a mixture of both."""
-    kind = scheduler.config.get("prediction_type")
-    has_schedule = getattr(scheduler, "alphas_cumprod", None) is not None and not scheduler.config.get(
-        "use_flow_sigmas"
-    )
-    return has_schedule and kind in ("epsilon", "v_prediction", "sample")
+    if getattr(scheduler, "alphas_cumprod", None) is None or scheduler.config.get("use_flow_sigmas"):
+        return False
+    return scheduler.config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
 
 
 def _dtype(network: Any) -> torch.dtype:
