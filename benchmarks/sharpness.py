@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from machine import provenance, write_results
-from rectified_diffusers.evaluation.metrics import Interval, frechet_distance, interval_of, statistics_of
+from rectified_diffusers.evaluation.metrics import Interval, frechet_distance, interval_of
 from rectified_diffusers.flow import FixedTime, Uniform, euler
 from rectified_diffusers.seeds import generator_of
 from sharpness_figure import draw_figure
@@ -116,7 +116,7 @@ class Bench:
 
     def distances(self, samples: Tensor, reference: Tensor, prefix: str = "") -> dict[str, float]:
         return {
-            f"{prefix}frechet": frechet_distance(statistics_of([samples]), statistics_of([reference])),
+            f"{prefix}frechet": frechet_distance(samples, reference),
             f"{prefix}sliced": sliced_wasserstein(samples, reference, self.size.projections),
             f"{prefix}mode_distance": mode_distance(samples, self.toys.mixture),
         }

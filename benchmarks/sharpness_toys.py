@@ -135,12 +135,11 @@ class MatchedFlow(Flow):
 
     def __init__(self, network: Network, schedule: VariancePreserving) -> None:
         super().__init__(network)
-        self.as_flow = DiffusionAsFlow(schedule.alphas_cumprod)
+        self.as_flow = DiffusionAsFlow(schedule, "epsilon")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        sample, timestep = self.as_flow.network_input(x, t)
-        prediction = self.network(sample, timestep / self.as_flow.schedule.last_timestep)
-        return self.as_flow.velocity(prediction, x, t, "epsilon")
+        last = self.as_flow.schedule.last_timestep
+        return self.as_flow(lambda sample, timestep: self.network(sample, timestep / last), x, t)
 
 
 def stable_diffusion_schedule() -> VariancePreserving:

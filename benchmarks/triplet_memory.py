@@ -39,29 +39,31 @@ def write_synthetic(
     import torch
 
     from rectified_diffusers.data.generate import draw_noise
-    from rectified_diffusers.data.manifest import MANIFEST_NAME, identity, new_manifest, num_shards, rows_of
+    from rectified_diffusers.data.manifest import FORMAT, Manifest
     from rectified_diffusers.data.shards import shard_path, write_shard
 
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = new_manifest(
-        num_triplets=num_triplets,
-        triplets_per_shard=triplets_per_shard,
-        seed=0,
-        storage_dtype="float16",
-        num_prompts=num_triplets,
-        latent_shape=list(latent_shape),
-        made_with={},
+    manifest = Manifest.of(
+        {
+            "format": FORMAT,
+            "num_triplets": num_triplets,
+            "triplets_per_shard": triplets_per_shard,
+            "seed": 0,
+            "storage_dtype": "float16",
+            "num_prompts": num_triplets,
+            "latent_shape": list(latent_shape),
+        },
+        origin={},
     )
-    tied = identity(manifest)
-    for shard in range(num_shards(manifest)):
-        path, rows = shard_path(folder, shard), rows_of(manifest, shard)
+    for shard in range(manifest.num_shards):
+        path, rows = shard_path(folder, shard), manifest.rows(shard)
         if path.exists():
             continue
         noise = draw_noise(0, shard, (rows, *latent_shape)).to(torch.float16)
         prompts = [f"a photo of number {shard * triplets_per_shard + row}, by the window" for row in range(rows)]
-        header = {"shard": shard, "manifest": tied, "prompts": prompts}
+        header = {"shard": shard, "manifest": manifest.identity, "prompts": prompts}
         write_shard(path, {"noise": noise, "data": noise.flip(0)}, header)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    manifest.write(folder)
 
 
 def peak_mib() -> float:
@@ -77,7 +79,6 @@ def peak_mib() -> float:
 
 def measure_triplets(folder: Path) -> dict[str, Any]:
     from rectified_diffusers.data.dataset import TripletDataset
-    from rectified_diffusers.data.manifest import num_shards
 
     before, begin = peak_mib(), time.process_time()
     dataset = TripletDataset(folder)
@@ -87,7 +88,7 @@ def measure_triplets(folder: Path) -> dict[str, Any]:
     done = time.process_time()
     return {
         "triplets": len(dataset),
-        "shards": num_shards(dataset.manifest),
+        "shards": dataset.manifest.num_shards,
         "before_mib": round(before, 1),
         "peak_mib": round(peak_mib(), 1),
         "open_s": round(opened - begin, 2),

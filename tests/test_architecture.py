@@ -54,12 +54,10 @@ def test_only_the_command_line_imports_from_the_package_itself(file):
 
 @pytest.mark.parametrize("file", [f for f in FILES if module_name(f).split(".")[0] == "flow"], ids=ids)
 def test_flow_imports_torch_and_the_standard_library(file):
-    """scipy, for the assignment problem, is imported by the function that needs it."""
-    at_the_top = {node.lineno for node in ast.parse(file.read_text(encoding="utf-8")).body}
     for name, line in imports_of(file):
         library = name.split(".")[0]
         allowed = library in {PACKAGE, "torch"} or library in sys.stdlib_module_names
-        assert allowed or (library == "scipy" and line not in at_the_top), f"{file}:{line}: flow/ imports {library}"
+        assert allowed, f"{file}:{line}: flow/ imports {library}"
 
 
 @pytest.mark.parametrize("file", [ROOT / "options.py", *ROOT.glob("*/config.py")], ids=ids)

@@ -45,6 +45,7 @@ def test_json_is_equal_but_for_dates_and_timings(pair):
 def test_a_new_option_may_be_recorded_with_the_value_that_changes_nothing(pair, monkeypatch):
     before = {"run": {"seed": 0}, "blake2b": "a"}
     paths = write_json(pair, before, {"run": {"seed": 0, "interpolation": "straight"}, "blake2b": "b"})
+    monkeypatch.setattr(files, "NEW_OPTIONS", {})
     assert difference(*paths) == "/run/interpolation is on one side only"
     monkeypatch.setattr(files, "NEW_OPTIONS", {"interpolation": "straight"})
     assert difference(*paths) is None

@@ -1,18 +1,25 @@
 """One adapter per family: what it tells a network is what the family's own pipeline tells it."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    UniPCMultistepScheduler,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.denoiser import Denoiser, is_diffusion
 from rectified_diffusers.models.latents import latent_channels, latent_shape, pack, unpack
 from rectified_diffusers.models.stacked_unet import StackedUNet
-from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.models.velocity import PipelineVelocity, guided
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.tiny import make_tiny_pipeline
 
@@ -58,9 +65,45 @@ def test_the_sign_of_an_exported_flow_is_turned() -> None:
     """DPM-Solver++ with flow sigmas, as `export_diffusers` leaves it, serves networks of noise - data."""
     pipeline = make_tiny_pipeline("diffusion")
     assert Denoiser.of(pipeline).direction == "data"
-    pipeline.scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    pipeline.scheduler = DPMSolverMultistepScheduler(500, use_flow_sigmas=True, prediction_type="flow_prediction")
     assert Denoiser.of(pipeline).direction == "noise"
+    assert Denoiser.of(pipeline).num_train_timesteps == 500
     assert Denoiser.of(pipeline).diffusion() is None
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (DDIMScheduler(prediction_type="v_prediction"), True),
+        (UniPCMultistepScheduler(), True),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), False),
+        (UniPCMultistepScheduler(prediction_type="flow_prediction"), False),
+        (FlowMatchEulerDiscreteScheduler(), False),
+        (RectifiedFlowEulerScheduler(), False),
+        (object(), False),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else type(value).__name__,
+)
+def test_the_scheduler_says_whether_a_model_is_a_diffusion(scheduler: Any, expected: bool) -> None:
+    assert is_diffusion(scheduler) is expected
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_guidance_is_two_passes_put_together(rows: int) -> None:
+    denoiser = Denoiser.of(make_tiny_pipeline("flow"), 3.0)
+    velocity = partial(denoiser.velocity, denoiser.network)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.9])
+    with torch.no_grad():
+        told, null = denoiser.encode(PROMPTS, "cpu"), denoiser.encode([""] * rows, "cpu")
+        text, empty = velocity(x, t, told), velocity(x, t, denoiser.encode(["", ""], "cpu"))
+        found = guided(velocity, x, t, told, null, 3.0)
+        assert torch.equal(guided(velocity, x, t, told, None, 3.0), text)
+    torch.testing.assert_close(found, 3 * text - 2 * empty)
+
+
+def test_guidance_above_1_needs_a_second_pass_except_of_flux() -> None:
+    found = {(kind, w): Denoiser.of(make_tiny_pipeline(kind), w).two_passes for kind in ("xl", "flux") for w in (1, 3)}
+    assert found == {("xl", 1): False, ("xl", 3): True, ("flux", 1): False, ("flux", 3): False}
 
 
 def test_our_scheduler_says_sign_and_time() -> None:

@@ -161,8 +161,8 @@ def test_the_progress_bar_is_the_pipelines(pipeline, capsys):
         ({"solver": "rk4"}, "one of euler, heun, got 'rk4'"),
         ({"steps": 0}, "steps >= 1, got 0"),
         ({"prompts": ["a", "b"]}, "got 2 for 1 pictures"),
-        ({"pictures": torch.zeros(1, 3, 8, 8)}, r"latents must be \(B, 4, H, W\), got \(1, 3, 8, 8\)"),
-        ({"pictures": []}, "pictures of one size"),
+        ({"pictures": torch.zeros(1, 5, 8, 8)}, r"pictures: expected the shape of an image, got \(1, 5, 8, 8\)"),
+        ({"pictures": []}, "images of one size"),
         ({"pictures": [picture(), picture(size=16)]}, r"got sizes \[\(32, 32\), \(16, 16\)\]"),
     ],
 )

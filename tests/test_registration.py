@@ -1,6 +1,8 @@
 """Registration: both import orders, on and off, once; each in a process of its own where imports matter."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from types import ModuleType
@@ -70,6 +72,11 @@ def test_registering_again_changes_nothing():
     before = tables()
     rectified_diffusers.register()
     assert tables() == before
+
+
+@pytest.mark.parametrize("again", [lambda module: pickle.loads(pickle.dumps(module)), copy.copy, copy.deepcopy])  # noqa: S301
+def test_the_module_can_be_pickled_and_copied(again):
+    assert again(diffusers) is diffusers
 
 
 def test_it_only_adds():

@@ -15,6 +15,7 @@ from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.flow.ode import euler
+from rectified_diffusers.flow.prediction import scale_of
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.models.velocity import PipelineVelocity
@@ -75,15 +76,15 @@ def test_euler_lands_where_the_teachers_ode_does(kind: Any) -> None:
     landed = teacher(
         PROMPTS[:2], latents=noise, num_inference_steps=50, guidance_scale=1.0, output_type="latent"
     ).images
-    as_flow = model.inner.as_flow
-    start = as_flow.time_of(torch.tensor([999.0], dtype=torch.float64)).item()
+    as_flow = model.as_flow
+    start = as_flow.start
     assert start == pytest.approx(0.0 if kind == "zero_snr" else 0.064, abs=1e-3)
     told = {"encoder_hidden_states": teacher.encode_prompt(PROMPTS[:2], "cpu", 1, False)[0]}
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         return Denoiser.of(teacher).velocity(model, x, t, told)
 
-    state = noise / as_flow.scale_of(torch.tensor(start))
+    state = noise / scale_of(torch.tensor(start))
     with torch.no_grad():
         coarse, fine = (euler(velocity, state, steps, start) for steps in (25, 50))
     assert relative(fine - landed, landed) < 0.04
@@ -96,7 +97,7 @@ def test_the_part_that_the_schedule_lacks_is_bridged(monkeypatch: pytest.MonkeyP
     DDIM takes the noise for a sample of the last timestep, and so do we: s * noise up to alpha = 0.068 there.
     """
     _, model = make_model()
-    schedule, s = model.inner.as_flow.schedule, 0.7
+    schedule, s = model.as_flow.schedule, 0.7
 
     def forward(self: Any, sample: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
         angle = schedule.angle(timestep.double())[0].view(-1, 1, 1, 1)
@@ -128,7 +129,7 @@ def test_names_of_weights_are_the_plain_unets_and_it_loads_again(kind: str, tmp_
     model.save_pretrained(tmp_path)
     loaded = DiffusionVelocityUNet.from_pretrained(tmp_path)
     assert loaded.config["diffusion_schedule"] == model.config["diffusion_schedule"]
-    assert loaded.inner.as_flow == model.inner.as_flow
+    assert loaded.as_flow == model.as_flow
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in teacher.unet.state_dict().items())
     with torch.no_grad():
         next(model.parameters()).add_(1)
@@ -140,7 +141,7 @@ def test_trained_betas_are_kept(tmp_path: Path) -> None:
     scheduler = DDIMScheduler(trained_betas=betas.numpy(), num_train_timesteps=10)
     DiffusionVelocityUNet.from_unet(make_unet(), scheduler).save_pretrained(tmp_path)
     loaded = DiffusionVelocityUNet.from_pretrained(tmp_path)
-    torch.testing.assert_close(torch.tensor(loaded.inner.as_flow.alphas_cumprod).float(), scheduler.alphas_cumprod)
+    torch.testing.assert_close(torch.tensor(loaded.as_flow.schedule.alphas_cumprod).float(), scheduler.alphas_cumprod)
 
 
 @pytest.mark.parametrize("pipeline_kind", ["diffusion", "xl"])
@@ -186,7 +187,7 @@ def test_a_zero_of_a_schedule_may_be_rounded_up() -> None:
     config = make_diffusion_scheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config
     scheduler = DPMSolverMultistepScheduler.from_config(config)
     assert scheduler.alphas_cumprod[-1] > 0
-    assert DiffusionVelocityUNet.from_unet(make_unet(), scheduler).inner.as_flow.schedule.alphas_cumprod[-1] == 0
+    assert DiffusionVelocityUNet.from_unet(make_unet(), scheduler).as_flow.schedule.alphas_cumprod[-1] == 0
 
 
 # ---------------------------------------------------------------------------------------------- training

@@ -28,7 +28,6 @@ PICTURES = (".png", ".svg", ".gif")
 MORE_MODULES = [  # public by their own names, which the package does not repeat
     "flow.interpolation",
     "flow.prediction",
-    "flow.coupling",
     "flow.time_density",
     "flow.loss",
     "flow.ode",

@@ -5,8 +5,11 @@ Each error says what was expected, what was received and what to do: a `TypeErro
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def require_type(name: str, value: Any, expected: type | tuple[type, ...], remedy: str) -> None:
@@ -44,6 +47,13 @@ def require_texts(name: str, value: str | Sequence[str]) -> None:
         raise ValueError(f"{name} must hold at least one text, got none. Pass '' for the unconditional model.")
 
 
+def require_unicode(name: str, value: Any) -> None:
+    """Raise if a text, or one of a list of texts, has half of a surrogate pair, which no tokenizer accepts."""
+    for text in [value] if isinstance(value, str) else value if isinstance(value, (list, tuple)) else []:
+        if isinstance(text, str) and not text.isascii() and _SURROGATE.search(text):
+            raise ValueError(f"{name}: expected Unicode text, got half of a surrogate pair: {text[:80]!a}. Remove it.")
+
+
 def require_finite(name: str, value: Any) -> None:
     """Raise unless `value` is a floating-point tensor without NaN and infinity."""
     if not hasattr(value, "is_floating_point"):
@@ -72,6 +82,18 @@ def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:
             f"{function} needs a diffusers pipeline with {', '.join(parts)}, got {type(pipeline).__name__} without "
             f"{', '.join(missing)}. Load one with RectifiedFlowPipeline.from_pretrained(folder)."
         )
+
+
+def require_plain_weights(function: str, models: Mapping[str, Any]) -> None:
+    """Raise if a model is quantized or cast layer by layer: its weights are not those that it computes with."""
+    for name, model in models.items():
+        for parameter in model.parameters() if hasattr(model, "parameters") else ():
+            # Quantized weights are subclasses: of Parameter (bitsandbytes, GGUF) or of Tensor (torchao, quanto).
+            if type(parameter).__name__ != "Parameter" or not parameter.is_floating_point() or parameter.itemsize < 2:
+                raise ValueError(
+                    f"{function} needs plain weights of 16 bits or more, got {type(parameter).__name__} in "
+                    f"{parameter.dtype} in the {name}. Load it without quantization and layerwise casting."
+                )
 
 
 def _shown(value: Any) -> str:

@@ -150,6 +150,11 @@ def _argument(config_class: type, field: dataclasses.Field, hint: Any) -> dict[s
     return argument
 
 
+def expanded_path(text: str) -> Path:
+    """Return a path with `~` expanded, which shells leave as it is in `--output-dir=~/runs`."""
+    return Path(os.path.expanduser(text))  # unlike Path.expanduser, leaves the home of an unknown user unchanged
+
+
 def _without_none(hint: Any) -> tuple[Any, bool]:
     """Split `X | None` into X and True; return any other type with False."""
     if get_origin(hint) not in (Union, types.UnionType):
@@ -160,9 +165,10 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
 
 def _optional(base: type) -> Callable[[str], Any]:
     """Return a parser of `base` that reads the word `none` as None."""
+    parser = expanded_path if base is Path else base
 
     def parse(text: str) -> Any:
-        return None if text.lower() == "none" else base(text)
+        return None if text.lower() == "none" else parser(text)
 
     parse.__name__ = base.__name__  # argparse shows it in "invalid int value"
     return parse

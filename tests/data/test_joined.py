@@ -47,11 +47,11 @@ def test_text_embeddings_go_along_or_are_refused(folders, tmp_path):
 
 def test_the_guidance_is_that_of_the_first_folder_and_none_where_no_manifest_has_it(folders, tmp_path):
     """Manifests of the previews have neither guidance nor text embeddings."""
-    assert JoinedTriplets(folders).manifest["guidance_scale"] == 5
+    assert JoinedTriplets(folders).manifest.guidance_scale == 5
     for name in ("a", "b"):
         write_synthetic(tmp_path / name, num_triplets=8, triplets_per_shard=4)
     joined = JoinedTriplets([tmp_path / "a", tmp_path / "b"])
-    assert joined.manifest["guidance_scale"] == 1
+    assert joined.manifest.guidance_scale == 1
     assert joined.rows([3, 12]).text_embeddings == {}
 
 
@@ -76,4 +76,4 @@ def test_a_folder_given_twice_counts_twice(folders):
     joined = JoinedTriplets([folders[0], folders[0]])
     assert len(joined) == 12
     assert torch.equal(joined.rows([3]).noise, joined.rows([9]).noise)
-    assert "made_with" not in joined.manifest["parts"][0]
+    assert "made_with" not in joined.manifest.settings["parts"][0]

@@ -29,7 +29,7 @@ def test_json_lines_have_a_prompt_each_and_it_may_be_empty(tmp_path):
     [
         ("p.csv", b"a", "read from .txt, .jsonl and .parquet files"),
         ("p.txt", b"\n \n", "holds no prompt"),
-        ("p.txt", b"a\ncaf\xe9", "line 2, is not UTF-8"),
+        ("p.txt", b"a\ncaf\xe9", "line 2: not UTF-8"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2: not JSON"),
         ("p.jsonl", b'\n{"text": "a"}', "line 2: expected an object like"),
         ("p.jsonl", b'["a"]', "line 1: expected an object like"),

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import sys
 import zlib
 
 import pytest
@@ -15,11 +12,8 @@ from rectified_diffusers.data import shards as module
 from rectified_diffusers.data.shards import (
     Shard,
     holds_shards,
-    remove_partial_files,
-    require_space,
     shard_number,
     shard_path,
-    write_atomically,
     write_shard,
 )
 
@@ -182,104 +176,8 @@ def test_tensors_of_unequal_rows_are_no_shard(tmp_path, tensors):
     assert list(tmp_path.iterdir()) == []
 
 
-def full(*_):
-    raise OSError(28, "No space left on device")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        OSError, match=r"No space left on the disk of .*: file of 3 bytes was not written, [\d,]+ bytes"
-    ) as e:
-        write_atomically(path, b"new")
-    assert e.value.errno == 28
-    assert "Whole files are kept: make room, then run the same again to go on" in str(e.value)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_another_failure_of_a_write_is_told_as_it_is(tmp_path, monkeypatch):
-    def broken(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="Input/output error"):
-        write_atomically(tmp_path / "file", b"new")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_partial_files_are_removed_and_others_kept(tmp_path):
-    for name in (".shard-00000.safetensors.17.partial", "notes.partial", ".hidden"):
-        (tmp_path / name).touch()
-    remove_partial_files(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial"]
-
-
 def test_a_folder_holds_shards_or_other_files(tmp_path):
     (tmp_path / "manifest.json").touch()
     assert holds_shards(tmp_path) is False
     shard_path(tmp_path, 2).touch()
     assert holds_shards(tmp_path) is True
-
-
-def test_systems_without_posix_locks_write_and_clean_up_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    (tmp_path / ".file.17.partial").touch()
-    write_atomically(tmp_path / "file", b"content")
-    remove_partial_files(tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"content"}
-
-
-def test_the_last_byte_of_a_disk_can_be_used(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    require_space(tmp_path, 100)
-    with pytest.raises(OSError, match="101 bytes are to be written, 100 bytes are free"):
-        require_space(tmp_path, 101)
-
-
-def test_room_is_asked_for_before_the_work(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    require_space(tmp_path, free // 2)
-    with pytest.raises(
-        OSError, match=r"No space left on the disk of .*bytes are to be written, [\d,]+ bytes are free"
-    ):
-        require_space(tmp_path, 2 * free + 2**40)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed there")
-def test_a_file_that_is_being_written_is_left_alone(tmp_path, monkeypatch):
-    """Another process may clean up at any moment of the writing; here, it does so at three."""
-    cleaned = []
-    lock, fsync, replace = module._lock, os.fsync, os.replace
-
-    def lock_late(file, wait=False):
-        if wait and not cleaned:  # before the writer has its lock: taken for a leftover
-            cleaned.append("early")
-            monkeypatch.setattr(module, "_lock", lock)
-            remove_partial_files(tmp_path)
-            assert not list(tmp_path.iterdir())
-            monkeypatch.setattr(module, "_lock", lock_late)
-        return lock(file, wait)
-
-    def fsync_amid(descriptor):
-        cleaned.append("amid")
-        remove_partial_files(tmp_path)
-        assert len(list(tmp_path.iterdir())) == 1
-        fsync(descriptor)
-
-    def replace_late(partial, path):
-        cleaned.append("late")
-        remove_partial_files(tmp_path)
-        assert partial.read_bytes() == b"content"
-        replace(partial, path)
-
-    monkeypatch.setattr(module, "_lock", lock_late)
-    monkeypatch.setattr(os, "fsync", fsync_amid)
-    monkeypatch.setattr(os, "replace", replace_late)
-    write_atomically(tmp_path / "file", b"content")
-    assert cleaned == ["early", "amid", "late"]
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"content"}

@@ -23,7 +23,7 @@ from rectified_diffusers.data import generate as generate_module
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, verify_triplets
 from rectified_diffusers.data.generate import draw_noise, generate_triplets
-from rectified_diffusers.data.manifest import first_difference, identity
+from rectified_diffusers.data.manifest import Manifest, first_difference
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.data.teacher import Teacher
 from tests.tiny import make_tiny_pipeline
@@ -80,7 +80,7 @@ def test_a_second_run_repeats_the_first_bit_for_bit(tmp_path, reference):
 
 def test_a_run_makes_only_what_is_missing(folder, reference, monkeypatch):
     (folder / "shard-00001.safetensors").unlink()
-    (folder / ".shard-00001.safetensors.17.partial").write_bytes(b"torn")
+    (folder / ".tmp-17-shard-00001.safetensors").write_bytes(b"torn")
     written = []
     monkeypatch.setattr(
         generate_module, "write_shard", lambda path, *rest: (written.append(path.name), write_shard(path, *rest))
@@ -301,12 +301,12 @@ def smooth(shape, generator):
 )
 def test_noise_that_is_not_noise_raises(folder, noise, data, match):
     generator = torch.Generator().manual_seed(0)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = Manifest.read(folder)
     for shard, rows in enumerate((4, 4, 2)):
         shape = (rows, 4, 8, 8)
         white = torch.randn(shape, generator=generator).half()
         made = {"white": white, "loud": 2 * white, "zero": 0 * white, "smooth": smooth(shape, generator).half()}
-        header = {"shard": shard, "manifest": identity(manifest), "prompts": [""] * rows}
+        header = {"shard": shard, "manifest": manifest.identity, "prompts": [""] * rows}
         write_shard(shard_path(folder, shard), {"noise": made[noise], "data": made[data].clone()}, header)
     with pytest.raises(ValueError, match=match):
         TripletDataset(folder)
@@ -420,7 +420,7 @@ for _ in range(6):
     run.join()
     exit_codes.append(run.exitcode)
     if run.exitcode == -9 and moments.random() < 0.5:  # a moment that is too short to be met at every run
-        killed.joinpath(".shard-00011.safetensors.1.partial").write_bytes(b"torn")
+        killed.joinpath(".tmp-1-shard-00011.safetensors").write_bytes(b"torn")
 generate(killed, teacher, **options)
 assert contents(killed) == contents(whole)
 sys.stdout.write(" ".join(map(str, exit_codes)))
@@ -456,7 +456,7 @@ def test_a_bit_that_flipped_is_found_when_its_row_is_read(folder):
 def test_a_full_disk_is_told_before_the_work(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10 * 2 * 4 * 8 * 8 * 2 - 1))
-    with pytest.raises(OSError, match=r"No space left .*: 10,240 bytes are to be written, 10,239 bytes are free"):
+    with pytest.raises(OSError, match=r"No space left .*: it takes 10,240 bytes, 10,239 bytes are free"):
         generate(tmp_path)
     assert contents(tmp_path).keys() == {"manifest.json"}
 
@@ -466,12 +466,12 @@ def test_a_disk_that_fills_up_keeps_what_is_whole(tmp_path, reference, monkeypat
 
     def full(descriptor):
         calls.append(None)
-        if len(calls) == 3:  # after the manifest and one shard
+        if len(calls) == 5:  # after the manifest and one shard, each with its folder
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left .*shard-00001.safetensors of [\d,]+ bytes was not written"):
+    with pytest.raises(OSError, match=r"No space left in .* for shard-00001.safetensors: [\d,.]+ \w+ are free"):
         generate(tmp_path)
     assert contents(tmp_path).keys() == {"manifest.json", "shard-00000.safetensors"}
     monkeypatch.undo()
@@ -536,7 +536,7 @@ def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch
 def test_stored_text_embeddings_are_those_of_the_text_encoder(tmp_path, folder):
     teacher: Any = make_tiny_pipeline("diffusion")
     dataset = generate(tmp_path / "stored", teacher, store_text_embeddings=True)
-    assert dataset.manifest["text_embeddings"] == {"encoder_hidden_states": [77, 16]}
+    assert dataset.manifest.text_embeddings == {"encoder_hidden_states": (77, 16)}
     rows, plain = dataset.rows([9, 0, 5]), TripletDataset(folder).rows([9, 0, 5])
     expected, _ = teacher.encode_prompt(rows.prompts, "cpu", 1, False)
     assert rows.text_embeddings["encoder_hidden_states"].dtype == torch.float32
@@ -552,7 +552,7 @@ def test_stored_text_embeddings_are_those_of_the_text_encoder(tmp_path, folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_teachers(tmp_path, dtype):
     dataset = generate(tmp_path, make_tiny_pipeline("flow").to(dtype), store_text_embeddings=True)
-    assert dataset.manifest["teacher_dtype"] == str(dtype).removeprefix("torch.")
+    assert dataset.manifest.settings["teacher_dtype"] == str(dtype).removeprefix("torch.")
     assert dataset.rows(range(10)).data.isfinite().all()
 
 

@@ -47,7 +47,7 @@ class Pooled:
 def pooled(monkeypatch) -> Pooled:
     """Cheap features in the place of MobileNetV2's, whose covariance takes seconds to take the root of."""
     features = Pooled()
-    monkeypatch.setattr(judges, "mobilenet_judge", lambda *args: judges.Judge("pooled", lambda: features, False))
+    monkeypatch.setattr(judges, "mobilenet_scorer", lambda *args: judges.Scorer("pooled", lambda: features, False))
     return features
 
 

@@ -126,7 +126,7 @@ def run(module, arguments, monkeypatch, *more):
 @pytest.fixture
 def tiny_pictures(monkeypatch, scripts, pooled):
     (_, ablation), counted = scripts, []
-    monkeypatch.setattr("rectified_diffusers.evaluation.gallery.Drawer.seconds_per_image", lambda self, prompts: 0.5)
+    monkeypatch.setattr("rectified_diffusers.evaluation.gallery.Sampler.seconds_per_image", lambda self, prompts: 0.5)
     original = scripts[0].Table.train_stage
 
     def train_stage(self, stage, *rest):

@@ -38,7 +38,7 @@ def test_the_score_is_the_mean_cosine_of_pairs():
     images = torch.tensor([[1.0, 0], [0, 1]])
     texts = torch.tensor([[0.6, 0.8], [0, 1]])
     assert clip_score(images, texts) == pytest.approx(0.8)
-    with pytest.raises(ValueError, match="one embedded prompt per picture"):
+    with pytest.raises(ValueError, match="one embedded prompt per image"):
         clip_score(images, texts[:1])
 
 

@@ -20,5 +20,5 @@ def test_it_knows_its_extremes():
 
 @pytest.mark.parametrize("shape", [(3, 1, 4), (0, 2, 4), (3, 4)])
 def test_wrong_features_are_told(shape):
-    with pytest.raises(ValueError, match="at least 2 pictures a prompt"):
+    with pytest.raises(ValueError, match="at least 2 images per prompt"):
         diversity(torch.zeros(shape))

@@ -2,15 +2,15 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from rectified_diffusers.evaluation.gallery import CHUNK, Drawer, Gallery, cached, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.gallery import CHUNK, Gallery, Sampler, cached, fingerprint, for_evaluation
 from tests.tiny import make_tiny_pipeline
 
 
 def test_a_picture_depends_on_its_seed_alone():
     pipeline = make_tiny_pipeline("flow")
     prompts, seeds = ["a cat", "the sea", "a cat"], ["0/0", "0/1", "0/2"]
-    together = Drawer(pipeline, 2, 1.0, batch_size=3).draw(prompts, seeds)
-    one_by_one = Drawer(pipeline, 2, 1.0, batch_size=1).draw(prompts, seeds)
+    together = Sampler(pipeline, 2, 1.0, batch_size=3).sample(prompts, seeds)
+    one_by_one = Sampler(pipeline, 2, 1.0, batch_size=1).sample(prompts, seeds)
     assert together.shape == (3, 3, 32, 32)
     assert (together.int() - one_by_one.int()).abs().max() <= 1  # rounding of another batch size
     assert not torch.equal(together[0], together[2])

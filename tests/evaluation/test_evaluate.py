@@ -12,9 +12,9 @@ from rectified_diffusers.data.images import choose, read_pictures
 from rectified_diffusers.evaluation import gallery as drawing
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate
-from rectified_diffusers.evaluation.metrics import frechet_distance, statistics_of
+from rectified_diffusers.evaluation.metrics import frechet_distance
 from rectified_diffusers.evaluation.report import Evaluation
-from rectified_diffusers.evaluation.scorers import inception_judge, mobilenet_judge
+from rectified_diffusers.evaluation.scorers import inception_scorer, mobilenet_scorer
 from tests.tiny import make_tiny_pipeline
 from tests.tiny_inputs import SIZE
 
@@ -32,14 +32,14 @@ STRAIGHT = {"straightness_prompts": 2, "straightness_steps": 4, "straightness_bi
 def draws(monkeypatch):
     """Count the pictures that are drawn; the timed ones are not."""
     counted = []
-    original = drawing.Drawer.draw
+    original = drawing.Sampler.sample
 
     def draw(self, prompts, seeds):
         counted.extend(seeds)
         return original(self, prompts, seeds)
 
-    monkeypatch.setattr(drawing.Drawer, "draw", draw)
-    monkeypatch.setattr(drawing.Drawer, "seconds_per_image", lambda self, prompts: 0.5)
+    monkeypatch.setattr(drawing.Sampler, "sample", draw)
+    monkeypatch.setattr(drawing.Sampler, "seconds_per_image", lambda self, prompts: 0.5)
     return counted
 
 
@@ -72,11 +72,11 @@ def test_the_figures_are_those_of_the_pictures(data, pooled, draws, tmp_path):
     report = run(data, tmp_path, seeds=(3,))
     pictures = read_pictures(data, SIZE)
     choice = choose(pictures, "train", 6, seed=3)
-    drawer = drawing.Drawer(drawing.for_evaluation(make_tiny_pipeline("flow")), 1, 1.0)
-    drawn = drawer.draw(choice.prompts, [f"3/seen/{i}" for i in range(6)])
-    statistics = [statistics_of([pooled(images)]) for images in (drawn, pictures.read(choice.reference))]
+    drawer = drawing.Sampler(drawing.for_evaluation(make_tiny_pipeline("flow")), 1, 1.0)
+    drawn = drawer.sample(choice.prompts, [f"3/seen/{i}" for i in range(6)])
+    statistics = [pooled(images) for images in (drawn, pictures.read(choice.reference))]
     assert report.rows[0].figures["frechet_distance_seen"].mean == pytest.approx(frechet_distance(*statistics))
-    statistics[0] = statistics_of([pooled(pictures.read(choice.floor))])
+    statistics[0] = pooled(pictures.read(choice.floor))
     assert report.real["frechet_distance_seen"].mean == pytest.approx(frechet_distance(*statistics))
 
 
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_and_ends_alike(data, pooled, draws, monkeypatch, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(drawing.Drawer, "seconds_per_image", fail)
+        patched.setattr(drawing.Sampler, "seconds_per_image", fail)
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "cut", steps=(1, 2))
     resumed = run(data, tmp_path / "cut", steps=(1, 2))
@@ -173,13 +173,13 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     "judge",
     [
-        lambda folder: mobilenet_judge(folder / "none.safetensors", 64, "cpu", False),
-        lambda folder: inception_judge(folder, "cpu", False),
+        lambda folder: mobilenet_scorer(folder / "none.safetensors", 64, "cpu", False),
+        lambda folder: inception_scorer(folder, "cpu", False),
     ],
     ids=["mobilenet", "inception"],
 )
 def test_weights_that_are_not_there_are_told_at_once(judge, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no weights at .*: expected a safetensors file"):
+    with pytest.raises(FileNotFoundError, match=r"No weights at .*: expected a safetensors file"):
         judge(tmp_path)
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from rectified_diffusers.evaluation.features import InceptionV3Features
-from rectified_diffusers.evaluation.metrics import frechet_distance, statistics_of
+from rectified_diffusers.evaluation.metrics import frechet_distance
 
 
 def images_of(count, seed):
@@ -21,7 +21,7 @@ def test_the_distance_agrees_with_torch_fidelity():
     theirs = library.fid_statistics_to_metric(
         library.fid_features_to_statistics(x), library.fid_features_to_statistics(y), verbose=False
     )
-    ours = frechet_distance(statistics_of([x]), statistics_of([y]))
+    ours = frechet_distance(x, y)
     assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_from_pictures_to_the_distance_it_agrees_with_torch_fidelity(inception_w
         feature_extractor_weights_path=str(tmp_path / "inception.pth"),
     )
     features = InceptionV3Features(inception_weights)
-    distance = frechet_distance(statistics_of([features(first.images)]), statistics_of([features(second.images)]))
+    distance = frechet_distance(features(first.images), features(second.images))
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
 
 
@@ -72,13 +72,13 @@ def test_the_weights_of_the_file_are_those_of_the_network(inception_weights):
 
 
 def test_what_is_wrong_is_told(inception_weights, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no Inception-v3 weights"):
+    with pytest.raises(FileNotFoundError, match="No Inception-v3 weights"):
         InceptionV3Features(tmp_path / "none.safetensors")
     (tmp_path / "inception.pth").touch()
     with pytest.raises(ValueError, match=r"must be a \.safetensors file"):
         InceptionV3Features(tmp_path / "inception.pth")
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="has not the layout"):
+    with pytest.raises(ValueError, match="does not have the layout"):
         InceptionV3Features(tmp_path / "other.safetensors")
     features = InceptionV3Features(inception_weights)
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\) uint8"):

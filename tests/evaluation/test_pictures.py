@@ -81,7 +81,7 @@ def test_what_is_wrong_is_told(tmp_path):
     with pytest.raises(ValueError, match="holds no line"):
         read_pictures(tmp_path, 8)
     metadata.write_text('{"file_name": "a.png"}\n')
-    with pytest.raises(ValueError, match="line 1: expected a text under 'text'"):
+    with pytest.raises(ValueError, match=r'line 1: expected an object like {"file_name": "...", "text": "..."}'):
         read_pictures(tmp_path, 8)
     metadata.write_text('{"file_name": "a.png", "text": "a"}\n')
     with pytest.raises(FileNotFoundError, match="which is not in"):

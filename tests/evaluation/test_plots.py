@@ -67,5 +67,5 @@ def test_what_there_are_no_figures_for_is_left_out(tmp_path):
 
 def test_without_matplotlib_the_plots_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"pip install .rectified_diffusers\[evaluation\]"):
         plot_straightness({})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness, pool, straightness
 from rectified_diffusers.flow.ode import euler
+from rectified_diffusers.flow.prediction import scale_of
 from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -140,7 +141,7 @@ def test_euler_on_a_diffusion_pipelines_velocity_is_ddim(tiny_pipeline, guidance
     assert velocity.as_flow is not None
     timesteps = torch.tensor([*pipeline.scheduler.timesteps.tolist(), 0.0], dtype=torch.float64)
     times = velocity.as_flow.time_of(timesteps)
-    scales = velocity.as_flow.scale_of(times)
+    scales = scale_of(times)
     x = noise.double() / scales[0]
     with torch.no_grad():
         for t, next_t in pairwise(times):

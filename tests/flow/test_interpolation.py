@@ -61,12 +61,24 @@ def test_signal_rises_and_noise_falls(interpolation: Interpolation) -> None:
     assert (at.sigma.diff() < 0).all()
 
 
-@pytest.mark.parametrize("interpolation", [Straight(), Cosine(), VariancePreserving(PURE_ENDS)], ids=repr)
+@pytest.mark.parametrize(
+    "interpolation",
+    [Straight(), Cosine(), VariancePreserving(PURE_ENDS), VariancePreserving(SD_ALPHAS_CUMPROD).with_pure_ends()],
+    ids=repr,
+)
 def test_ends_are_noise_and_data(interpolation: Interpolation) -> None:
     noise, data = draw_pair((2, 3), seed=0)
     start, end = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     torch.testing.assert_close(interpolation.interpolate(noise, data, start)[0], noise)
     torch.testing.assert_close(interpolation.interpolate(noise, data, end)[0], data)
+
+
+def test_pure_ends_change_a_schedule_little() -> None:
+    given = VariancePreserving(SD_ALPHAS_CUMPROD)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    alpha, stretched = given.coefficients(t).alpha, given.with_pure_ends().coefficients(t).alpha
+    assert 0.06 < (stretched - alpha).abs().max() < 0.07  # alpha(0) = 0.068 of the schedule itself
+    assert VariancePreserving(PURE_ENDS).with_pure_ends().alphas_cumprod == pytest.approx(PURE_ENDS.tolist())
 
 
 def test_straight_velocity_is_data_minus_noise_bit_for_bit() -> None:

@@ -7,13 +7,23 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.flow import Cosine, Interpolation, Straight, VariancePreserving, euler, heun
-from tests.flow.cases import PURE_ENDS, Gaussian, draw_pair
+from tests.flow.cases import PURE_ENDS, SD_BETAS, Gaussian, draw_pair
 
 Solver = Callable[..., Tensor]
 
 both_solvers = pytest.mark.parametrize("solver", [euler, heun])
 both_ways = pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (1.0, 0.0), (0.8, 0.1)], ids=["on", "back", "part"])
 PATHS = pytest.mark.parametrize("interpolation", [Straight(), Cosine(), VariancePreserving(PURE_ENDS)], ids=repr)
+
+
+@pytest.mark.parametrize(
+    "interpolation", [Straight(), Cosine(), VariancePreserving.from_betas(SD_BETAS).with_pure_ends()], ids=repr
+)
+def test_the_flow_of_every_path_carries_noise_to_data(interpolation: Interpolation) -> None:
+    """Reflow trains on these paths: integrating the exact velocity from N(0, 1) gives N(mean, std^2)."""
+    gaussian = Gaussian(interpolation, mean=3.0, std=0.2)
+    noise, _ = draw_pair((4, 4, 4, 4), seed=0)
+    torch.testing.assert_close(heun(gaussian.velocity, noise, 1000), 3.0 + 0.2 * noise, atol=1e-3, rtol=0)
 
 
 def measured_order(solver: Solver, gaussian: Gaussian, start: float, end: float) -> Tensor:

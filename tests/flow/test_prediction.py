@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rectified_diffusers.flow import (
+    DIFFUSION_TYPES,
     PREDICTION_TYPES,
     Cosine,
     Differentiable,
@@ -19,10 +20,10 @@ from rectified_diffusers.flow import (
     PredictionType,
     Straight,
     VariancePreserving,
-    convert_prediction,
     from_pair,
     heun,
     match_signal_to_noise,
+    scale_of,
     to_pair,
 )
 from tests.flow.cases import (
@@ -38,14 +39,13 @@ from tests.flow.cases import (
 )
 
 all_interpolations = pytest.mark.parametrize("interpolation", INTERPOLATIONS, ids=name_of)
-all_types = pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+all_views = pytest.mark.parametrize("as_flow", DIFFUSION_TYPES, indirect=True)
 times = st.floats(0.02, 0.98)
 seeds = st.integers(0, 2**31)
 shapes = st.sampled_from(SHAPES)
 
 # Stable Diffusion's schedule covers these flow times.
 FIRST_TIME, LAST_TIME = 0.06404, 0.97166
-DIFFUSION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 
 @all_interpolations
@@ -83,15 +83,9 @@ def test_conversions_agree_with_the_definitions(
         "sample": data,
     }
     source, target = ends
-    found = convert_prediction(expected[source], x_t, times, source, target, interpolation)
+    pair = to_pair(expected[source], x_t, times, source, interpolation)
+    found = from_pair(*pair, times, target, interpolation)
     torch.testing.assert_close(found, expected[target], atol=1e-8, rtol=1e-8)
-
-
-@all_types
-def test_same_type_is_returned_as_it_is(prediction_type: PredictionType) -> None:
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    t = torch.tensor([0.0, 1.0])  # even where the pair is undetermined
-    assert convert_prediction(prediction, x_t, t, prediction_type, prediction_type, Straight()) is prediction
 
 
 @pytest.mark.parametrize("prediction_type", ["velocity", "v_prediction"])
@@ -160,7 +154,8 @@ def test_predictions_keep_their_dtype(source: PredictionType, dtype: torch.dtype
     x_t, prediction = (x.to(dtype) for x in draw_pair((4, 4, 4, 4), seed=0))
     t = torch.tensor([0.2, 0.4, 0.6, 0.8])
     for target in PREDICTION_TYPES:
-        assert convert_prediction(prediction, x_t, t, source, target, Cosine()).dtype == dtype
+        pair = to_pair(prediction, x_t, t, source, Cosine())
+        assert from_pair(*pair, t, target, Cosine()).dtype == dtype
 
 
 def test_unknown_type_names_the_known() -> None:
@@ -171,16 +166,18 @@ def test_unknown_type_names_the_known() -> None:
         to_pair(prediction, x_t, t, "flow", Straight())  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=known):
         from_pair(x_t, prediction, t, "flow", Straight())  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=known):
-        convert_prediction(prediction, x_t, t, "flow", "flow", Straight())  # pyright: ignore[reportArgumentType]
 
 
 # A diffusion network as a straight flow.
 
 
+def make_view(prediction_type: PredictionType = "epsilon") -> DiffusionAsFlow:
+    return DiffusionAsFlow(VariancePreserving(SD_ALPHAS_CUMPROD), prediction_type)
+
+
 @pytest.fixture(scope="module")
-def as_flow() -> DiffusionAsFlow:
-    return DiffusionAsFlow(SD_ALPHAS_CUMPROD)
+def as_flow(request: pytest.FixtureRequest) -> DiffusionAsFlow:
+    return make_view(getattr(request, "param", "epsilon"))
 
 
 def perfect_network(sample: Tensor, timestep: Tensor, prediction_type: PredictionType) -> Tensor:
@@ -192,15 +189,14 @@ def perfect_network(sample: Tensor, timestep: Tensor, prediction_type: Predictio
     return from_pair(noise, data, t, prediction_type, path)
 
 
-def velocity_of_network(as_flow: DiffusionAsFlow, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
-    sample, timestep = as_flow.network_input(x_t, t)
-    return as_flow.velocity(perfect_network(sample, timestep, prediction_type), x_t, t, prediction_type)
+def velocity_of_network(as_flow: DiffusionAsFlow, x_t: Tensor, t: Tensor) -> Tensor:
+    return as_flow(lambda sample, timestep: perfect_network(sample, timestep, as_flow.prediction_type), x_t, t)
 
 
 @given(t=st.floats(0.0641, 0.9716), seed=seeds, shape=shapes)
 def test_network_input_is_the_point_of_the_diffusion_path(t: float, seed: int, shape: tuple[int, ...]) -> None:
     """The same pair on both paths: scaled x_t is the diffusion path's sample at the timestep given."""
-    as_flow = DiffusionAsFlow(SD_ALPHAS_CUMPROD)
+    as_flow = make_view()
     noise, data = draw_pair(shape, seed)
     times = spread(t, shape[0]).clamp(0.0641, 0.9716)
     x_t, velocity = Straight().interpolate(noise, data, times)
@@ -210,14 +206,15 @@ def test_network_input_is_the_point_of_the_diffusion_path(t: float, seed: int, s
     torch.testing.assert_close(as_flow.time_of(timestep), times)
     for kind in DIFFUSION_TYPES:
         prediction = from_pair(noise, data, 1 - timestep / 999, kind, as_flow.schedule)
-        torch.testing.assert_close(as_flow.velocity(prediction, x_t, times, kind), velocity, atol=1e-9, rtol=1e-9)
+        found = make_view(kind).velocity(prediction, x_t, times)
+        torch.testing.assert_close(found, velocity, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("prediction_type", DIFFUSION_TYPES)
-def test_perfect_network_gives_the_exact_velocity(as_flow: DiffusionAsFlow, prediction_type: PredictionType) -> None:
+@all_views
+def test_perfect_network_gives_the_exact_velocity(as_flow: DiffusionAsFlow) -> None:
     x_t, _ = draw_pair((40, 4, 4, 4), seed=0)
     t = torch.linspace(FIRST_TIME + 1e-5, LAST_TIME - 1e-5, 40, dtype=torch.float64)
-    found = velocity_of_network(as_flow, x_t, t, prediction_type)
+    found = velocity_of_network(as_flow, x_t, t)
     torch.testing.assert_close(found, Gaussian(Straight()).velocity(x_t, t), atol=1e-9, rtol=1e-9)
 
 
@@ -240,27 +237,25 @@ def test_timesteps_agree_with_the_signal_to_noise_of_the_schedule(as_flow: Diffu
     timesteps = torch.arange(1000, dtype=torch.float64)
     torch.testing.assert_close(as_flow.timestep_of(t), timesteps, atol=1e-8, rtol=0)
     torch.testing.assert_close(as_flow.time_of(timesteps), t)
-    torch.testing.assert_close(as_flow.scale_of(t), alpha + sigma)
+    torch.testing.assert_close(scale_of(t), alpha + sigma)
 
 
-@pytest.mark.parametrize("prediction_type", DIFFUSION_TYPES)
+@all_views
 @pytest.mark.parametrize("edge", [FIRST_TIME, LAST_TIME, 0.5], ids=["noise", "data", "half"])
-def test_velocity_is_continuous_in_t(as_flow: DiffusionAsFlow, prediction_type: PredictionType, edge: float) -> None:
+def test_velocity_is_continuous_in_t(as_flow: DiffusionAsFlow, edge: float) -> None:
     x_t, _ = draw_pair((1, 4, 4, 4), seed=0)
     t = torch.linspace(edge - 1e-4, edge + 1e-4, 201, dtype=torch.float64)
-    found = velocity_of_network(as_flow, x_t.expand(201, 4, 4, 4), t, prediction_type)
+    found = velocity_of_network(as_flow, x_t.expand(201, 4, 4, 4), t)
     assert found.diff(dim=0).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("prediction_type", DIFFUSION_TYPES)
-def test_beyond_the_schedule_the_nearest_estimate_is_kept(
-    as_flow: DiffusionAsFlow, prediction_type: PredictionType
-) -> None:
+@all_views
+def test_beyond_the_schedule_the_nearest_estimate_is_kept(as_flow: DiffusionAsFlow) -> None:
     """At t = 0 a step of length 1 lands on the data estimated at the last timestep; at t = 1 the way back likewise."""
     gaussian = Gaussian(as_flow.schedule)
     x, _ = draw_pair((2, 4, 4, 4), seed=0)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    found = velocity_of_network(as_flow, x, ends, prediction_type)
+    found = velocity_of_network(as_flow, x, ends)
     noise, data = gaussian.expected_pair(x, ends)
     torch.testing.assert_close(x[0] + found[0], data[0], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(x[1] - found[1], noise[1], atol=1e-9, rtol=1e-9)
@@ -272,43 +267,41 @@ def test_beyond_the_schedule_the_nearest_estimate_is_kept(
 
 def test_flow_of_the_network_carries_noise_to_data(as_flow: DiffusionAsFlow) -> None:
     noise, _ = draw_pair((8, 4, 4, 4), seed=0)
-    found = heun(lambda x, t: velocity_of_network(as_flow, x, t, "epsilon"), noise, steps=64)
+    found = heun(lambda x, t: velocity_of_network(as_flow, x, t), noise, steps=64)
     torch.testing.assert_close(found, Gaussian(Straight()).flow(noise, 0.0, 1.0), atol=0.02, rtol=0)
 
 
 def test_epsilon_of_a_schedule_that_ends_in_pure_noise_is_refused_at_noise() -> None:
-    as_flow = DiffusionAsFlow(rescale_to_pure_noise(SD_ALPHAS_CUMPROD))
+    schedule = VariancePreserving(rescale_to_pure_noise(SD_ALPHAS_CUMPROD))
     x_t, prediction = draw_pair((2, 3), seed=0)
     t = torch.tensor([0.0, 0.5], dtype=torch.float64)
     with pytest.raises(ValueError, match="v_prediction"):
-        as_flow.velocity(prediction, x_t, t, "epsilon")
-    assert as_flow.velocity(prediction, x_t, t, "v_prediction").isfinite().all()
+        DiffusionAsFlow(schedule, "epsilon").velocity(prediction, x_t, t)
+    assert DiffusionAsFlow(schedule, "v_prediction").velocity(prediction, x_t, t).isfinite().all()
 
 
-@pytest.mark.parametrize("prediction_type", DIFFUSION_TYPES)
+@all_views
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_dtype_of_latents_is_kept(
-    as_flow: DiffusionAsFlow, prediction_type: PredictionType, dtype: torch.dtype
-) -> None:
+def test_dtype_of_latents_is_kept(as_flow: DiffusionAsFlow, dtype: torch.dtype) -> None:
     x_t, prediction = (x.to(dtype) for x in draw_pair((4, 4, 4, 4), seed=0))
     t = torch.tensor([0.0, 0.3, 0.7, 1.0])
     sample, timestep = as_flow.network_input(x_t, t)
     assert sample.dtype == dtype
     assert timestep.dtype == torch.float32
-    velocity = as_flow.velocity(prediction, x_t, t, prediction_type)
+    velocity = as_flow.velocity(prediction, x_t, t)
     assert velocity.dtype == dtype
     assert velocity.isfinite().all()
 
 
-def test_a_velocity_network_needs_no_view(as_flow: DiffusionAsFlow) -> None:
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    with pytest.raises(ValueError, match="needs no DiffusionAsFlow"):
-        as_flow.velocity(prediction, x_t, torch.tensor([0.2, 0.5]), "velocity")
+def test_a_velocity_network_needs_no_view() -> None:
+    with pytest.raises(ValueError, match=r"got 'velocity'.* needs no DiffusionAsFlow"):
+        make_view("velocity")
 
 
 def test_views_of_one_schedule_are_equal(as_flow: DiffusionAsFlow) -> None:
-    assert as_flow == DiffusionAsFlow(SD_ALPHAS_CUMPROD.tolist())
-    assert repr(as_flow) == "DiffusionAsFlow(VariancePreserving(1000 timesteps, 0.99915 ... 0.0046601))"
+    assert as_flow == DiffusionAsFlow(VariancePreserving(SD_ALPHAS_CUMPROD.tolist()), "epsilon")
+    assert as_flow != make_view("sample")
+    assert "schedule=VariancePreserving(1000 timesteps, 0.99915 ... 0.0046601)" in repr(as_flow)
 
 
 @pytest.mark.parametrize(

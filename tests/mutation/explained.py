@@ -2,10 +2,6 @@
 
 _REASONS: dict[str, tuple[str, ...]] = {
     "A device that is the CPU anyway where there is no GPU; it shows where there is one.": (
-        "flow/coupling.py: independent: torch.randn(noise.shape, generator=generator, device=generator.device, "
-        "dtype=torch.float32) -> torch.randn(noise.shape, generator=generator, dtype=torch.float32)",
-        "flow/coupling.py: minibatch_optimal_transport: torch.as_tensor(partner, device=noise.device) -> "
-        "torch.as_tensor(partner)",
         "flow/ode.py: _evaluate: torch.full(x.shape[:1], t, device=x.device, dtype=torch.promote_types(x.dtype, "
         "torch.float32)) -> torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32))",
         "flow/time_density.py: LogitNormal.sample: torch.randn(count, generator=generator, device=generator.device, "
@@ -87,17 +83,13 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "data/dataset.py: JoinedTriplets.prompt_rows: True -> False",
         "data/generate.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
         "data/generate.py: _check_finite: True -> False",
-        "data/dataset.py: open_shard: zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found, "
-        "strict=True) -> zip(('number', 'manifest', 'number of prompts', 'layout'), expected, found)",
-        "data/dataset.py: open_shard: True -> False",
     ),
     "What is left out, or put in its place, is what Python does anyway.": (
         "data/manifest.py: first_difference: return None -> return None",
         "data/prompts.py: LinePrompts._read: zip(found, range(count), strict=False) -> zip(found, range(count))",
-        "data/shards.py: remove_partial_files: continue -> pass",
     ),
     "An argument for systems whose own encoding is another; here it is UTF-8.": (
-        "data/manifest.py: read_manifest: path.read_text(encoding='utf-8') -> path.read_text()",
+        "data/manifest.py: Manifest.read: path.read_text(encoding='utf-8') -> path.read_text()",
     ),
     "`argsort` gives whole numbers whatever it sorts; only an empty list has no numbers to tell their type.": (
         "data/dataset.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
@@ -113,28 +105,11 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "A block that is too long has the same prompts at the same places.": (
         "data/prompts.py: ParquetPrompts._read: count - len(prompts) -> count + len(prompts)",
     ),
-    "What Windows needs, where an open file cannot be moved; it shows there.": (
-        "data/shards.py: write_atomically: 'nt' -> 'ntX'",
-        "data/shards.py: write_atomically: file.close() -> pass",
-    ),
-    "A file that is gone meanwhile is no failure: what `unlink` raises then, the next line catches.": (
-        "data/shards.py: remove_partial_files: path.unlink(missing_ok=True) -> path.unlink()",
-        "data/shards.py: remove_partial_files: True -> False",
-    ),
-    "Only the truth of the value is asked for.": (
-        "data/shards.py: _lock: return False -> return None",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (4)",
-    ),
     "NumPy takes every negative length for the one that is left over.": ("data/shards.py: write_shard: 1 -> 2",),
     "The two last of four lengths, counted from either end.": ("data/teacher.py: Teacher.__call__: -2 -> 2",),
     "One text without a revision in it is as good as another.": ("data/teacher.py: Teacher.provenance: '' -> 'X'",),
     "All prompts have embeddings of one shape, and it is the shape that is asked for.": (
         "data/generate.py: make_manifest: '' -> 'X'",
-    ),
-    "Room to spare: a folder has a manifest, too, so that its shards are fewer than its files.": (
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 0",
-        "data/dataset.py: TripletDataset.__init__: 1 -> 2 (2)",
     ),
     "A value that every place is given another for.": ("data/dataset.py: TripletDataset.rows: '' -> 'X'",),
     "`str.format` leaves out what the text does not ask for.": (

@@ -1,7 +1,6 @@
 """Tiny runs for the tests of the trainers: a few triplets of 4x8x8 latents and the U-Net of `tests.tiny`."""
 
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.data.manifest import MANIFEST_NAME, identity
+from rectified_diffusers.data.manifest import FORMAT, Manifest
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training import checkpoint
@@ -46,17 +45,17 @@ def make_ends(rows: int = 4, channels: int = 4) -> tuple[Tensor, Tensor]:
 
 def write_dataset(folder: Path, noise: Tensor, data: Tensor, prompts: list[str]) -> TripletDataset:
     """Write triplets by hand in the format of `generate_triplets`, in one shard of float32."""
-    manifest: dict[str, Any] = {
-        "format": 1,
+    settings: dict[str, Any] = {
+        "format": FORMAT,
         "num_triplets": len(noise),
         "triplets_per_shard": len(noise),
         "storage_dtype": "float32",
         "num_prompts": len(prompts),
         "latent_shape": list(noise.shape[1:]),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
-    header = {"shard": 0, "manifest": identity(manifest), "prompts": prompts}
+    manifest = Manifest.of(settings)
+    manifest.write(folder)
+    header = {"shard": 0, "manifest": manifest.identity, "prompts": prompts}
     write_shard(shard_path(folder, 0), {"noise": noise, "data": data}, header)
     return TripletDataset(folder)
 

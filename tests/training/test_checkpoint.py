@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from rectified_diffusers.files import system_errors
 from rectified_diffusers.training import checkpoint as checkpoint_module
 from rectified_diffusers.training.checkpoint import (
     STATE,
@@ -22,8 +23,6 @@ from rectified_diffusers.training.checkpoint import (
     read_checkpoint,
     require_same_run,
     sealed,
-    system_errors,
-    write_atomically,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import ReflowConfig
@@ -154,12 +153,6 @@ def test_a_checkpoint_or_pipeline_that_cannot_be_written_is_the_system_s_error(t
     """A folder that went away stands for a disk that turned read-only, which takes root to make."""
     with pytest.raises(FileNotFoundError), system_errors():
         save_file({"weight": torch.ones(1)}, tmp_path / "gone" / "unet.safetensors")
-
-
-def test_write_atomically_replaces_a_file(tmp_path: Path) -> None:
-    for text in ("old", "new"):
-        write_atomically(tmp_path / "a" / "log", lambda path, text=text: path.write_text(text))
-    assert [path.read_text() for path in (tmp_path / "a").iterdir()] == ["new"]
 
 
 def test_what_makes_two_runs_the_same(tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ def test_presets_are_what_the_papers_say() -> None:
     assert (reflow.initialisation, distill.initialisation) == ("snr_matching", "weights")
 
 
+@pytest.mark.parametrize(
+    "options", [{"initialisation": "snr_matching"}, {"loss": "lpips_huber"}, {"lora_rank": 4}], ids=str
+)
+@pytest.mark.parametrize("interpolation", ["cosine", "variance_preserving"])
+def test_what_holds_on_the_straight_path_only_is_refused_on_others(interpolation: Any, options: Any) -> None:
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f"interpolation='{interpolation}' cannot be combined with {name}={value!r}"):
+        ReflowConfig(output_dir=Path("run"), interpolation=interpolation, **options)
+    ReflowConfig(output_dir=Path("run"), **options)
+    assert config_to_json(ReflowConfig(output_dir=Path("run")))["interpolation"] == "straight"
+
+
 def test_an_unknown_preset_or_option_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a preset of ReflowConfig out of 'instaflow', 'modern', got 'old'"):
         ReflowConfig.preset("old", output_dir=Path("run"))  # pyright: ignore[reportArgumentType]
@@ -111,7 +123,7 @@ def test_a_run_of_an_earlier_release_may_be_resumed() -> None:
     """Its checkpoints say nothing about options that came later, and their defaults change nothing."""
     config = ReflowConfig(output_dir=Path("run"))
     recorded = {**config_to_json(config), "trainer": "ReflowTrainer"}
-    for name in ("lora_rank", "optimizer", "lora_target_modules"):
+    for name in ("lora_rank", "optimizer", "lora_target_modules", "interpolation"):
         del recorded[name]
     found = {**config_to_json(config), "trainer": "ReflowTrainer"}
     require_same_run(recorded_options(recorded, config), found, Path("run"))

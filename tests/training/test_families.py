@@ -88,7 +88,7 @@ def one_step_error(pipeline: Any, dataset: TripletDataset, network: Any = None) 
 def test_reflow_straightens_and_the_folder_draws(kind: str, tmp_path: Path) -> None:
     teacher = make_teacher(kind)
     dataset = make_triplets(teacher, tmp_path / "triplets")
-    assert dataset.manifest["latent_shape"] == [4, 8, 8]
+    assert dataset.manifest.latent_shape == (4, 8, 8)
     trainer = ReflowTrainer(teacher, dataset, ReflowConfig(output_dir=tmp_path / "run", prompt_dropout=0.0, **FIT))
     error = one_step_error(teacher, dataset, trainer.student)
     trainer.train()

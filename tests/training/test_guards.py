@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.training import checkpoint as checkpoint_module
-from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps, require_space
+from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps, require_room
 from rectified_diffusers.training.guards import require_direction, require_same_latents
 from rectified_diffusers.training.run_folder import RunFolder
 from tests.tiny import make_vae
@@ -63,7 +64,7 @@ def test_triplets_of_another_scaling_are_refused(dataset: TripletDataset, output
     path = tmp_path / "triplets" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vae_scaling_factor": 0.13025}))
     other = TripletDataset.__new__(TripletDataset)
-    other.__dict__.update(dataset.__dict__, manifest=json.loads(path.read_text()))
+    other.__dict__.update(dataset.__dict__, manifest=Manifest.of(json.loads(path.read_text())))
     with pytest.raises(ValueError, match=r"made with a VAE of scaling_factor 0\.13025, the pipeline's has 0\.18215"):
         make_trainer("reflow", other, output_dir)
 
@@ -82,7 +83,7 @@ def test_pictures_with_new_noise_are_no_pairs(
 ) -> None:
     for manifest in ({"num_inference_steps": 0}, {"parts": [{"num_inference_steps": 25}, {"num_inference_steps": 0}]}):
         by_chance = TripletDataset(dataset.folder)
-        by_chance.manifest |= manifest
+        by_chance.manifest = Manifest.of({**by_chance.manifest.settings, **manifest})
         with pytest.raises(ValueError, match=r"fits the data of each noise, and there are triplets"):
             make_trainer(method, by_chance, output_dir, **options)
         if options:
@@ -91,10 +92,12 @@ def test_pictures_with_new_noise_are_no_pairs(
 
 def test_a_shift_counts_and_its_absence_is_zero() -> None:
     vae = make_vae()
-    require_same_latents(vae, {})
-    require_same_latents(vae, {"vae_scaling_factor": vae.config["scaling_factor"], "vae_shift_factor": 0.0})
+    require_same_latents(vae, Manifest.of({}))
+    require_same_latents(
+        vae, Manifest.of({"vae_scaling_factor": vae.config["scaling_factor"], "vae_shift_factor": 0.0})
+    )
     with pytest.raises(ValueError, match=r"shift_factor 0\.06, the pipeline's has None"):
-        require_same_latents(vae, {"vae_shift_factor": 0.06})
+        require_same_latents(vae, Manifest.of({"vae_shift_factor": 0.06}))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(output_dir: Path) -> None:
@@ -136,7 +139,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
 
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, checkpoint_module, "save_file", 5, fail)  # in the middle of the second checkpoint
-        with pytest.raises(OSError, match=r"No space left in .* for the checkpoint of step 4: .*2 is whole"):
+        with pytest.raises(OSError, match=r"No space left in .* for the checkpoint of step 4: .*2 is complete"):
             trainer.train()
     assert checkpoint_steps(output_dir / "checkpoints") == [2]
     assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-00000002"]
@@ -174,7 +177,7 @@ def test_too_small_a_disk_is_found_before_the_first_step(
 def test_checkpoints_that_are_there_need_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 100))
     with pytest.raises(OSError, match="No space left"):
-        require_space(tmp_path / "none", 50, keep=2)
+        require_room(tmp_path / "none", 50, keep=2)
     for step in (1, 2):
         checkpoint_path(tmp_path, step).mkdir()
-    require_space(tmp_path, 100, keep=2)
+    require_room(tmp_path, 100, keep=2)

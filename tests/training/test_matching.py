@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
@@ -226,7 +227,8 @@ def test_other_teachers(kind: Any, dataset: TripletDataset, output_dir: Path, tm
     student = kind if kind in ("sd3", "flux") else "flow"
     if student != "flow":
         dataset = make_dataset(tmp_path / "triplets")
-        dataset.manifest["vae_scaling_factor"] = make_tiny_pipeline(kind).vae.config.scaling_factor
+        scaling = {"vae_scaling_factor": make_tiny_pipeline(kind).vae.config.scaling_factor}
+        dataset.manifest = Manifest.of({**dataset.manifest.settings, **scaling})
     config = DistributionMatchingConfig(
         output_dir=output_dir, **{**SHORT, "max_steps": 1, "teacher_guidance_scale": 2.0}
     )

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rectified_diffusers import files as files_module
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import checkpoint
 from rectified_diffusers.training.trainer import Trainer
@@ -80,7 +81,7 @@ def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: Triplet
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Trainer, "train_step", 4), (checkpoint, "save_file", 3), (checkpoint, "flush", 3), (Path, "replace", 3)]
+    [(Trainer, "train_step", 4), (checkpoint, "save_file", 3), (files_module, "flush", 3), (Path, "replace", 3)]
     + [(Path, "replace", call) for call in (4, 6, 9)],
 )
 def test_a_run_stopped_anywhere_equals_one(

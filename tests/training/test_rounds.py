@@ -39,17 +39,17 @@ def test_a_result_is_the_next_teacher(lora: dict[str, Any], tmp_path: Path) -> N
     solvers = []
     for k in (2, 3):
         triplets = make_triplets(teacher, tmp_path / f"triplets-{k}", guidance_scale=1.5)
-        solvers.append((triplets.manifest["solver"], triplets.manifest["pipeline"]))
+        solvers.append((triplets.manifest.settings["solver"], triplets.manifest.settings["pipeline"]))
         ReflowTrainer(teacher, triplets, ReflowConfig(output_dir=tmp_path / f"{k}-flow", **options)).train()
         teacher = RectifiedFlowPipeline.from_pretrained(tmp_path / f"{k}-flow")
     assert solvers == [
         ("DPMSolverMultistepScheduler", "StableDiffusionPipeline"),
         ("RectifiedFlowEulerScheduler", "RectifiedFlowPipeline"),
     ]
-    fingerprints = {make_triplets(teacher, tmp_path / "last").manifest["teacher_sha256"]} | {
-        make_triplets(RectifiedFlowPipeline.from_pretrained(tmp_path / "2-flow"), tmp_path / "first").manifest[
-            "teacher_sha256"
-        ]
+    fingerprints = {make_triplets(teacher, tmp_path / "last").manifest.settings["teacher_sha256"]} | {
+        make_triplets(
+            RectifiedFlowPipeline.from_pretrained(tmp_path / "2-flow"), tmp_path / "first"
+        ).manifest.settings["teacher_sha256"]
     }
     assert len(fingerprints) == 2
     triplets = make_triplets(teacher, tmp_path / "triplets-distill")

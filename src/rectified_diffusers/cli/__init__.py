@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 2 after a user error, 130 after Ctrl-C."""
     arguments = argparse.Namespace(debug=False, resumable=False)
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser().parse_args(_decoded(sys.argv[1:] if argv is None else argv))
         arguments.run(arguments)
     except (CommandError, ValueError, OSError, ImportError, FloatingPointError) as error:
         if arguments.debug:
@@ -58,6 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; run the same command to go on" if arguments.resumable else "\nstopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _decoded(argv: Sequence[str]) -> list[str]:
+    """Return arguments with the bytes that Python could not decode in the locale's encoding decoded as UTF-8."""
+    try:
+        return [argument.encode("utf-8", "surrogateescape").decode("utf-8") for argument in argv]
+    except UnicodeDecodeError as error:
+        raise CommandError(f"expected arguments in UTF-8, got {error.object!r}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:

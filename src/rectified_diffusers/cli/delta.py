@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def add_delta(commands: Any) -> argparse.ArgumentParser:
 def _add_make(actions: Any) -> argparse.ArgumentParser:
     text = "Write the difference fine-tune - base of two U-Nets; neither is loaded as a whole."
     parser = actions.add_parser("make", help=text, description=text)
-    parser.add_argument("--fine-tune", required=True, metavar="MODEL", help=f"{MODELS} (required)")
-    parser.add_argument("--base", required=True, metavar="MODEL", help="What it was made from, likewise (required)")
+    parser.add_argument("--fine-tune", type=expanduser, required=True, metavar="MODEL", help=f"{MODELS} (required)")
+    parser.add_argument(
+        "--base", type=expanduser, required=True, metavar="MODEL", help="What it was made from, likewise (required)"
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="File to write, .safetensors (required)"
     )
@@ -49,9 +52,12 @@ def _add_make(actions: Any) -> argparse.ArgumentParser:
 def _add_apply(actions: Any) -> argparse.ArgumentParser:
     text = "Add differences to the U-Net of a pipeline, and save it as a new pipeline."
     parser = actions.add_parser("apply", help=text, description=text)
-    parser.add_argument("--model", required=True, help="Pipeline folder or Hub id that they are added to (required)")
+    parser.add_argument(
+        "--model", type=expanduser, required=True, help="Pipeline folder or Hub id that they are added to (required)"
+    )
     parser.add_argument(
         "--delta",
+        type=expanduser,
         dest="deltas",
         action="append",
         required=True,
@@ -61,6 +67,7 @@ def _add_apply(actions: Any) -> argparse.ArgumentParser:
     parser.add_argument("--variant", help="Variant of the deltas that are folders or on the Hub: PeRFlow's is v0-1")
     parser.add_argument(
         "--components-from",
+        type=expanduser,
         metavar="MODEL",
         help="Pipeline folder or Hub id of the fine-tune, whose VAE and text encoder take the place of the model's",
     )

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +35,14 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def add_demo(commands: Any) -> argparse.ArgumentParser:
     text = "Serve a web page that draws as you type."
     parser = commands.add_parser("demo", help=text, description=text, epilog="Ctrl-C ends it.")
-    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
     parser.add_argument(
-        "--teacher", metavar="MODEL", help="What it is compared with: the pipeline that it learnt from, or any other"
+        "--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled one-step emoji model)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=expanduser,
+        metavar="MODEL",
+        help="What it is compared with: the pipeline that it learnt from, or any other",
     )
     parser.add_argument("--teacher-steps", type=int, default=25, metavar="INT", help="Of the teacher (default: 25)")
     parser.add_argument(
@@ -44,13 +50,16 @@ def add_demo(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--style",
+        type=expanduser,
         dest="styles",
         action="append",
         default=[],
         metavar="FILE[=SCALE]",
         help="LoRA or weight delta, .safetensors, and where its slider begins, 1 if not given; repeat it for more",
     )
-    parser.add_argument("--controlnet", metavar="MODEL", help="ControlNet for edges, to draw along sketches")
+    parser.add_argument(
+        "--controlnet", type=expanduser, metavar="MODEL", help="ControlNet for edges, to draw along sketches"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="Address to serve at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860, metavar="INT", help="To serve at (default: 7860)")
     parser.add_argument("--open", action="store_true", help="Open it in the browser")

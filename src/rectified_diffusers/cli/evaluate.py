@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "is kept in OUTPUT_DIR/cache, so that a killed run goes on; remove that folder when you are done."
     )
     parser = commands.add_parser("evaluate", help=text, description=text, epilog=epilog)
-    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled model)")
+    parser.add_argument("--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled model)")
     parser.add_argument("--name", help="Name of the model in the table (default: its folder or Hub id)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -105,7 +106,7 @@ def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig)
         return torch.cat(parts)
 
     captions = [prompt for first in range(0, len(dataset), 1024) for prompt in _prompts(dataset, first)]
-    identity = digest_of({key: value for key, value in dataset.manifest.items() if key != "made_with"})
+    identity = digest_of(dataset.manifest.settings)
     return RealPictures(captions, [config.seen_split] * len(captions), [""] * len(captions), identity, read)
 
 

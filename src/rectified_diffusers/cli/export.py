@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def add_export(commands: Any) -> argparse.ArgumentParser:
         "stock flow scheduler, the velocity's sign folded into the U-Net. comfyui: the U-Net in one file of the "
         "original layout, the sign folded, for ComfyUI. ldm: the same as it is",
     )
-    parser.add_argument("--model", required=True, help="Pipeline folder or Hub id (required)")
+    parser.add_argument("--model", type=expanduser, required=True, help="Pipeline folder or Hub id (required)")
     parser.add_argument(
         "-o",
         "--output",

@@ -6,6 +6,7 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ def add_generate(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("generate", help=text, description=text)
     parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="What to draw; several make a contact sheet.")
     parser.add_argument("-o", "--output", type=Path, required=True, help="Picture file to write (required)")
-    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
+    parser.add_argument(
+        "--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled one-step emoji model)"
+    )
     parser.add_argument("--num-images", type=int, default=1, metavar="INT", help="Pictures per prompt (default: 1)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="INT", help="Picture i of every prompt has seed + i (default: 0)"
@@ -66,6 +69,7 @@ def _add_fast(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tiny-decoder",
+        type=expanduser,
         metavar="MODEL",
         help="With --fast: an AutoencoderTiny in place of the VAE, folder or Hub id (madebyollin/taesd for Stable "
         "Diffusion 1.5)",
@@ -75,6 +79,7 @@ def _add_fast(parser: argparse.ArgumentParser) -> None:
 def _add_refine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
+        type=expanduser,
         nargs="?",
         const=REFINER,
         metavar="MODEL",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ def add_interpolate(commands: Any) -> argparse.ArgumentParser:
         required=True,
         help=".gif, .mp4, or another picture for a contact sheet; may be given several times (required)",
     )
-    parser.add_argument("--model", help="Pipeline folder or Hub id (default: the bundled one-step emoji model)")
+    parser.add_argument(
+        "--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled one-step emoji model)"
+    )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], metavar="INT", help="One for all, or one per prompt (default: 0)"
     )

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rectified_diffusers.options import expanded_path
+
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
@@ -29,7 +31,11 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage message."""
+    """An ArgumentParser whose errors are one line, without the usage message, and whose paths may begin with `~`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, expanded_path)
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def add_dmd(commands: Any) -> argparse.ArgumentParser:
     parser = _add_training(commands, "dmd", text, DistributionMatchingConfig)
     parser.add_argument(
         "--teacher",
+        type=expanduser,
         required=True,
         help="Pipeline folder or Hub id of a diffusion model, or of a flow that was not reflowed (required)",
     )
@@ -65,7 +67,9 @@ def add_dmd(commands: Any) -> argparse.ArgumentParser:
 def _add_training(commands: Any, name: str, text: str, config_class: type[TrainerConfig]) -> argparse.ArgumentParser:
     epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
-    parser.add_argument("--model", required=True, help="Pipeline folder or Hub id to start from (required)")
+    parser.add_argument(
+        "--model", type=expanduser, required=True, help="Pipeline folder or Hub id to start from (required)"
+    )
     parser.add_argument(
         "--triplets",
         type=Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sized
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def add_triplets(commands: Any) -> argparse.ArgumentParser:
     parser = _add_command(commands, "triplets", text)
     parser.add_argument(
         "--prompts",
+        type=expanduser,
         required=True,
         help=".txt with one prompt a line, .jsonl, .parquet or a folder of it, a folder that datasets saved, or the "
         "Hub id of a data set (required)",
@@ -63,7 +65,9 @@ def add_real_triplets(commands: Any) -> argparse.ArgumentParser:
 def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
     epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
     parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
-    parser.add_argument("--teacher", required=True, help="Pipeline folder or Hub id of the teacher (required)")
+    parser.add_argument(
+        "--teacher", type=expanduser, required=True, help="Pipeline folder or Hub id of the teacher (required)"
+    )
     return parser
 
 

@@ -4,37 +4,22 @@ A folder of triplets contains the shards and `manifest.json`, which records the 
 manifest and the shard number fully determine a shard, so an interrupted run resumes with the missing shards.
 """
 
-import hashlib
-import json
 import math
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_type
-from rectified_diffusers.data.manifest import (
-    STORAGE_DTYPES,
-    identity,
-    num_shards,
-    read_manifest,
-    rows_of,
-)
-from rectified_diffusers.data.shards import (
-    Shard,
-    shard_number,
-    shard_path,
-)
+from rectified_diffusers.data.manifest import PROMPT, STORAGE_DTYPES, Manifest
+from rectified_diffusers.data.shards import Shard, shard_numbers, shard_path
 
-PROMPT = "prompt."  # prefix of the names of stored text embeddings in a shard
 _OPEN_SHARDS = 64  # maximum number of files and mappings that a dataset keeps open
 _INSPECTED_ROWS = 32  # rows checked when a dataset is opened
 
@@ -65,29 +50,23 @@ class Triplets:
         return len(self.prompts)
 
 
-def row_shapes(manifest: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of one row of each tensor in a shard, by name."""
-    latents = tuple(manifest["latent_shape"])
-    embeddings = manifest.get("text_embeddings") or {}
-    return {"noise": latents, "data": latents, **{f"{PROMPT}{name}": tuple(s) for name, s in embeddings.items()}}
-
-
-def open_shard(folder: Path, manifest: dict[str, Any], shard: int) -> Shard:
+def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:
     """Open a shard and check that it matches the manifest, without reading its rows."""
     opened = Shard.open(shard_path(folder, shard))
-    rows = rows_of(manifest, shard)
-    dtype = STORAGE_DTYPES[manifest["storage_dtype"]]
-    layout = {name: (dtype, (rows, *shape)) for name, shape in row_shapes(manifest).items()}
-    expected = (shard, identity(manifest), rows, layout)
-    header = opened.header
-    prompts = header.get("prompts")
+    rows, dtype = manifest.rows(shard), STORAGE_DTYPES[manifest.storage_dtype]
+    layout = {name: (dtype, (rows, *shape)) for name, shape in manifest.row_shapes.items()}
+    prompts = opened.header.get("prompts")
     texts = len(prompts) if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts) else None
-    found = (header.get("shard"), header.get("manifest"), texts, opened.layout())
-    for name, here, there in zip(("number", "manifest", "number of prompts", "layout"), expected, found, strict=True):
-        if here != there:
+    for name, expected, found in (
+        ("number", shard, opened.header.get("shard")),
+        ("manifest", manifest.identity, opened.header.get("manifest")),
+        ("number of prompts", rows, texts),
+        ("layout", layout, opened.layout()),
+    ):
+        if found != expected:
             raise ValueError(
-                f"{opened.path} does not belong to the manifest beside it: expected {name} {here!r}, got {there!r}. "
-                "Delete it and make it again with generate_triplets."
+                f"{opened.path} does not belong to the manifest beside it: expected {name} {expected!r}, got "
+                f"{found!r}. Delete it and make it again with generate_triplets."
             )
     return opened
 
@@ -100,20 +79,14 @@ class TripletDataset:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        count = num_shards(self.manifest)
-        there = bytearray(min(count, 1 + sum(1 for _ in os.scandir(self.folder))))  # one more than the folder can hold
-        present = 0
-        for entry in os.scandir(self.folder):
-            number = shard_number(entry.name)
-            if number is not None and number < count:
-                present += 1
-                if number < len(there):
-                    there[number] = 1
-        if present < count:
+        self.manifest = Manifest.read(self.folder)
+        count = self.manifest.num_shards
+        present = {number for number in shard_numbers(self.folder) if number < count}
+        if len(present) < count:
+            first = next(number for number in range(count) if number not in present)
             raise ValueError(
-                f"{count - present} of {count} shards are missing in {self.folder}, first: "
-                f"{shard_path(self.folder, there.index(0)).name}. Run the same `rectified-diffusers triplets` "
+                f"{count - len(present)} of {count} shards are missing in {self.folder}, first: "
+                f"{shard_path(self.folder, first).name}. Run the same `rectified-diffusers triplets` "
                 "or `real-triplets` command or call again: it makes what is missing."
             )
         self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
@@ -121,7 +94,7 @@ class TripletDataset:
         self._check_orientation()
 
     def __len__(self) -> int:
-        return self.manifest["num_triplets"]
+        return self.manifest.num_triplets
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
         """Return the triplets at `indices`, in that order, as float32.
@@ -129,7 +102,7 @@ class TripletDataset:
         Each triplet is compared with its checksum, so a file that changed on disk raises an error and does not become
         training data.
         """
-        parts = {name: torch.empty(len(indices), *shape) for name, shape in row_shapes(self.manifest).items()}
+        parts = {name: torch.empty(len(indices), *shape) for name, shape in self.manifest.row_shapes.items()}
         prompts = [""] * len(indices)
         for position in sorted(range(len(indices)), key=lambda position: indices[position]):
             index = int(indices[position])
@@ -137,7 +110,7 @@ class TripletDataset:
                 raise IndexError(
                     f"Indices must be in [0, {len(self)}), got {index} for the triplets in {self.folder}."
                 )
-            number, row = divmod(index, self.manifest["triplets_per_shard"])
+            number, row = divmod(index, self.manifest.triplets_per_shard)
             shard = self._shard(number)
             for name, values in shard.checked_row(row).items():
                 parts[name][position] = values
@@ -148,7 +121,7 @@ class TripletDataset:
     def prompt_rows(self) -> Tensor:
         """Return indices of triplets that together contain every prompt."""
         # Triplet i has prompt i % num_prompts.
-        return torch.arange(min(self.manifest["num_prompts"], len(self)))
+        return torch.arange(min(self.manifest.num_prompts, len(self)))
 
     def _check_orientation(self) -> None:
         """Raise ValueError if the stored noise is not spatially white with unit variance.
@@ -168,12 +141,6 @@ class TripletDataset:
         require_white(triplets.noise, f"The stored noise in {self.folder}", "Make the triplets again.")
 
 
-def manifest_digest(dataset: TripletDataset) -> str:
-    """Return a digest of the settings that produced the triplets, independent of library versions."""
-    made_by = {key: value for key, value in dataset.manifest.items() if key != "made_with"}
-    return hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDataset:
     """Compare every shard of a folder with its checksum and return the dataset.
 
@@ -181,16 +148,16 @@ def verify_triplets(folder: str | Path, progress: bool = False) -> TripletDatase
         ValueError: shards are missing or damaged. The message gives their number and lists the first ten.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = Manifest.read(folder)
     problems = []
-    for shard in tqdm(range(num_shards(manifest)), desc="Verifying", unit="shard", disable=not progress):
+    for shard in tqdm(range(manifest.num_shards), desc="Verifying", unit="shard", disable=not progress):
         try:
             open_shard(folder, manifest, shard).verify()
         except (ValueError, OSError) as error:
             problems.append(str(error))
     if problems:
         listed = "\n".join(problems[:10])
-        raise ValueError(f"{len(problems)} of {num_shards(manifest)} shards in {folder} are not sound:\n{listed}")
+        raise ValueError(f"{len(problems)} of {manifest.num_shards} shards in {folder} are not sound:\n{listed}")
     return TripletDataset(folder)
 
 
@@ -265,7 +232,7 @@ class JoinedTriplets(TripletDataset):
         prompts = [prompt for part in read for prompt in part.prompts]
         embeddings = {
             name: _sorted([part.text_embeddings[name] for part in read], order)
-            for name in self.manifest["text_embeddings"] or {}
+            for name in self.manifest.text_embeddings
         }
         noise, data = _sorted([part.noise for part in read], order), _sorted([part.data for part in read], order)
         return Triplets([prompts[i] for i in order.tolist()], noise, data, embeddings)
@@ -275,30 +242,31 @@ class JoinedTriplets(TripletDataset):
         return torch.cat([start + part.prompt_rows() for part, start in zip(self.parts, self._starts, strict=True)])
 
 
-def _joined(parts: Sequence[TripletDataset]) -> dict[str, Any]:
-    """Return a manifest for all parts with the entries that reading and training need.
+def _joined(parts: Sequence[TripletDataset]) -> Manifest:
+    """Return a manifest for all parts with the settings that reading and training need.
 
     Raises:
-        ValueError: the parts differ in an entry that they must share.
+        ValueError: the parts differ in a setting that they must share.
     """
-    first = parts[0]
-    for part in parts[1:]:
+    first, *others = parts
+    settings = first.manifest.settings
+    for part in others:
         for name in _SHARED:
-            expected, found = first.manifest.get(name), part.manifest.get(name)
+            expected, found = settings.get(name), part.manifest.settings.get(name)
             if found != expected:
                 raise ValueError(
                     f"The triplets in {part.folder} do not go with those in {first.folder}: expected {name} "
                     f"{expected!r}, got {found!r}. Make them again with the same VAE, size and store_text_embeddings."
                 )
-    made_by = [{key: value for key, value in part.manifest.items() if key != "made_with"} for part in parts]
-    joined = {name: first.manifest.get(name) for name in _SHARED if name in first.manifest}
-    return {
-        **joined,
-        "text_embeddings": joined.get("text_embeddings"),
-        "num_triplets": sum(map(len, parts)),
-        "guidance_scale": first.manifest.get("guidance_scale", 1.0),
-        "parts": made_by,
-    }
+    return Manifest.of(
+        {
+            "text_embeddings": None,
+            **{name: settings[name] for name in _SHARED if name in settings},
+            "num_triplets": sum(map(len, parts)),
+            "guidance_scale": first.manifest.guidance_scale,
+            "parts": [part.manifest.settings for part in parts],
+        }
+    )
 
 
 def _sorted(parts: Sequence[Tensor], order: Tensor) -> Tensor:

@@ -14,25 +14,13 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
-from rectified_diffusers.data.dataset import PROMPT, TripletDataset, Triplets, open_shard, row_shapes
-from rectified_diffusers.data.manifest import (
-    MANIFEST_NAME,
-    identity,
-    new_manifest,
-    num_shards,
-    rows_of,
-    settle_manifest,
-)
+from rectified_diffusers.data.dataset import TripletDataset, Triplets, open_shard
+from rectified_diffusers.data.manifest import FORMAT, MANIFEST_NAME, PROMPT, Manifest, settle_manifest
 from rectified_diffusers.data.prompts import check_prompts, prompts_sha256
-from rectified_diffusers.data.shards import (
-    holds_shards,
-    remove_partial_files,
-    require_space,
-    shard_path,
-    write_shard,
-)
+from rectified_diffusers.data.shards import holds_shards, shard_path, write_shard
 from rectified_diffusers.data.teacher import Teacher
 from rectified_diffusers.distributed import join_processes
+from rectified_diffusers.files import lock, remove_leftovers, require_space
 from rectified_diffusers.seeds import generator_of
 
 Batches = Callable[[int, range], Iterable[Triplets]]
@@ -41,7 +29,7 @@ Batches = Callable[[int, range], Iterable[Triplets]]
 
 def generate_triplets(
     teacher: Any, prompts: Sequence[str], output_dir: str | Path, config: TripletConfig, progress: bool = True
-) -> "TripletDataset":
+) -> TripletDataset:
     """Solve the teacher's ODE from noise to data for every prompt and store the triplets in shards.
 
     Triplet i has prompt `prompts[i % len(prompts)]`. The noise of shard k is sampled from (seed, k). A second call
@@ -74,9 +62,7 @@ def generate_triplets(
     return write_triplets(output_dir, manifest, batches, progress)
 
 
-def write_triplets(
-    output_dir: str | Path, manifest: dict[str, Any], batches: Batches, progress: bool
-) -> "TripletDataset":
+def write_triplets(output_dir: str | Path, manifest: Manifest, batches: Batches, progress: bool) -> TripletDataset:
     """Generate the missing shards of a folder, divided among all processes, and return the dataset."""
     folder = Path(output_dir)
     processes = join_processes()
@@ -84,19 +70,21 @@ def write_triplets(
         is_new = processes.is_main_process and not (folder / MANIFEST_NAME).exists()
         if processes.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            remove_partial_files(folder)
+            with lock(folder) as nobody_writes:
+                if nobody_writes:
+                    remove_leftovers(folder)
         manifest = settle_manifest(folder, manifest)  # every process must match it
     missing = _missing_shards(folder, manifest, processes)
     mine = missing[processes.process_index :: processes.num_processes]
-    done = manifest["num_triplets"] - sum(rows_of(manifest, shard) for shard in missing)
-    total = done + sum(rows_of(manifest, shard) for shard in mine)
+    done = manifest.num_triplets - sum(map(manifest.rows, missing))
+    total = done + sum(map(manifest.rows, mine))
     several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
     hidden = not (progress and processes.is_main_process)
     bar = tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden)
-    with bar as progress_bar, _settings_can_change(folder, is_new):
+    with lock(folder, shared=True), bar as progress_bar, _settings_can_change(folder, is_new):
         for shard in mine:
             if _is_there(folder, manifest, shard):  # by another process meanwhile
-                progress_bar.update(rows_of(manifest, shard))
+                progress_bar.update(manifest.rows(shard))
             else:
                 _make_shard(folder, manifest, shard, batches, progress_bar)
     processes.wait_for_everyone()
@@ -114,18 +102,18 @@ def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
         raise
 
 
-def _missing_shards(folder: Path, manifest: dict[str, Any], processes: PartialState) -> list[int]:
+def _missing_shards(folder: Path, manifest: Manifest, processes: PartialState) -> list[int]:
     """Return the missing shards as seen by the main process; raise OSError if the disk has no room for them."""
-    count = num_shards(manifest)
+    count = manifest.num_shards
     there = torch.zeros(count, dtype=torch.uint8)
     if processes.is_main_process:
         there = torch.tensor([_is_there(folder, manifest, shard) for shard in range(count)], dtype=torch.uint8)
     flags: Any = broadcast(there.to(processes.device))
     missing = (flags == 0).nonzero().flatten().tolist()
     if processes.is_main_process:
-        values = sum(math.prod(shape) for shape in row_shapes(manifest).values())
-        size = values * getattr(torch, manifest["storage_dtype"]).itemsize
-        require_space(folder, size * sum(rows_of(manifest, shard) for shard in missing))
+        values = sum(map(math.prod, manifest.row_shapes.values())) * sum(map(manifest.rows, missing))
+        size = values * getattr(torch, manifest.storage_dtype).itemsize
+        require_space(folder, size, f"the {len(missing)} shards to write")
     return missing
 
 
@@ -134,11 +122,11 @@ def draw_noise(seed: int, shard: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=generator_of(seed, shard))
 
 
-def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Batches, progress_bar: Any) -> None:
+def _make_shard(folder: Path, manifest: Manifest, shard: int, batches: Batches, progress_bar: Any) -> None:
     """Generate the triplets of one shard and write them."""
-    first, rows = shard * manifest["triplets_per_shard"], rows_of(manifest, shard)
-    dtype = getattr(torch, manifest["storage_dtype"])
-    tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in row_shapes(manifest).items()}
+    first, rows = shard * manifest.triplets_per_shard, manifest.rows(shard)
+    dtype = getattr(torch, manifest.storage_dtype)
+    tensors = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in manifest.row_shapes.items()}
     prompts: list[str] = []
     for made in batches(shard, range(first, first + rows)):
         place = slice(len(prompts), len(prompts) + len(made))
@@ -148,7 +136,7 @@ def _make_shard(folder: Path, manifest: dict[str, Any], shard: int, batches: Bat
             _check_finite(name, tensors[name][place], made.prompts, shard)
         prompts += made.prompts
         progress_bar.update(len(made))
-    header = {"shard": shard, "manifest": identity(manifest), "prompts": prompts}
+    header = {"shard": shard, "manifest": manifest.identity, "prompts": prompts}
     write_shard(shard_path(folder, shard), tensors, header)
 
 
@@ -163,8 +151,8 @@ def _check_finite(name: str, values: Tensor, prompts: Sequence[str], shard: int)
 
 def make_manifest(
     teacher: Teacher, config: StoredTripletConfig, num_prompts: int, sha256: str, **more: Any
-) -> dict[str, Any]:
-    """Return a manifest with all settings that determine the triplets, and their provenance under `made_with`.
+) -> Manifest:
+    """Return a manifest with all settings that determine the triplets, and their origin.
 
     Args:
         num_prompts: number of prompts. The first `num_prompts` triplets contain all of them.
@@ -173,6 +161,7 @@ def make_manifest(
     """
     embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
     settings = {
+        "format": FORMAT,
         "num_triplets": config.num_triplets,
         "triplets_per_shard": config.triplets_per_shard,
         "seed": config.seed,
@@ -183,10 +172,10 @@ def make_manifest(
         **teacher.settings(),
         **more,
     }
-    return new_manifest(**settings, made_with=teacher.provenance())
+    return Manifest.of(settings, teacher.provenance())
 
 
-def _is_there(folder: Path, manifest: dict[str, Any], shard: int) -> bool:
+def _is_there(folder: Path, manifest: Manifest, shard: int) -> bool:
     """Return whether a shard exists. Reads all of it to verify its checksum; raises ValueError if it is damaged."""
     if not shard_path(folder, shard).exists():
         return False

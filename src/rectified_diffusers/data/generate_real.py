@@ -35,6 +35,7 @@ from rectified_diffusers.flow.ode import heun
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import encode_pixels, latent_shape
 from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.pipelines.scheduler import require_straight
 
 
 def generate_real_triplets(
@@ -52,6 +53,8 @@ def generate_real_triplets(
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
     Denoiser.of(teacher)  # raises for unsupported pipelines
+    if config.num_inference_steps and config.inversion_time < 1:
+        require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
     shape = latent_shape(teacher, config.size, config.size)
     if shape[1] != shape[2]:
         raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")

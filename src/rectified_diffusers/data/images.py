@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from rectified_diffusers.checks import require_count
+from rectified_diffusers.checks import require_count, require_unicode
+from rectified_diffusers.images import open_image
+from rectified_diffusers.lines import read_lines, read_object
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,13 @@ def _read_tensor(folder: Path, split: str) -> RealPictures:
     from safetensors import safe_open
 
     path = folder / "images.safetensors"
-    rows = _lines(folder / "rows.jsonl", ("label",))
+    rows = _rows(folder / "rows.jsonl", ("label",))
     file: Any = safe_open(path, framework="pt")
     images = file.get_slice("images")
     if images.get_shape()[0] != len(rows):
         raise ValueError(f"{path} has {images.get_shape()[0]} pictures, rows.jsonl {len(rows)} lines: make it again.")
     digest = hashlib.blake2b((folder / "rows.jsonl").read_bytes(), digest_size=16)
-    digest.update(str(path.stat().st_size).encode())
+    digest.update(_content(path))
     return RealPictures(
         [row["label"] for row in rows],
         [row.get("split", split) for row in rows],
@@ -132,13 +136,17 @@ def _read_tensor(folder: Path, split: str) -> RealPictures:
 
 
 def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
-    rows = _lines(folder / "metadata.jsonl", ("file_name", "text"))
+    rows = _rows(folder / "metadata.jsonl", ("file_name", "text"))
     paths = [folder / row["file_name"] for row in rows]
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     for row, path in zip(rows, paths, strict=True):
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"metadata.jsonl: expected a file_name in {folder}, got {row['file_name']!r}. Move the file."
+            )
         if not path.is_file():
             raise FileNotFoundError(f"metadata.jsonl names {row['file_name']!r}, which is not in {folder}.")
-        digest.update(f"{json.dumps(row, sort_keys=True)} {path.stat().st_size}\n".encode())
+        digest.update(json.dumps(row, sort_keys=True).encode() + _content(path))
     return RealPictures(
         [row["text"] for row in rows],
         [row.get("split", split) for row in rows],
@@ -148,26 +156,26 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
     )
 
 
+def _content(path: Path) -> bytes:
+    """Return the digest of a file's content."""
+    with path.open("rb") as file:
+        digest = hashlib.blake2b(digest_size=16)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
 def _square(path: Path, size: int) -> Tensor:
     """Read an image as `(3, size, size)` uint8."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-def _lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        missing = [key for key in keys if not isinstance(row.get(key), str)]
-        if missing:
-            raise ValueError(f"{path}, line {number}: expected a text under {missing[0]!r}, got keys {sorted(row)}.")
-        rows.append(row)
+    for _, number, line in read_lines(path):
+        rows.append(read_object(path, number, line, *keys))
+        require_unicode(f"{path}, line {number}", [rows[-1][key] for key in keys])
     if not rows:
-        raise ValueError(f"{path} holds no line; write one per picture.")
+        raise ValueError(f"{path} holds no line. Write one per image.")
     return rows

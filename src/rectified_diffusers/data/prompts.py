@@ -11,6 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+from rectified_diffusers.checks import require_unicode
+from rectified_diffusers.lines import read_lines, read_object
+
 _LINES = (".txt", ".jsonl")
 _BLOCK = 1024  # prompts in memory at a time
 
@@ -121,30 +124,10 @@ class LinePrompts(StoredPrompts):
 
     def _prompts(self, offset: int, number: int) -> Iterator[tuple[int, int, str]]:
         """Yield offset, line number and text of each prompt, starting with the line at `offset`."""
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            # Not splitlines(): it also splits at U+2028 and form feeds, which occur inside scraped captions.
-            for line in file:
-                try:  # a byte-order mark is not part of the first prompt
-                    text = line.decode("utf-8-sig" if offset == 0 else "utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{self.path}, line {number}, is not UTF-8 ({error}); save it so.") from error
-                if text:
-                    yield offset, number, text if self.path.suffix == ".txt" else self._prompt_of(text, number)
-                offset, number = offset + len(line), number + 1
-
-    def _prompt_of(self, line: str, number: int) -> str:
-        """Return the prompt of a JSON line; raise ValueError if it has none."""
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}, line {number}: not JSON ({error}); expected one object a line.") from error
-        prompt = row.get(self.key) if isinstance(row, dict) else None
-        if not isinstance(prompt, str):
-            raise ValueError(
-                f'{self.path}, line {number}: expected an object like {{"{self.key}": "a red apple"}}, got {line}.'
-            )
-        return prompt
+        for start, line, text in read_lines(self.path, offset, number):
+            prompt = text if self.path.suffix == ".txt" else read_object(self.path, line, text, self.key)[self.key]
+            require_unicode(f"{self.path}, line {line}", prompt)
+            yield start, line, prompt
 
 
 class ParquetPrompts(StoredPrompts):
@@ -227,6 +210,7 @@ def check_prompts(prompts: Iterable[str]) -> Sequence[str]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts must be texts, got {type(prompt).__name__} {prompt!r} at index {index}.")
+        require_unicode(f"prompts, index {index}", prompt)
     return prompts
 
 
@@ -267,6 +251,7 @@ def _require_column(source: str, column: str, names: Sequence[str]) -> None:
 def _require_text(value: Any, place: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected a text, got {value!r}; leave such rows out.")
+    require_unicode(place, value)
     return value
 
 

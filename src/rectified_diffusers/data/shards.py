@@ -9,27 +9,24 @@ Every read is checked: the header line when a shard is opened, the CRC-32 of eac
 therefore reads no other row. `verify` uses the SHA-256 of the full content.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
-import secrets
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rectified_diffusers.files import write_atomically
+
 _METADATA_KEY = "rectified_diffusers"
-_PARTIAL_SUFFIX = ".partial"
 # Checksums in the header. Shards of preview releases before 0.1.0 have only the second one.
 _ROWS, _ALL = "rows_crc32", "sha256"
 
@@ -45,90 +42,14 @@ def shard_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def holds_shards(folder: Path) -> bool:
+def shard_numbers(folder: Path) -> Iterator[int]:
+    """Yield the numbers of the shards in a folder, in any order."""
     with os.scandir(folder) as entries:
-        return any(shard_number(entry.name) is not None for entry in entries)
+        yield from (number for entry in entries if (number := shard_number(entry.name)) is not None)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically: it is complete or absent, even if the process or the machine stops.
-
-    Several processes may write the same file. Each uses its own temporary file, and the last to finish wins.
-    """
-    try:
-        with _partial_file(path) as (file, partial):
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            if os.name == "nt":  # Windows cannot move an open file
-                file.close()
-            os.replace(partial, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(path.parent, f"{path.name} of {len(content):,} bytes was not written") from error
-        raise
-
-
-def require_space(folder: Path, size: int) -> None:
-    """Raise OSError if the disk of a folder has less than `size` bytes free."""
-    if size > shutil.disk_usage(folder).free:
-        raise disk_full(folder, f"{size:,} bytes are to be written")
-
-
-def disk_full(folder: Path, what: str) -> OSError:
-    """Return the error for a full disk."""
-    free = shutil.disk_usage(folder).free
-    return OSError(
-        errno.ENOSPC,
-        f"No space left on the disk of {folder}: {what}, {free:,} bytes are free. Whole files are kept: make room, "
-        "then run the same again to go on",
-    )
-
-
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files of killed processes. Files that a running process is writing are kept."""
-    for path in folder.glob(f".*{_PARTIAL_SUFFIX}"):
-        try:
-            with path.open("rb") as file:
-                if _lock(file):
-                    path.unlink(missing_ok=True)
-        except OSError:  # removed by another process meanwhile, or open in one on a system that forbids removal
-            continue
-
-
-@contextmanager
-def _partial_file(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """Open a locked temporary file next to `path` and remove it at the end unless it was moved.
-
-    The lock ends with the process at the latest.
-    """
-    while True:
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL_SUFFIX}")
-        with partial.open("xb") as file:
-            try:
-                _lock(file, wait=True)
-                if os.fstat(file.fileno()).st_nlink:  # else it was removed as a leftover before it was locked
-                    yield file, partial
-                    return
-            finally:
-                partial.unlink(missing_ok=True)
-
-
-def _lock(file: IO[bytes], wait: bool = False) -> bool:
-    """Lock a file until it is closed or its process ends. Return whether this process holds the lock.
-
-    Systems without POSIX locks do not allow an open file to be removed, which has the same effect. On a network file
-    system without locks, the temporary files of killed processes remain, which is harmless.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def holds_shards(folder: Path) -> bool:
+    return any(True for _ in shard_numbers(folder))
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
@@ -138,7 +59,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
     header = {**header, _ROWS: [_row_checksum(row) for row in rows]}
     header[_ALL] = _checksum(contiguous, header)
     line = json.dumps(header, sort_keys=True)
-    write_atomically(path, save(contiguous, {_METADATA_KEY: f"{line}\n{_text_checksum(line)}"}))
+    content = save(contiguous, {_METADATA_KEY: f"{line}\n{_text_checksum(line)}"})
+    write_atomically(path, lambda partial: partial.write_bytes(content))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 from diffusers import DPMSolverMultistepScheduler
 
+from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 # Samplers that add noise at each step. `sde` variants of other classes are recognized by their config.
@@ -38,8 +39,7 @@ def make_solver(scheduler: Any, solver: str) -> Any:
         solver: a value of `TripletConfig.solver`.
     """
     config = scheduler.config
-    flow = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
-    diffusion = "beta_schedule" in config and not flow
+    diffusion = is_diffusion(scheduler)
     if solver == "teacher" or (solver == "auto" and not diffusion):
         _require_ode(scheduler, solver)
         return copy.deepcopy(scheduler)

@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from rectified_diffusers.checks import require_latents, require_number, require_pipeline, require_texts, require_type
 from rectified_diffusers.flow.ode import euler, heun
+from rectified_diffusers.images import as_images, batched
 from rectified_diffusers.models.latents import decode_to_pictures, encode_pixels
 from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
-Pictures = Image.Image | Sequence[Image.Image] | Tensor
+Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 _SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}  # with the number of evaluations per step
 
 
@@ -41,7 +43,7 @@ def invert(
 
     Args:
         pipeline: a text-to-image pipeline of the Stable Diffusion family with a RectifiedFlowEulerScheduler.
-        pictures: images of one size, or data as VAE-scaled latents `(B, C, H, W)`.
+        pictures: images of one size as PIL images, arrays or tensors, or data as VAE-scaled latents `(B, C, H, W)`.
         prompts: descriptions of the images, one for all or one for each.
         guidance_scale: 1 inverts best. Above 1 the backward flow can leave the vicinity of the images.
 
@@ -150,28 +152,20 @@ def _data(pipeline: Any, pictures: Pictures) -> Tensor:
             "inversion needs a RectifiedFlowPipeline, or another of the Stable Diffusion family with a "
             f"RectifiedFlowEulerScheduler; got {type(pipeline).__name__} with {type(scheduler).__name__}."
         )
-    if isinstance(pictures, Tensor):
-        channels = pipeline.unet.config.in_channels
-        if pictures.ndim != 4 or pictures.shape[1] != channels:
-            raise ValueError(f"latents must be (B, {channels}, H, W), got {tuple(pictures.shape)}.")
-        require_latents("latents", pictures)
-        latents = pictures
+    channels = pipeline.vae.config.latent_channels
+    images = batched(as_images("pictures", pictures, latent_channels=channels))
+    if isinstance(images, Tensor) and images.shape[1] == channels:
+        require_latents("latents", images)
+        latents = images
     else:
-        latents = _encode(pipeline, [pictures] if isinstance(pictures, Image.Image) else _listed(pictures))
+        latents = encode_pixels(pipeline.vae, _pixels(pipeline, images if isinstance(images, list) else [images]))
     # Half precision would limit every error from below. Only the U-Net's input is cast to it.
     return latents.to(pipeline.device, torch.promote_types(latents.dtype, torch.float32))
 
 
-def _listed(pictures: Any) -> list[Image.Image]:
-    require_type("pictures", pictures, Sequence, "Give a picture of PIL, a list of them, or latents as one tensor.")
-    return list(pictures)
-
-
-def _encode(pipeline: Any, pictures: list[Image.Image]) -> Tensor:
-    """Encode images to the scaled mean of the VAE's latents."""
-    for picture in pictures:
-        require_type("each of pictures", picture, Image.Image, "Give pictures of PIL, or latents as one tensor.")
-    if not pictures or len({picture.size for picture in pictures}) > 1:
-        raise ValueError(f"pass pictures of one size, got sizes {[picture.size for picture in pictures]}.")
-    pixels = pipeline.image_processor.preprocess([picture.convert("RGB") for picture in pictures])
-    return encode_pixels(pipeline.vae, pixels)
+def _pixels(pipeline: Any, images: list[Any]) -> Tensor:
+    """Return images as pixels `(B, 3, H, W)` in [-1, 1]."""
+    sizes = [image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images]
+    if len(set(sizes)) != 1:
+        raise ValueError(f"pass images of one size, got sizes {sizes}.")
+    return pipeline.image_processor.preprocess(images)

@@ -1,8 +1,8 @@
 """Measure whether an image shows its caption: two linear layers into a joint space, and retrieval of the caption.
 
-A substitute for the CLIP score where no CLIP model is available: frozen image and text features, one linear layer for
-each, trained with a contrastive loss on real images. Report the metric as "alignment (R-precision)", never as
-"CLIP score".
+A substitute for the CLIP score where no CLIP model is available: frozen image and text features, and one linear layer
+for each, which examples/emoji/alignment.py trains on real images. Report the metric as "alignment (R-precision)",
+never as "CLIP score".
 """
 
 import math
@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.errors import remedies
-from rectified_diffusers.options import check_options, option
 
 
 class AlignmentModel(nn.Module):
@@ -45,96 +44,22 @@ class AlignmentModel(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write the weights as safetensors. `load` infers the sizes from them."""
-        save_file({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}, path)
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_atomically(Path(path), lambda partial: save_file(tensors, partial))
 
     @classmethod
     def load(cls, path: Path) -> "AlignmentModel":
         """Load a model that `save` wrote."""
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no alignment model at {path}: train one with train_alignment and save it.")
+            raise FileNotFoundError(f"No alignment model at {path}. Train one with examples/emoji/alignment.py.")
         weights = load_file(path)
         missing = {"image.weight", "text.weight"} - weights.keys()
         if missing:
-            raise ValueError(
-                f"{path} is no alignment model: it lacks {sorted(missing)}, it has {sorted(weights)[:3]}."
-            )
+            raise ValueError(f"{path} is not an alignment model: it lacks {sorted(missing)}.")
         (joint, images), (_, texts) = weights["image.weight"].shape, weights["text.weight"].shape
         model = cls(images, texts, joint)
         model.load_state_dict(weights)
         return model.eval()
-
-
-def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, log_scale: Tensor) -> Tensor:
-    """Return the symmetric InfoNCE loss of the pairs (image i, text i), one value per pair `(B,)`.
-
-    Two images with the same caption are not negatives of each other: both softmaxes exclude these entries.
-
-    Args:
-        image_embeds, text_embeds: unit vectors `(B, J)`.
-        captions: index of each pair's caption `(B,)`, equal for images with the same caption.
-        log_scale: logarithm of the inverse temperature.
-    """
-    # CLIP's bound (arXiv:2103.00020, section 2.5): logits are never scaled by more than 100.
-    logits = image_embeds @ text_embeds.T * log_scale.exp().clamp(max=100)
-    same = captions[:, None] == captions[None, :]
-    same.fill_diagonal_(False)
-    logits = logits.masked_fill(same, -torch.inf)
-    pairs = logits.diagonal()
-    return (logits.logsumexp(dim=0) + logits.logsumexp(dim=1)) / 2 - pairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlignmentConfig:
-    """Options of `train_alignment`."""
-
-    joint_dimensions: int = option(256, "Size of the joint space of pictures and texts.")
-    max_steps: int = option(400, "Optimizer updates.")
-    batch_size: int = option(512, "Pictures per step.")
-    learning_rate: float = option(1e-3, "Learning rate of AdamW, falling to 0 along a cosine.")
-    weight_decay: float = option(0.2, "Weight decay of AdamW.")
-    seed: int = option(0, "Seed of the weights and of what each step sees.")
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        for name in ("joint_dimensions", "max_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}.")
-
-
-def train_alignment(
-    image_features: Tensor, text_features: Tensor, captions: Tensor, config: AlignmentConfig, progress: bool = True
-) -> AlignmentModel:
-    """Train the two linear layers on images and their captions and return the model.
-
-    Args:
-        image_features: one row per image `(N, Di)`.
-        text_features: one row per caption `(M, Dt)`.
-        captions: for each image, the row of `text_features` with its caption `(N,)`, integers.
-    """
-    _check_captions(captions, len(image_features), len(text_features))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = AlignmentModel(image_features.shape[1], text_features.shape[1], config.joint_dimensions)
-    model.to(image_features.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.max_steps)
-    generator = torch.Generator().manual_seed(config.seed)
-    bar = tqdm(range(config.max_steps), desc="alignment", disable=not progress)
-    for step in bar:
-        rows = torch.randint(len(captions), (config.batch_size,), generator=generator).to(captions.device)
-        image_embeds = model.embed_images(image_features[rows])
-        text_embeds = model.embed_texts(text_features[captions[rows]])
-        loss = contrastive_loss(image_embeds, text_embeds, captions[rows], model.log_scale).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model.eval()
 
 
 @dataclass(frozen=True)
@@ -179,7 +104,7 @@ def _check_captions(captions: Tensor, images: int, texts: int) -> None:
     if captions.shape != (images,) or captions.is_floating_point():
         raise ValueError(f"captions must be {images} integers, got {tuple(captions.shape)} {captions.dtype}.")
     if images == 0 or captions.min() < 0 or captions.max() >= texts:
-        raise ValueError(f"captions must number the rows of the {texts} text features, for at least one picture.")
+        raise ValueError(f"captions must number the rows of the {texts} text features, for at least one image.")
 
 
 class SentenceFeatures:

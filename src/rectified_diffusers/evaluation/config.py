@@ -15,21 +15,23 @@ _AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts")
 class EvaluationConfig:
     """Options of `evaluate`."""
 
-    steps: tuple[int, ...] = option((1,), "Numbers of steps to draw with, each a row of the table.")
-    guidance_scale: float = option(1.0, "Classifier-free guidance; 1 is none, as one-step models want it.")
+    steps: tuple[int, ...] = option((1,), "Numbers of sampling steps, each a row of the table.")
+    guidance_scale: float = option(1.0, "Guidance scale; 1 is no guidance, as one-step models expect.")
     seeds: tuple[int, ...] = option(
-        (0, 1, 2), "Each seed draws captions, real pictures and noise anew; intervals are over the seeds."
+        (0, 1, 2), "Seeds of captions, real images and noise; confidence intervals are over the seeds."
     )
-    num_pictures: int = option(1000, "Pictures per seed, of seen captions, and as many real ones, twice.")
+    num_pictures: int = option(1000, "Images per seed for seen captions, compared with as many real images.")
     num_held_out: int | None = option(
-        None, "Pictures per seed of held-out captions; none is as many as there are pairs of real ones."
+        None, "Images per seed for held-out captions; none uses as many as there are pairs of real images."
     )
     seen_split: str = option("train", "Split of the captions that the models were trained on.")
-    held_out_split: str = option("caption", "Split of the captions that they never saw; may be absent from the data.")
-    features: Literal["mobilenet_v2", "inception_v3"] = option(
-        "mobilenet_v2", "Features of the Frechet and kernel distances: with inception_v3 they are the FID and the KID."
+    held_out_split: str = option(
+        "caption", "Split of the captions held out from training; may be absent from the data."
     )
-    feature_size: int = option(224, "Pixels at which MobileNetV2 sees the pictures; Inception-v3 has its 299.")
+    features: Literal["mobilenet_v2", "inception_v3"] = option(
+        "mobilenet_v2", "Features of the Frechet and kernel distances; with inception_v3 these are FID and KID."
+    )
+    feature_size: int = option(224, "Size in pixels of the images for MobileNetV2; Inception-v3 always uses 299.")
     mobilenet_weights: Path | None = option(
         None, "Safetensors file in the layout of torchvision's mobilenet_v2; downloaded by torchvision if not set."
     )
@@ -37,20 +39,20 @@ class EvaluationConfig:
         None, "Safetensors file in the layout of torch-fidelity's Inception-v3; downloaded by it if not set."
     )
     alignment: Path | None = option(
-        None, "Folder of the judge that examples/emoji/alignment.py trained; no R-precision without one."
+        None, "Folder of the alignment scorer that examples/emoji/alignment.py trained; without it, no R-precision."
     )
     sentence_encoder: str = option(
         "sentence-transformers/all-MiniLM-L6-v2",
-        "Folder or Hub id of the text encoder that the judge was trained on.",
+        "Folder or Hub id of the text encoder that the alignment scorer was trained with.",
     )
-    clip_model: str | None = option(None, "open_clip model of the CLIP score, such as ViT-g-14; no score without one.")
-    clip_pretrained: str = option("laion2b_s12b_b42k", "Weights of this model: a tag of open_clip, or a file.")
-    diversity_prompts: int = option(32, "Captions whose pictures are compared with each other; 0 is none.")
-    diversity_pictures: int = option(4, "Pictures of each of these captions.")
-    straightness_prompts: int = option(32, "Paths of S(Z) per seed, for more steps than one; 0 is none.")
-    straightness_steps: int = option(100, "Euler steps of S(Z), a multiple of the bins.")
-    straightness_bins: int = option(10, "Bins of t.")
-    batch_size: int = option(16, "Pictures drawn at once; the noise does not depend on it.")
+    clip_model: str | None = option(None, "open_clip model of the CLIP score, such as ViT-g-14; not set: no score.")
+    clip_pretrained: str = option("laion2b_s12b_b42k", "Weights of the CLIP model: a tag of open_clip, or a file.")
+    diversity_prompts: int = option(32, "Captions for which diversity is measured; 0 turns it off.")
+    diversity_pictures: int = option(4, "Images per caption for diversity.")
+    straightness_prompts: int = option(32, "Paths per seed for S(Z), with more than one step; 0 turns it off.")
+    straightness_steps: int = option(100, "Euler steps of S(Z), a multiple of straightness_bins.")
+    straightness_bins: int = option(10, "Number of bins of t for S(Z).")
+    batch_size: int = option(16, "Images generated at once; their noise does not depend on it.")
 
     def __post_init__(self) -> None:
         check_options(self)

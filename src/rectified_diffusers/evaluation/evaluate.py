@@ -13,17 +13,16 @@ from torch import Tensor
 from rectified_diffusers.checks import require_pipeline, require_type
 from rectified_diffusers.data.images import Choice, RealPictures, choose
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.evaluation.gallery import Drawer, Gallery, cached, digest_of, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, digest_of, fingerprint, for_evaluation
 from rectified_diffusers.evaluation.metrics import (
     Interval,
     diversity,
     frechet_distance,
     interval_of,
     kernel_distance,
-    statistics_of,
 )
 from rectified_diffusers.evaluation.report import Evaluation, Row, provenance
-from rectified_diffusers.evaluation.scorers import Judges
+from rectified_diffusers.evaluation.scorers import Scorers
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
 from rectified_diffusers.evaluation.trajectories import trajectories
 
@@ -62,16 +61,16 @@ def evaluate(
         name: name of the model in the table. A row with the same name, steps and guidance is replaced.
     """
     require_pipeline("evaluate", pipeline, "vae", "scheduler", "components")
-    require_type("pictures", pictures, RealPictures, "Open a folder of them: read_pictures(folder, size).")
-    require_type("config", config, EvaluationConfig, "Make one: EvaluationConfig(steps=(1,)).")
-    require_type("name", name, str, "It is the model's, in the table.")
+    require_type("pictures", pictures, RealPictures, "Open a folder: read_pictures(folder, size).")
+    require_type("config", config, EvaluationConfig, "Create one: EvaluationConfig(steps=(1,)).")
+    require_type("name", name, str, "Give the name of the model for the table.")
     folder, adapted = Path(output_dir), for_evaluation(pipeline)
-    judges = Judges(config, pictures.captions, folder / CACHE, pipeline.device, progress)
+    scorers = Scorers(config, pictures.captions, folder / CACHE, pipeline.device, progress)
     settings = {option: getattr(config, option) for option in _COMPARED}
-    settings |= {"pictures": pictures.identity, **judges.names()}
-    settings["candidates"] = judges.alignment.candidates if judges.alignment else None
+    settings |= {"pictures": pictures.identity, **scorers.names()}
+    settings["candidates"] = scorers.alignment.candidates if scorers.alignment else None
     report = Evaluation.open(folder, settings)
-    run = _Run(config, pictures, judges, folder, progress)
+    run = _Run(config, pictures, scorers, folder, progress)
     if not report.real:
         prompts = tuple(_distinct(run.choice("seen", config.seeds[0]).prompts)[:SHOWN_PROMPTS])
         report = replace(report, real=run.measure_real(), prompts=prompts)
@@ -89,7 +88,7 @@ class _Run:
 
     config: EvaluationConfig
     pictures: RealPictures
-    judges: Judges
+    scorers: Scorers
     folder: Path
     progress: bool
 
@@ -111,16 +110,18 @@ class _Run:
         return Gallery(folder, len(numbers), read, label=label, keep=False)
 
     def reference(self, choice: Choice) -> Tensor:
-        return self.judges.main.see(self.real_gallery(choice.reference, "real pictures"))
+        return self.scorers.main.see(self.real_gallery(choice.reference, "real pictures"))
 
     def distances(self, gallery: Gallery, choice: Choice) -> dict[str, float]:
         """Return the Frechet and kernel distances of a gallery to the real images of a choice."""
-        name = f"distances-{digest_of([choice.reference, self.pictures.identity])}.{self.judges.main.name}.safetensors"
+        name = (
+            f"distances-{digest_of([choice.reference, self.pictures.identity])}.{self.scorers.main.name}.safetensors"
+        )
 
         def make() -> dict[str, Tensor]:
-            features, reference = self.judges.main.see(gallery), self.reference(choice)
+            features, reference = self.scorers.main.see(gallery), self.reference(choice)
             figures = {
-                "frechet_distance": frechet_distance(statistics_of([features]), statistics_of([reference])),
+                "frechet_distance": frechet_distance(features, reference),
                 "kernel_distance": kernel_distance(features, reference).mean,
             }
             return {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
@@ -137,17 +138,17 @@ class _Run:
                 gallery = self.real_gallery(choice.floor, "other real pictures")
                 _append(values, part, self.distances(gallery, choice))
                 captions = [self.pictures.captions[number] for number in choice.floor]
-                known, captions = self._unknown_to_judge(part, gallery, captions)
+                known, captions = self._unknown_to_scorer(part, gallery, captions)
                 if known is gallery or seed == self.config.seeds[0]:  # images of a style are the same for all seeds
                     _append(values, part, self._agreement(known, captions))
                 if part == "seen" and choice.paired and self.config.diversity_prompts:
-                    pairs = torch.stack([self.reference(choice), self.judges.main.see(gallery)], dim=1)
+                    pairs = torch.stack([self.reference(choice), self.scorers.main.see(gallery)], dim=1)
                     values["diversity"].append(diversity(pairs))
         return {key: interval_of(figures) for key, figures in values.items()}
 
-    def _unknown_to_judge(self, part: str, gallery: Gallery, captions: list[str]) -> tuple[Gallery, list[str]]:
+    def _unknown_to_scorer(self, part: str, gallery: Gallery, captions: list[str]) -> tuple[Gallery, list[str]]:
         """Return real images and captions for the alignment: of the style unseen by the scorer, if there is one."""
-        style = self.judges.alignment.unseen_style if self.judges.alignment else ""
+        style = self.scorers.alignment.unseen_style if self.scorers.alignment else ""
         numbers = self.pictures.numbers(self.splits()[part][0])
         own = [number for number in numbers if self.pictures.styles[number] == style]
         if not style or not own:
@@ -157,27 +158,27 @@ class _Run:
     def _agreement(self, gallery: Gallery, prompts: Sequence[str]) -> dict[str, float]:
         """Return the metrics of how well images match their prompts."""
         figures = {}
-        if self.judges.alignment:
-            figures["alignment"] = self.judges.alignment.r_precision(gallery, prompts)
-        if self.judges.clip:
-            figures["clip_score"] = self.judges.clip.score(gallery, prompts)
+        if self.scorers.alignment:
+            figures["alignment"] = self.scorers.alignment.r_precision(gallery, prompts)
+        if self.scorers.clip:
+            figures["clip_score"] = self.scorers.clip.score(gallery, prompts)
         return figures
 
     def measure(self, pipeline: Any, model: str, name: str, steps: int, shown: Sequence[str]) -> Row:
         """Generate a model's images and return the row with their metrics."""
         config = self.config
-        drawer = Drawer(pipeline, steps, config.guidance_scale, config.batch_size)
+        sampler = Sampler(pipeline, steps, config.guidance_scale, config.batch_size)
         work = self.folder / CACHE / f"{model[:12]}-{steps}-{config.guidance_scale:g}"
         values: dict[str, list[float]] = defaultdict(list)
         for seed in config.seeds:
             for part in self.splits():
                 choice = self.choice(part, seed)
-                gallery = _gallery(drawer, work, choice.prompts, f"{seed}/{part}", f"{name}, {steps} steps")
+                gallery = _gallery(sampler, work, choice.prompts, f"{seed}/{part}", f"{name}, {steps} steps")
                 _append(values, part, self.distances(gallery, choice))
                 _append(values, part, self._agreement(gallery, choice.prompts))
             if config.diversity_prompts:
-                values["diversity"].append(self._diversity(drawer, work, seed, name))
-        row = Row(name, steps, config.guidance_scale, model, {}, self._seconds(drawer, work, shown))
+                values["diversity"].append(self._diversity(sampler, work, seed, name))
+        row = Row(name, steps, config.guidance_scale, model, {}, self._seconds(sampler, work, shown))
         if steps > 1 and config.straightness_prompts:
             straight = [self._straightness(pipeline, model, seed) for seed in config.seeds]
             values["straightness"] = [part.total for part in straight]
@@ -185,20 +186,20 @@ class _Run:
             per_bin = tuple(math.fsum(bins) / len(straight) for bins in columns)
             paths = self._trajectories(pipeline, model, shown[0])
             row = replace(row, per_bin=per_bin, edges=straight[0].edges, trajectories=paths)
-        shown_gallery = _gallery(drawer, work, shown, f"{config.seeds[0]}/shown", f"{name}, {steps} steps")
+        shown_gallery = _gallery(sampler, work, shown, f"{config.seeds[0]}/shown", f"{name}, {steps} steps")
         shown_gallery.pictures(0)
         figures = {key: interval_of(figures) for key, figures in values.items()}
         return replace(row, figures=figures, gallery=str(shown_gallery.folder.relative_to(self.folder)))
 
-    def _diversity(self, drawer: Drawer, work: Path, seed: int, name: str) -> float:
+    def _diversity(self, sampler: Sampler, work: Path, seed: int, name: str) -> float:
         config = self.config
         prompts = _distinct(self.choice("seen", seed).prompts)[: config.diversity_prompts]
         repeated = [prompt for prompt in prompts for _ in range(config.diversity_pictures)]
-        gallery = _gallery(drawer, work, repeated, f"{seed}/diversity", f"{name}, diversity")
-        return diversity(self.judges.main.see(gallery).view(len(prompts), config.diversity_pictures, -1))
+        gallery = _gallery(sampler, work, repeated, f"{seed}/diversity", f"{name}, diversity")
+        return diversity(self.scorers.main.see(gallery).view(len(prompts), config.diversity_pictures, -1))
 
-    def _seconds(self, drawer: Drawer, work: Path, prompts: Sequence[str]) -> float:
-        make = lambda: {"seconds": torch.tensor(drawer.seconds_per_image(prompts))}  # noqa: E731
+    def _seconds(self, sampler: Sampler, work: Path, prompts: Sequence[str]) -> float:
+        make = lambda: {"seconds": torch.tensor(sampler.seconds_per_image(prompts))}  # noqa: E731
         return cached(work / "seconds.safetensors", make)["seconds"].item()
 
     def _straightness(self, pipeline: Any, model: str, seed: int) -> Straightness:
@@ -228,11 +229,11 @@ class _Run:
         return str(path.relative_to(self.folder))
 
 
-def _gallery(drawer: Drawer, work: Path, prompts: Sequence[str], seed: str, label: str) -> Gallery:
+def _gallery(sampler: Sampler, work: Path, prompts: Sequence[str], seed: str, label: str) -> Gallery:
     """Return a gallery of generated images. The noise of each depends on the seed and its index in the list."""
 
     def make(first: int, last: int) -> Tensor:
-        return drawer.draw(prompts[first:last], [f"{seed}/{i}" for i in range(first, last)])
+        return sampler.sample(prompts[first:last], [f"{seed}/{i}" for i in range(first, last)])
 
     folder = work / f"{seed.replace('/', '-')}-{digest_of(list(prompts))}"
     return Gallery(folder, len(prompts), make, label=label)

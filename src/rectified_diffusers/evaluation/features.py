@@ -31,7 +31,7 @@ class MobileNetV2Features(nn.Module):
         from safetensors.torch import load_file
 
         if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"no MobileNetV2 weights at {weights}: expected a safetensors file.")
+            raise FileNotFoundError(f"No MobileNetV2 weights at {weights}: expected a safetensors file.")
         try:
             network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
         except URLError as error:
@@ -51,8 +51,7 @@ class MobileNetV2Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 1280)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
+        _check_images(images)
         pixels = images.to(self.get_buffer("mean").device).float()
         shape = (self.size, self.size)
         pixels = nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True, align_corners=False)
@@ -100,16 +99,20 @@ class InceptionV3Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 2048)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
+        _check_images(images)
         return self.network(images.to(next(self.network.parameters()).device))[0]
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"Expected images (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise FileNotFoundError(f"no Inception-v3 weights at {path}: expected a safetensors file.")
+        raise FileNotFoundError(f"No Inception-v3 weights at {path}: expected a safetensors file.")
     if path.suffix != ".safetensors":
         raise ValueError(
             f"Inception-v3 weights must be a .safetensors file, got {path}. Convert a .pth file with "
@@ -118,7 +121,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = load_file(path)
     if "Mixed_7c.branch_pool.conv.weight" not in tensors:
         raise ValueError(
-            f"{path} has not the layout of torch-fidelity's Inception-v3: it lacks "
+            f"{path} does not have the layout of torch-fidelity's Inception-v3: it lacks "
             f"'Mixed_7c.branch_pool.conv.weight', it has {sorted(tensors)[:3]}."
         )
     return tensors
@@ -139,13 +142,13 @@ class CLIPScore:
         try:
             import open_clip
         except ImportError as error:
-            raise ImportError("the CLIP score needs open_clip: pip install open_clip_torch") from error
+            raise ImportError("The CLIP score needs open_clip: pip install open_clip_torch") from error
         try:
             network, _, preprocess = open_clip.create_model_and_transforms(model, pretrained=pretrained, device=device)
         except RuntimeError as error:  # an unknown model, unknown weights, or a download that failed
             raise ValueError(
                 f"open_clip cannot load model {model!r} with weights {pretrained!r}: {error} "
-                "open_clip.list_pretrained() lists what there is."
+                "open_clip.list_pretrained() lists the available ones."
             ) from error
         self.network: Any = network.eval().requires_grad_(False)
         self.preprocess: Any = preprocess
@@ -174,7 +177,6 @@ def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
     """Return the mean cosine of the pairs (image i, prompt i), given unit vectors `(N, J)` each."""
     if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2 or len(image_embeds) == 0:
         raise ValueError(
-            "the CLIP score needs one embedded prompt per picture, "
-            f"got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
+            f"Expected one embedded prompt per image, got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
     return (image_embeds.double() * text_embeds.double()).sum(dim=1).mean().item()

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rectified_diffusers.data.solvers import make_solver
+from rectified_diffusers.files import write_atomically
+from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.seeds import generator_of
 
 CHUNK = 64  # images per file, the most that an interrupted run loses
@@ -30,9 +31,8 @@ def for_evaluation(pipeline: Any) -> Any:
     which affect distribution distances disproportionately.
     """
     adapted = copy.copy(pipeline)
-    config = pipeline.scheduler.config
-    if "beta_schedule" in config and config.get("prediction_type") != "flow_prediction":
-        adapted.scheduler = DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+    if is_diffusion(pipeline.scheduler):
+        adapted.scheduler = make_solver(pipeline.scheduler, "dpm_solver++")
     if getattr(pipeline, "safety_checker", None) is not None:
         adapted.safety_checker = None
     adapted.set_progress_bar_config(disable=True)
@@ -54,7 +54,7 @@ def fingerprint(pipeline: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Drawer:
+class Sampler:
     """A pipeline with its generation settings."""
 
     pipeline: Any
@@ -62,7 +62,7 @@ class Drawer:
     guidance_scale: float
     batch_size: int = 16
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[str]) -> Tensor:
+    def sample(self, prompts: Sequence[str], seeds: Sequence[str]) -> Tensor:
         """Generate one image per prompt and seed, `(N, 3, H, W)` uint8 on the CPU."""
         parts = []
         for first in range(0, len(prompts), self.batch_size):
@@ -82,7 +82,7 @@ class Drawer:
         times = []
         for i in range(_TIMED + 1):
             begin = time.perf_counter()
-            self.draw([prompts[i % len(prompts)]], [str(i)])
+            self.sample([prompts[i % len(prompts)]], [str(i)])
             times.append(time.perf_counter() - begin)
         return statistics.median(times[1:])
 
@@ -131,13 +131,7 @@ class Gallery:
 def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors in a safetensors file, which is written atomically with `make` if it does not exist."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(make(), partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda partial: save_file(make(), partial))
     return load_file(path)
 
 

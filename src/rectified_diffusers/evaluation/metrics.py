@@ -5,7 +5,7 @@ Values for different features or sample sizes are not comparable.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
@@ -13,75 +13,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Features = Callable[[Tensor], Tensor]
-"""Maps images `(B, 3, H, W)` uint8 to features `(B, D)`."""
 
+def frechet_distance(first: Tensor, second: Tensor) -> float:
+    """Return the squared Frechet (2-Wasserstein) distance of the Gaussians fitted to features `(N, D)` and `(M, D)`.
 
-class FeatureStatistics:
-    """Accumulate mean and covariance of features batch by batch, in float64.
-
-    Batches are merged as in Chan, Golub and LeVeque (1983): sums of squares about the running mean, so that a large
-    mean costs no precision.
+    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2), Eq. (6) of arXiv:1706.08500, in float64. The last trace is the
+    sum of the singular values of C1^(1/2) C2^(1/2). This needs no root of a product that is not symmetric, and loses
+    no precision with fewer images than dimensions (a singular covariance). Never negative: values below 0 from
+    rounding are returned as 0.
     """
-
-    def __init__(self, dimensions: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(dimensions, dtype=torch.float64)
-        self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
-
-    def update(self, features: Tensor) -> None:
-        """Add features `(B, D)`, on any device and of any floating-point dtype."""
-        if features.ndim != 2 or features.shape[1] != len(self.mean):
-            raise ValueError(f"features must be (B, {len(self.mean)}), got {tuple(features.shape)}.")
-        if not torch.isfinite(features).all():
-            raise ValueError("features must be finite, got NaN or infinity: look at the images and the extractor.")
-        if len(features) == 0:
-            return
-        features = features.detach().to("cpu", torch.float64)
-        total = self.count + len(features)
-        batch_mean = features.mean(dim=0)
-        centred = features - batch_mean
-        shift = batch_mean - self.mean
-        self._scatter += centred.T @ centred + shift.outer(shift) * (self.count * len(features) / total)
-        self.mean = self.mean + shift * (len(features) / total)
-        self.count = total
-
-    @property
-    def covariance(self) -> Tensor:
-        """Return the unbiased covariance `(D, D)`, float64."""
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 images, got {self.count}.")
-        return self._scatter / (self.count - 1)
-
-
-def statistics_of(features: Iterable[Tensor]) -> FeatureStatistics:
-    """Return the statistics of batches of features `(B, D)`."""
-    statistics = None
-    for batch in features:
-        statistics = statistics or FeatureStatistics(batch.shape[-1])
-        statistics.update(batch)
-    if statistics is None:
-        raise ValueError("statistics need at least one batch of features, got none.")
-    return statistics
-
-
-def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """Return the squared Frechet (2-Wasserstein) distance of the Gaussians with these means and covariances.
-
-    |m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2), Eq. (6) of arXiv:1706.08500. The last trace is the sum of the
-    singular values of C1^(1/2) C2^(1/2). This needs no root of a product that is not symmetric, and loses no precision
-    with fewer images than dimensions (a singular covariance). Never negative: values below 0 from rounding are
-    returned as 0.
-    """
-    if len(first.mean) != len(second.mean):
-        raise ValueError(
-            f"both sets need features of one size, got {len(first.mean)} and {len(second.mean)}: "
-            "use the same extractor for both."
-        )
-    cross = torch.linalg.svdvals(_square_root(first.covariance) @ _square_root(second.covariance)).sum()
-    traces = first.covariance.trace() + second.covariance.trace()
-    distance = (first.mean - second.mean).square().sum() + traces - 2 * cross
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise ValueError(f"Expected features (N, D) and (M, D), got {tuple(first.shape)} and {tuple(second.shape)}.")
+    (mean, covariance), (other_mean, other_covariance) = _moments(first), _moments(second)
+    cross = torch.linalg.svdvals(_square_root(covariance) @ _square_root(other_covariance)).sum()
+    distance = (mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace() - 2 * cross
     return max(0.0, distance.item())
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean `(D,)` and unbiased covariance `(D, D)`, float64 on the CPU."""
+    if len(features) < 2 or not torch.isfinite(features).all():
+        raise ValueError(f"Expected finite features of at least 2 images, got {len(features)} images or NaN.")
+    features = features.detach().to("cpu", torch.float64)
+    mean = features.mean(dim=0)
+    centered = features - mean
+    return mean, centered.T @ centered / (len(features) - 1)
 
 
 def _square_root(covariance: Tensor) -> Tensor:
@@ -111,10 +67,10 @@ def squared_discrepancy(first: Tensor, second: Tensor) -> float:
     """
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(
-            f"both sets need features (N, D) of one size, got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"Both sets need features (N, D) of one size, got {tuple(first.shape)} and {tuple(second.shape)}."
         )
     if min(len(first), len(second)) < 2:
-        raise ValueError(f"each set needs at least 2 features, got {len(first)} and {len(second)}.")
+        raise ValueError(f"Each set needs at least 2 features, got {len(first)} and {len(second)}.")
     x, y = first.double(), second.double()
     within = _mean_of_pairs(x) + _mean_of_pairs(y)
     return (within - 2 * _kernel(x, y).mean()).item()
@@ -158,7 +114,7 @@ def diversity(features: Tensor) -> float:
         features: features `(P, M, D)` of `M` images for each of `P` prompts.
     """
     if features.ndim != 3 or features.shape[1] < 2 or len(features) == 0:
-        raise ValueError(f"features must be (P, M, D) with at least 2 pictures a prompt, got {tuple(features.shape)}.")
+        raise ValueError(f"Expected features (P, M, D) of at least 2 images per prompt, got {tuple(features.shape)}.")
     unit = F.normalize(features.double(), dim=-1)
     cosine = unit @ unit.transpose(1, 2)  # (P, M, M)
     first, second = torch.triu_indices(features.shape[1], features.shape[1], offset=1)
@@ -191,7 +147,7 @@ class Interval:
 def interval_of(values: Sequence[float]) -> Interval:
     """Return the interval of a metric from its values, one per seed."""
     if not values:
-        raise ValueError("an interval needs the figure of at least one seed, got none.")
+        raise ValueError("An interval needs the value of at least one seed, got none.")
     if len(values) == 1:
         return Interval(values[0], None, tuple(values))
     from scipy.stats import t as student

@@ -1,10 +1,11 @@
 """Plot an evaluation: paths over t, straightness per bin, one seed across models, quality against steps."""
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,7 +32,7 @@ def write_plots(folder: str | Path) -> list[Path]:
         "trajectories": _trajectories_of(report, folder),
         "straightness": _straightness_of(report),
         "grid": _grid_of(report, folder),
-        "quality": _quality_of(report),
+        "quality": plot_quality(report) if report.rows else None,
     }
     (folder / "plots").mkdir(exist_ok=True)
     paths = []
@@ -42,13 +43,22 @@ def write_plots(folder: str | Path) -> list[Path]:
     return paths
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """Return a figure without a window or global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Plots need matplotlib: pip install "rectified_diffusers[evaluation]".') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def plot_trajectories(paths: Mapping[str, Trajectories]) -> "Figure":
     """Plot values of the latent (top) and of the image (bottom) over t, one column per model.
 
     A pale dashed chord is drawn behind each path. For a straight flow the two coincide.
     """
     columns = len(paths)
-    figure = _new_figure(3.4 * columns + 0.6, 5.6)
+    figure = new_figure(3.4 * columns + 0.6, 5.6)
     axes = figure.subplots(2, columns, sharex=True, sharey="row", squeeze=False)
     for column, (name, path) in enumerate(paths.items()):
         axes[0][column].set_title(name)
@@ -71,7 +81,7 @@ def plot_straightness(bins: Mapping[str, tuple[Sequence[float], Sequence[float]]
     Args:
         bins: maps the model's name to the mean of the integrand per bin and the bin edges.
     """
-    figure = _new_figure(6.4, 4)
+    figure = new_figure(6.4, 4)
     axis = figure.subplots()
     for name, (per_bin, edges) in bins.items():
         widths = [b - a for a, b in pairwise(edges)]
@@ -90,7 +100,7 @@ def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure
         pictures: maps the model's name to images `(len(prompts), 3, H, W)` uint8.
     """
     rows, columns = len(pictures), len(prompts)
-    figure = _new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
+    figure = new_figure(1.25 * columns + 1.4, 1.25 * rows + 0.55)
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, (name, images) in enumerate(pictures.items()):
         for column, image in enumerate(images):
@@ -110,12 +120,16 @@ def plot_quality(report: Evaluation) -> "Figure":
     Dashed lines are the values of real images: for the distance, its floor.
     """
     keys = [key for key in _CURVES if any(key in row.figures for row in report.rows)]
-    figure = _new_figure(max(4.6 * len(keys), 6.4), 4.4)
+    figure = new_figure(max(4.6 * len(keys), 6.4), 4.4)
     axes = figure.subplots(1, len(keys), squeeze=False)[0]
     ticks = sorted({row.steps for row in report.rows})
-    curves = _by_name(report.rows)
+    curves: dict[str, list[Row]] = defaultdict(list)
+    for row in report.rows:
+        curves[report.title(row)].append(row)
     for axis, key in zip(axes, keys, strict=True):
         for i, (name, rows) in enumerate(curves.items()):
+            rows = sorted(rows, key=lambda row: row.steps)
+            rows = sorted(rows, key=lambda row: row.steps)
             means = [row.figures[key].mean for row in rows]
             errors = [row.figures[key].half_width or 0.0 for row in rows]
             # Offset the curves so that intervals at the same number of steps do not overlap.
@@ -131,23 +145,16 @@ def plot_quality(report: Evaluation) -> "Figure":
     return figure
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """Return a figure without a window or global state."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _trajectories_of(report: Evaluation, folder: Path) -> "Figure | None":
-    files = {_title(row, report): folder / row.trajectories for row in _one_per_model(report) if row.trajectories}
+    files = {
+        report.title(row): folder / row.trajectories for row in report.rows_with_straightness() if row.trajectories
+    }
     paths = {name: Trajectories(**load_file(file)) for name, file in files.items() if file.exists()}
     return plot_trajectories(paths) if paths else None
 
 
 def _straightness_of(report: Evaluation) -> "Figure | None":
-    bins = {_title(row, report): (row.per_bin, row.edges) for row in _one_per_model(report) if row.per_bin}
+    bins = {report.title(row): (row.per_bin, row.edges) for row in report.rows_with_straightness() if row.per_bin}
     return plot_straightness(bins) if bins else None
 
 
@@ -156,43 +163,10 @@ def _grid_of(report: Evaluation, folder: Path) -> "Figure | None":
     for row in report.rows:
         file = folder / row.gallery / f"{0:06}.safetensors"
         if row.gallery and file.exists():
-            name = f"{_title(row, report)}, {row.steps} step{'s' if row.steps > 1 else ''}"
+            name = f"{report.title(row)}, {row.steps} step{'s' if row.steps > 1 else ''}"
             pictures[name] = load_file(file)["images"]
     return plot_grid(pictures, report.prompts) if pictures else None
 
 
-def _quality_of(report: Evaluation) -> "Figure | None":
-    return plot_quality(report) if report.rows else None
-
-
-def _one_per_model(report: Evaluation) -> list[Row]:
-    """Return one row per name and guidance that has straightness values, which need more than one step."""
-    found: dict[tuple[str, float], Row] = {}
-    for row in report.rows:
-        if row.per_bin:
-            found.setdefault((row.name, row.guidance_scale), row)
-    return list(found.values())
-
-
-def _title(row: Row, report: Evaluation) -> str:
-    """Return the title of a row, including the guidance if rows of this name have several."""
-    scales = {other.guidance_scale for other in report.rows if other.name == row.name}
-    return f"{row.name}, guidance {row.guidance_scale:g}" if len(scales) > 1 else row.name
-
-
-def _by_name(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows into curves over the number of steps, by title."""
-    curves: dict[Any, list[Row]] = defaultdict(list)
-    for row in rows:
-        curves[row.name, row.guidance_scale].append(row)
-    several = len({name for name, _ in curves}) < len(curves)
-    return {
-        f"{name}, guidance {scale:g}" if several else name: sorted(own, key=lambda row: row.steps)
-        for (name, scale), own in curves.items()
-    }
-
-
 def _wrapped(text: str, width: int = 16) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(textwrap.shorten(text, 3 * width, placeholder=" ..."), width))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from rectified_diffusers.evaluation.metrics import CONFIDENCE, Interval
+from rectified_diffusers.files import write_atomically
 
 FILE = "evaluation.json"
 TABLE = "evaluation.md"
@@ -94,18 +95,15 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Write the JSON and Markdown files, each atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((FILE, json.dumps(asdict(self), indent=2) + "\n"), (TABLE, self.as_markdown())):
-            partial = folder / f"{name}.{os.getpid()}.tmp"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / name)
+            write_atomically(folder / name, lambda partial, text=text: partial.write_text(text, encoding="utf-8"))
 
     @classmethod
     def read(cls, folder: str | Path) -> "Evaluation":
         """Read an evaluation that `write` wrote."""
         path = Path(folder) / FILE
         if not path.is_file():
-            raise FileNotFoundError(f"there is no {path}; give a folder that `evaluate` has written.")
+            raise FileNotFoundError(f"Expected the folder of an evaluation, but there is no {path}.")
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = [{**row, "figures": _intervals(row["figures"])} for row in content["rows"]]
         rows = [Row(**{**row, **{key: tuple(row[key]) for key in ("per_bin", "edges")}}) for row in rows]
@@ -123,7 +121,7 @@ class Evaluation:
             if found.settings.get(name) != settings[name]:
                 raise ValueError(
                     f"{folder} holds an evaluation with {name}={found.settings.get(name)!r}, got {name}="
-                    f"{settings[name]!r}: their figures do not compare. Give the same, or another output_dir."
+                    f"{settings[name]!r}. Their metrics are not comparable. Use the same value, or another output_dir."
                 )
         return found
 
@@ -140,6 +138,19 @@ class Evaluation:
         lines += ["", *self._straightness_lines(), *self._notes()]
         return "\n".join(lines) + "\n"
 
+    def rows_with_straightness(self) -> list[Row]:
+        """Return one row per name and guidance that has straightness values, which need more than one step."""
+        found: dict[tuple[str, float], Row] = {}
+        for row in self.rows:
+            if row.per_bin:
+                found.setdefault((row.name, row.guidance_scale), row)
+        return list(found.values())
+
+    def title(self, row: Row) -> str:
+        """Return the name of a row, with its guidance if rows of this name have several."""
+        scales = {other.guidance_scale for other in self.rows if other.name == row.name}
+        return f"{row.name}, guidance {row.guidance_scale:g}" if len(scales) > 1 else row.name
+
     def _all_figures(self) -> Iterable[dict[str, Interval]]:
         return [self.real, *(row.figures for row in self.rows)]
 
@@ -153,14 +164,11 @@ class Evaluation:
         return text
 
     def _straightness_lines(self) -> list[str]:
-        seen: dict[tuple[str, float], Row] = {}
-        for row in self.rows:
-            if row.per_bin:
-                seen.setdefault((row.name, row.guidance_scale), row)
-        if not seen:
+        rows = self.rows_with_straightness()
+        if not rows:
             return []
         lines = ["S(Z) per dimension, mean of the integrand in each bin of t:", ""]
-        for row in seen.values():
+        for row in rows:
             values = ", ".join(f"{value:.4f}" for value in row.per_bin)
             lines.append(f"- {row.name}, guidance {row.guidance_scale:g}, t from {row.edges[0]:.3f}: {values}")
         return [*lines, ""]
@@ -168,10 +176,10 @@ class Evaluation:
     def _notes(self) -> list[str]:
         settings, made = self.settings, self.provenance
         notes = [
-            f"{settings['num_pictures']} pictures a seed against as many real ones, seeds "
+            f"{settings['num_pictures']} images per seed compared with as many real images, seeds "
             f"{', '.join(map(str, settings['seeds']))}; ± is the {CONFIDENCE:.0%} confidence interval of the mean "
             f"over seeds. Features of the distances: {settings['features']}. The row of real pictures is the floor: "
-            "what other real pictures, of this number, score.",
+            "the values of as many other real images.",
         ]
         if settings.get("alignment"):
             notes.append(f"Alignment: R-precision, 1 of {settings['candidates']} ({settings['alignment']}).")

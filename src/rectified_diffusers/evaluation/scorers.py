@@ -18,7 +18,7 @@ from rectified_diffusers.evaluation.gallery import Gallery, cached
 CANDIDATES = 100
 
 
-class Judge:
+class Scorer:
     """Compute image features with a network that is loaded on first use. Cached features do not load it."""
 
     def __init__(self, name: str, load: Callable[[], Callable[[Tensor], Tensor]], progress: bool) -> None:
@@ -33,16 +33,16 @@ class Judge:
         return gallery.see(self.name, lambda images: self._network(images), self.progress)
 
 
-def mobilenet_judge(weights: Path | None, size: int, device: Any, progress: bool) -> Judge:
+def mobilenet_scorer(weights: Path | None, size: int, device: Any, progress: bool) -> Scorer:
     name = f"mobilenet_v2-{size}-{_name_of(weights)}"
-    return Judge(name, lambda: MobileNetV2Features(weights, size).to(device), progress)
+    return Scorer(name, lambda: MobileNetV2Features(weights, size).to(device), progress)
 
 
-def inception_judge(weights: Path | None, device: Any, progress: bool) -> Judge:
-    return Judge(f"inception_v3-{_name_of(weights)}", lambda: InceptionV3Features(weights).to(device), progress)
+def inception_scorer(weights: Path | None, device: Any, progress: bool) -> Scorer:
+    return Scorer(f"inception_v3-{_name_of(weights)}", lambda: InceptionV3Features(weights).to(device), progress)
 
 
-class AlignmentJudge:
+class AlignmentScorer:
     """The scorer trained by examples/emoji/alignment.py: retrieves an image's caption among all captions of the data.
 
     Attributes:
@@ -54,7 +54,7 @@ class AlignmentJudge:
         self.model = AlignmentModel.load(folder / "alignment.safetensors")
         card = json.loads((folder / "alignment.json").read_text(encoding="utf-8"))
         self.unseen_style: str = card.get("unseen_style", "")
-        self.judge = mobilenet_judge(config.mobilenet_weights, card["image_size"], device, bar)
+        self.scorer = mobilenet_scorer(config.mobilenet_weights, card["image_size"], device, bar)
         self.captions = sorted(set(captions))
         self.numbers = {caption: i for i, caption in enumerate(self.captions)}
         self.candidates = min(CANDIDATES, len(self.captions))
@@ -63,45 +63,45 @@ class AlignmentJudge:
         make = lambda: {"features": SentenceFeatures(config.sentence_encoder)(self.captions)}  # noqa: E731
         with torch.no_grad():
             self.texts = self.model.embed_texts(cached(path, make)["features"])
-        self.name = f"{self.judge.name}-{_name_of(folder / 'alignment.safetensors')}"
+        self.name = f"{self.scorer.name}-{_name_of(folder / 'alignment.safetensors')}"
 
     @torch.no_grad()
     def r_precision(self, gallery: Gallery, prompts: Sequence[str]) -> float:
         numbers = torch.tensor([self.numbers[prompt] for prompt in prompts])
-        images = self.model.embed_images(self.judge.see(gallery))
+        images = self.model.embed_images(self.scorer.see(gallery))
         return retrieval(images, self.texts, numbers, self.candidates).r_precision
 
 
-class CLIPJudge:
+class CLIPScorer:
     """Compute the CLIP score of images and their prompts."""
 
     def __init__(self, config: EvaluationConfig, device: Any, progress: bool) -> None:
         self.model, self.pretrained, self.device = config.clip_model or "", config.clip_pretrained, device
         weights = self.pretrained if not Path(self.pretrained).is_file() else _name_of(Path(self.pretrained))
         self.name = f"clip-{self.model}-{weights}".replace("/", "-")
-        self.judge = Judge(self.name, lambda: self._clip.embed_images, progress)
+        self.scorer = Scorer(self.name, lambda: self._clip.embed_images, progress)
 
     @cached_property
     def _clip(self) -> CLIPScore:
         return CLIPScore(self.model, self.pretrained, self.device)
 
     def score(self, gallery: Gallery, prompts: Sequence[str]) -> float:
-        return clip_score(self.judge.see(gallery), self._clip.embed_texts(prompts))
+        return clip_score(self.scorer.see(gallery), self._clip.embed_texts(prompts))
 
 
-class Judges:
+class Scorers:
     """All scorers that an evaluation is configured with."""
 
     def __init__(
         self, config: EvaluationConfig, captions: Sequence[str], work: Path, device: Any, progress: bool
     ) -> None:
         self.main = (
-            inception_judge(config.inception_weights, device, progress)
+            inception_scorer(config.inception_weights, device, progress)
             if config.features == "inception_v3"
-            else mobilenet_judge(config.mobilenet_weights, config.feature_size, device, progress)
+            else mobilenet_scorer(config.mobilenet_weights, config.feature_size, device, progress)
         )
-        self.alignment = AlignmentJudge(config, captions, work, device, progress) if config.alignment else None
-        self.clip = CLIPJudge(config, device, progress) if config.clip_model else None
+        self.alignment = AlignmentScorer(config, captions, work, device, progress) if config.alignment else None
+        self.clip = CLIPScorer(config, device, progress) if config.clip_model else None
 
     def names(self) -> dict[str, str | None]:
         """Return the names of the scorers that the metrics depend on."""
@@ -117,7 +117,7 @@ def _name_of(weights: Path | None) -> str:
     if weights is None:
         return "published"
     if not Path(weights).is_file():
-        raise FileNotFoundError(f"no weights at {weights}: expected a safetensors file.")
+        raise FileNotFoundError(f"No weights at {weights}: expected a safetensors file.")
     digest = hashlib.blake2b(digest_size=4)
     with Path(weights).open("rb") as file:
         while block := file.read(1 << 22):

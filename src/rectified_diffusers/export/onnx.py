@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rectified_diffusers.checks import require_plain_weights
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
 
@@ -81,6 +82,7 @@ def _check_onnx(pipeline: Any) -> None:
             f"got {type(pipeline).__name__}" + (f" without {', '.join(missing)}." if missing else ".")
         )
     refuse_any_lora(pipeline)
+    require_plain_weights("export_onnx", pipeline.components)
     if pipeline.unet.dtype == torch.bfloat16:
         raise ValueError("onnxruntime cannot convolve bfloat16; load the pipeline in float32 or float16.")
     try:

@@ -11,10 +11,11 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rectified_diffusers.checks import require_pipeline
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import fold_sign
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.lora import refuse_lora
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 
 PREFIX = "model.diffusion_model."
 
@@ -118,13 +119,16 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     if type(unet) is not UNet2DConditionModel:
         raise ValueError(f"the original layout is of a UNet2DConditionModel, and this is a {type(unet).__name__}.")
     refuse_lora(unet.state_dict(), "the pipeline's unet")
+    require_plain_weights("export_unet", {"unet": unet})
     if unet_format == "comfyui":
         if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
             raise ValueError(
                 "the export for ComfyUI is of a rectified flow, with a RectifiedFlowEulerScheduler; got "
                 f"{type(pipeline.scheduler).__name__}. The U-Net of a diffusion model needs no other sign: use 'ldm'."
             )
+        require_straight(pipeline.scheduler, "export_unet for ComfyUI")
         if pipeline.scheduler.config["velocity_direction"] == "data":
             unet = fold_sign(unet)
     weights = original_unet_layout(unet.state_dict(), unet.config["layers_per_block"])
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata={"format": "pt"}))

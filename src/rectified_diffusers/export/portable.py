@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from rectified_diffusers.checks import require_pipeline
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -61,6 +61,7 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
     """Check that each component can be loaded without this package."""
     require_pipeline("save_portable", pipeline, "components")
     components: dict[str, Any] = pipeline.components
+    require_plain_weights("save_portable", components)
     scheduler = components.get("scheduler")
     if type(scheduler) is not RectifiedFlowEulerScheduler:
         raise ValueError(

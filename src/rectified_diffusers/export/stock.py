@@ -14,10 +14,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from rectified_diffusers.checks import require_count, require_pipeline
+from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 
 StockScheduler = Literal["dpm_solver++", "unipc"]
 _SCHEDULERS = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
@@ -51,6 +51,7 @@ def export_diffusers(
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines run a UNet2DConditionModel, and this is a {type(pipeline.unet).__name__}.")
     refuse_any_lora(pipeline)
+    require_plain_weights("export_diffusers", pipeline.components)
     stock = StableDiffusionXLPipeline if hasattr(pipeline, "text_encoder_2") else StableDiffusionPipeline
     names = inspect.signature(stock.__init__).parameters
     beyond = [name for name, part in pipeline.components.items() if part is not None and name not in names]
@@ -73,6 +74,7 @@ def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> Sc
             "export_diffusers makes a rectified flow stock, one with a RectifiedFlowEulerScheduler; got "
             f"{type(ours).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
+    require_straight(ours, "export_diffusers")
     if scheduler not in _SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
     return _SCHEDULERS[scheduler](

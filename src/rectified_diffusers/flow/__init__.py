@@ -1,21 +1,22 @@
 """Tensor math of rectified flow. Imports torch and nothing else."""
 
-from .coupling import given, independent, minibatch_optimal_transport
 from .interpolation import Coefficients, Cosine, Differentiable, Interpolation, Straight, VariancePreserving
 from .loss import LOSS_KINDS, LossKind, endpoint_loss, perceptual_loss, pseudo_huber, velocity_loss
 from .ode import Velocity, euler, heun
 from .prediction import (
+    DIFFUSION_TYPES,
     PREDICTION_TYPES,
     DiffusionAsFlow,
     PredictionType,
-    convert_prediction,
     from_pair,
     match_signal_to_noise,
+    scale_of,
     to_pair,
 )
 from .time_density import FixedTime, Grid, LogitNormal, TimeDensity, Uniform, UShaped
 
 __all__ = [
+    "DIFFUSION_TYPES",
     "LOSS_KINDS",
     "PREDICTION_TYPES",
     "Coefficients",
@@ -34,17 +35,14 @@ __all__ = [
     "Uniform",
     "VariancePreserving",
     "Velocity",
-    "convert_prediction",
     "endpoint_loss",
     "euler",
     "from_pair",
-    "given",
     "heun",
-    "independent",
     "match_signal_to_noise",
-    "minibatch_optimal_transport",
     "perceptual_loss",
     "pseudo_huber",
+    "scale_of",
     "to_pair",
     "velocity_loss",
 ]

@@ -122,6 +122,11 @@ class VariancePreserving(Interpolation):
             )
         return cls((1 - values).cumprod(0))
 
+    def with_pure_ends(self) -> VariancePreserving:
+        """Return the path with its angles stretched to [0, pi / 2]: pure noise at t = 0 and pure data at t = 1."""
+        first, last = self.angles[0], self.angles[-1]
+        return VariancePreserving((torch.pi / 2 * (self.angles - first) / (last - first)).cos().square())
+
     def __repr__(self) -> str:
         first, *_, last = self.alphas_cumprod
         return f"VariancePreserving({len(self.alphas_cumprod)} timesteps, {first:g} ... {last:g})"

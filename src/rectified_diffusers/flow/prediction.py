@@ -9,9 +9,8 @@ Conversions go through the pair (noise, data). With x_t = alpha * data + sigma *
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +20,7 @@ from .interpolation import Coefficients, Interpolation, VariancePreserving, comb
 
 PredictionType = Literal["velocity", "epsilon", "v_prediction", "sample"]
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+DIFFUSION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 
 
 def to_pair(
@@ -58,30 +58,17 @@ def from_pair(
     raise _unknown(prediction_type)
 
 
-def convert_prediction(
-    prediction: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    source: PredictionType,
-    target: PredictionType,
-    interpolation: Interpolation,
-) -> Tensor:
-    """Convert a prediction at x_t from type `source` to type `target`; see `to_pair` for singular ends."""
-    for name in (source, target):
-        if name not in PREDICTION_TYPES:
-            raise _unknown(name)
-    if source == target:
-        return prediction
-    noise, data = to_pair(prediction, x_t, t, source, interpolation)
-    return from_pair(noise, data, t, target, interpolation)
-
-
 def match_signal_to_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
     """Return the time of the straight path with the same signal-to-noise ratio: t = alpha / (alpha + sigma).
 
     At that time, x_t of the straight path is x / (alpha + sigma), for x = alpha * data + sigma * noise.
     """
     return alpha / (alpha + sigma)
+
+
+def scale_of(t: Tensor) -> Tensor:
+    """Return alpha + sigma = 1 / sqrt(t^2 + (1 - t)^2) of the sample that matches x_t: sample = scale * x_t."""
+    return 1 / torch.hypot(t, 1 - t)
 
 
 @dataclass(frozen=True)
@@ -96,8 +83,7 @@ class DiffusionAsFlow:
 
     Usage, for a U-Net `(sample, timestep) -> prediction`:
 
-        sample, timestep = as_flow.network_input(x_t, t)
-        velocity = as_flow.velocity(unet(sample, timestep), x_t, t, "epsilon")
+        velocity = as_flow(unet, x_t, t)
 
     A schedule does not reach pure noise or pure data: Stable Diffusion's covers 0.064 < t < 0.972 (sigma = 1 - t up to
     0.936). Outside this range, the network is evaluated at its last (or first) timestep, and its prediction is
@@ -108,25 +94,35 @@ class DiffusionAsFlow:
     from pure noise at the last timestep: alpha of that timestep, 0.068 for Stable Diffusion.
 
     Args:
-        alphas_cumprod: `(N,)`, see `VariancePreserving`.
+        schedule: the diffusion path.
+        prediction_type: what the network predicts.
     """
 
-    alphas_cumprod: Sequence[float] | Tensor
+    schedule: VariancePreserving
+    prediction_type: PredictionType
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "alphas_cumprod", self.schedule.alphas_cumprod)
+        if self.prediction_type not in DIFFUSION_TYPES:
+            raise ValueError(
+                "Expected a diffusion network's prediction, 'epsilon', 'v_prediction' or 'sample', got "
+                f"{self.prediction_type!r}. A network that predicts the velocity needs no DiffusionAsFlow; use it as "
+                "it is."
+            )
 
-    def __repr__(self) -> str:
-        return f"DiffusionAsFlow({self.schedule!r})"
+    def __call__(self, predict: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity data - noise at x_t `(B, ...)` and t `(B,)`, with the shape and dtype of x_t.
 
-    @cached_property
-    def schedule(self) -> VariancePreserving:
-        """Return the diffusion path."""
-        return VariancePreserving(self.alphas_cumprod)
+        Args:
+            predict: returns the network's prediction for its own sample `(B, ...)` and timesteps `(B,)`.
+        """
+        prediction = predict(*self.network_input(x_t, t))
+        # Near the noise end, epsilon is divided by alpha, 0.068 at the end: not in half precision.
+        precise = torch.promote_types(x_t.dtype, torch.float32)
+        return self.velocity(prediction.to(precise), x_t.to(precise), t).to(x_t.dtype)
 
     def _sample(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Scale x_t to the diffusion path, in the dtype of x_t."""
-        return (per_example(self.scale_of(t), x_t) * x_t).to(x_t.dtype)
+        return (per_example(scale_of(t), x_t) * x_t).to(x_t.dtype)
 
     def _angle(self, t: Tensor) -> Tensor:
         """Return atan(sigma / alpha), clamped to the schedule: the signal-to-noise ratio that the network receives."""
@@ -142,26 +138,22 @@ class DiffusionAsFlow:
         angle, _ = self.schedule.angle(timestep)
         return match_signal_to_noise(angle.cos(), angle.sin())
 
-    def scale_of(self, t: Tensor) -> Tensor:
-        """Return alpha + sigma = 1 / sqrt(t^2 + (1 - t)^2), `(B,)`: sample = scale * x_t. It is not clamped."""
-        return 1 / torch.hypot(t, 1 - t)
+    @property
+    def start(self) -> float:
+        """Return the flow time at which the schedule starts, with its last timestep."""
+        return self.time_of(torch.tensor([self.schedule.last_timestep], dtype=torch.float64)).item()
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sample and the timestep, `(B,)`, to pass to the diffusion network for x_t at t."""
         return self._sample(x_t, t), self.timestep_of(t)
 
-    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Convert the network's prediction for `network_input(x_t, t)` to the velocity data - noise at x_t."""
-        if prediction_type == "velocity":
-            raise ValueError(
-                "Expected a diffusion network's prediction, 'epsilon', 'v_prediction' or 'sample', got 'velocity'. "
-                "A network that predicts the velocity needs no DiffusionAsFlow; use it as it is."
-            )
         sample = self._sample(x_t, t)
         angle = self._angle(t)
         alpha, sigma = angle.cos(), angle.sin()
         at = Coefficients(alpha, sigma, d_alpha=-sigma, d_sigma=alpha)  # by the angle; no prediction type uses d_*
-        noise, data = _solve_pair(prediction, sample, at, prediction_type)
+        noise, data = _solve_pair(prediction, sample, at, self.prediction_type)
         # (data - x_t) / (1 - t) in the noisy half, (x_t - noise) / t in the other: never divides by less than 1/2, and
         # never uses the end that the clamped timestep does not determine.
         weight, late = 1 / torch.maximum(t, 1 - t), t >= 0.5

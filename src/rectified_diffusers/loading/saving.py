@@ -16,6 +16,8 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rectified_diffusers.files import follow_umask
+
 # Module names of transformers 4: a CLIP class, the prefix of its affected weights, and the older prefix.
 _CLIP_PREFIXES = {
     "CLIPTextModel": ("", "text_model."),
@@ -27,7 +29,14 @@ _CLIP_PREFIXES = {
 def save_pipeline(pipeline: Any, folder: str | Path, **options: Any) -> None:
     """Save any diffusers pipeline with its `save_pretrained`, in a form that transformers 4 and 5 read identically."""
     pipeline.save_pretrained(folder, **options)
-    make_readable(Path(folder))
+    finish_saving(pipeline, Path(folder))
+
+
+def finish_saving(pipeline: Any, folder: Path) -> None:
+    """Make what `save_pretrained` has written readable: by transformers 4, and by all whom the umask permits."""
+    make_readable(folder)
+    for name in pipeline.components:
+        follow_umask(folder / name)
 
 
 def make_readable(folder: Path) -> None:

@@ -24,7 +24,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
+from rectified_diffusers.flow.interpolation import VariancePreserving
+from rectified_diffusers.flow.prediction import DIFFUSION_TYPES, DiffusionAsFlow
 from rectified_diffusers.models.latents import pack, unpack
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, VelocityDirection, time_to_timestep
 
@@ -33,6 +34,17 @@ Conditioning = dict[str, Tensor]
 
 Network = Callable[..., Any]
 """A pipeline's U-Net or transformer, or a wrapper that trains it."""
+
+
+def is_diffusion(scheduler: Any) -> bool:
+    """Return whether a scheduler belongs to a diffusion model, whose network predicts epsilon, v or the data.
+
+    The others belong to flows, among them DPM-Solver++ and more of diffusers' classes with `use_flow_sigmas`, which
+    serve networks of noise - data.
+    """
+    config = getattr(scheduler, "config", {})
+    scheduled = getattr(scheduler, "alphas_cumprod", None) is not None and not config.get("use_flow_sigmas")
+    return scheduled and config.get("prediction_type") in DIFFUSION_TYPES
 
 
 class Denoiser(ABC):
@@ -71,6 +83,11 @@ class Denoiser(ABC):
         return getattr(self.pipeline, self.component)
 
     @property
+    def two_passes(self) -> bool:
+        """Return whether `guidance` needs a second forward pass, with the empty prompt."""
+        return self.guidance > 1 and self.guides_by_two_passes
+
+    @property
     def direction(self) -> VelocityDirection:
         """Return what the network's flow predicts: "data" for data - noise, "noise" for noise - data.
 
@@ -79,25 +96,21 @@ class Denoiser(ABC):
         scheduler = self.pipeline.scheduler
         if isinstance(scheduler, RectifiedFlowEulerScheduler):
             return scheduler.config["velocity_direction"]
-        # This setting turns diffusers' DPM-Solver++ and others into flow schedulers, with its sign.
         return "noise" if scheduler.config.get("use_flow_sigmas") else self.direction_of_flow
 
     @property
     def num_train_timesteps(self) -> int:
-        """Return the timestep at t = 0."""
+        """Return the timestep at t = 0; a diffusion network that is turned into a flow gets ours."""
         scheduler = self.pipeline.scheduler
-        flow = isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction_of_flow == "noise"
-        return scheduler.config["num_train_timesteps"] if flow else 1000
+        return 1000 if is_diffusion(scheduler) else scheduler.config["num_train_timesteps"]
 
-    def diffusion(self) -> tuple[DiffusionAsFlow, PredictionType] | None:
-        """Return the view of a diffusion network as a flow and its prediction type; None if the network is a flow."""
+    def diffusion(self) -> DiffusionAsFlow | None:
+        """Return the view of a diffusion network as a flow; None if the network is a flow."""
         scheduler = self.pipeline.scheduler
-        if isinstance(scheduler, RectifiedFlowEulerScheduler) or scheduler.config.get("use_flow_sigmas"):
-            return None
-        kind, alphas_cumprod = scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
-        if alphas_cumprod is not None and kind in ("epsilon", "v_prediction", "sample"):
-            return DiffusionAsFlow(alphas_cumprod), kind
-        if self.direction_of_flow == "noise":
+        if is_diffusion(scheduler):
+            schedule = VariancePreserving(scheduler.alphas_cumprod)
+            return DiffusionAsFlow(schedule, scheduler.config["prediction_type"])
+        if isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction == "noise":
             return None
         raise TypeError(
             "The velocity of this pipeline can be had from a RectifiedFlowEulerScheduler or a diffusion scheduler "

@@ -37,7 +37,7 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
         raise TypeError(
             f"Expected a DiffusionVelocityUNet, got {type(unet).__name__}. A UNet2DConditionModel is plain already."
         )
-    if unet.inner.prediction_type == "epsilon":
+    if unet.as_flow.prediction_type == "epsilon":
         raise ValueError(
             "A U-Net that predicts epsilon cannot be made plain: its velocity at the noise end is a small difference "
             "of two large terms. Distil it as it is, or begin with a teacher that predicts v."
@@ -55,9 +55,9 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
 
 def _at_the_noise_end(unet: DiffusionVelocityUNet) -> tuple[float, float, float]:
     """Return a and b of velocity = a * prediction + b * x at t = 0, and the diffusion's timestep there."""
-    inner, zero, one = unet.inner, torch.zeros(1, 1), torch.ones(1, 1)
-    ask = lambda prediction, x: inner.as_flow.velocity(prediction, x, zero[0], inner.prediction_type).item()  # noqa: E731
-    return ask(one, zero), ask(zero, one), inner.as_flow.timestep_of(zero[0]).item()
+    as_flow, zero, one = unet.as_flow, torch.zeros(1, 1), torch.ones(1, 1)
+    of_prediction, of_x = as_flow.velocity(one, zero, zero[0]), as_flow.velocity(zero, one, zero[0])
+    return of_prediction.item(), of_x.item(), as_flow.timestep_of(zero[0]).item()
 
 
 def _shift_time(unet: Any, shift: float) -> None:

@@ -10,7 +10,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
 
-from rectified_diffusers.models.velocity_unet import SIGNATURE, DiffusionInside
+from rectified_diffusers.flow.prediction import DiffusionAsFlow
+from rectified_diffusers.models.velocity_unet import SIGNATURE, diffusion_inside, flow_times
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,10 @@ class StackedUNet(UNet2DConditionModel):
         # Functions, not nn.Identity: a LoRA for layers called conv_in would be attached to a module of that name.
         del self.conv_out, self.second.conv_in
         self.conv_out, self.second.conv_in = _pass_on, _pass_on
-        self.inner: DiffusionInside | None = None
+        self.as_flow: DiffusionAsFlow | None = None
         if diffusion_schedule is not None:
             self.register_to_config(diffusion_schedule=diffusion_schedule)
-            self.inner = DiffusionInside(self.config)
+            self.as_flow = diffusion_inside(self.config)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, second: UNet2DConditionModel | None = None) -> Self:
@@ -138,7 +139,10 @@ class StackedUNet(UNet2DConditionModel):
             )  # (B, block_out_channels[0], H, W)
             return self.second(features, timestep, encoder_hidden_states, **conditions, return_dict=False)[0]
 
-        velocity = self.inner.velocity(ask, sample, timestep) if self.inner else ask(sample, timestep)
+        if self.as_flow is None:
+            velocity = ask(sample, timestep)
+        else:
+            velocity = self.as_flow(ask, sample, flow_times(sample, timestep))
         return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
 
     def load_lora_adapter(

@@ -1,86 +1,98 @@
-"""The velocity of a pipeline, data - noise at (x_t, t, conditioning): flow or diffusion, with or without guidance."""
+"""The velocity of a pipeline, data - noise at (x_t, t, conditioning): flow or diffusion, with or without guidance.
 
-from collections.abc import Sequence
+`PipelineVelocity` is the velocity of a pipeline's own network; `guide` and `guided` are classifier-free guidance, also
+for the networks in training. `denoiser.py` has what differs between families, and decides which models are a flow.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
+from rectified_diffusers.flow.prediction import DiffusionAsFlow, scale_of
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
-from rectified_diffusers.pipelines.scheduler import time_to_timestep
+
+
+def guide(null: Tensor, text: Tensor, guidance_scale: float) -> Tensor:
+    """Return null + w * (text - null), classifier-free guidance (arXiv:2207.12598) of predictions or velocities."""
+    return null + guidance_scale * (text - null)
+
+
+def guided(
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
+    x: Tensor,
+    time: Tensor,
+    conditioning: Conditioning,
+    null: Conditioning | None,
+    guidance_scale: float,
+) -> Tensor:
+    """Return a guided prediction; its two forward passes run as one of twice the batch size.
+
+    Args:
+        predict: returns a prediction or a velocity for x, its times, and B rows of conditioning.
+        null: conditioning of the empty prompt, of B rows or one; None for a single pass without guidance.
+    """
+    if null is None:
+        return predict(x, time, conditioning)
+    both = {name: torch.cat([null[name].expand_as(part), part]) for name, part in conditioning.items()}
+    of_null, of_text = predict(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
+    return guide(of_null, of_text, guidance_scale)
 
 
 @dataclass(frozen=True)
 class PipelineVelocity:
     """Velocity v(x, t) of a pipeline's network for given prompts and guidance. Create it with `PipelineVelocity.of`.
 
-    Guidance is v_null + w * (v_text - v_null) when w > 1, otherwise one forward pass. Flux's network receives w as an
-    input, or does not use it. A diffusion network is viewed as a straight flow through equal signal-to-noise ratios
-    (`DiffusionAsFlow`). Its schedule does not reach pure noise, so its flow starts at `start` > 0, with the initial
-    state of its sampler: noise as the sample of the last timestep.
+    With w > 1 it is guided, see `guided`. Flux's network receives w as an input, or does not use it. A diffusion
+    network is viewed as a straight flow through equal signal-to-noise ratios (`DiffusionAsFlow`). Its schedule does
+    not reach pure noise, so its flow starts at `start` > 0, with the initial state of its sampler: noise as the sample
+    of the last timestep.
 
     Attributes:
-        denoiser: adapter for the pipeline's network.
-        conditioning: of the prompts, B rows; with guidance 2B rows, those of the empty prompt first.
-        guidance_scale: w, 1 where it needs no second pass.
-        as_flow: the view of a diffusion model; None for a model that predicts the velocity.
-        prediction_type: of a diffusion model.
+        denoiser: adapter for the pipeline's network, which also has w.
+        conditioning: of the prompts, B rows.
+        null: of the empty prompt, B rows; None where there is no second pass.
+        as_flow: the view of a diffusion model; None for a flow.
     """
 
     denoiser: Denoiser
     conditioning: Conditioning
-    guidance_scale: float = 1.0
+    null: Conditioning | None = None
     as_flow: DiffusionAsFlow | None = None
-    prediction_type: PredictionType = "velocity"
 
     @classmethod
+    @torch.no_grad()
     def of(cls, pipeline: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> "PipelineVelocity":
         """Bind a text-to-image pipeline, flow or diffusion, of a family known to `Denoiser.of`, to prompts."""
         denoiser = Denoiser.of(pipeline, guidance_scale)
-        as_flow, prediction_type = denoiser.diffusion() or (None, "velocity")
-        guided = guidance_scale > 1 and denoiser.guides_by_two_passes
-        with torch.no_grad():
-            conditioning = denoiser.encode(list(prompts), pipeline.device)
-            if guided:
-                null = denoiser.encode([""] * len(prompts), pipeline.device)
-                conditioning = {name: torch.cat([null[name], part]) for name, part in conditioning.items()}
-        return cls(denoiser, conditioning, guidance_scale if guided else 1.0, as_flow, prediction_type)
+        as_flow = denoiser.diffusion()
+        conditioning = denoiser.encode(list(prompts), pipeline.device)
+        null = denoiser.encode([""] * len(prompts), pipeline.device) if denoiser.two_passes else None
+        return cls(denoiser, conditioning, null, as_flow)
 
     @property
     def start(self) -> float:
         """Return the flow time at which the model's own range starts; 0 for a flow model."""
-        if self.as_flow is None:
-            return 0.0
-        last_timestep = torch.tensor([len(self.as_flow.alphas_cumprod) - 1.0], dtype=torch.float64)
-        return self.as_flow.time_of(last_timestep).item()
+        return 0.0 if self.as_flow is None else self.as_flow.start
 
     def state_at_start(self, noise: Tensor) -> Tensor:
         """Convert noise of unit variance `(B, ...)` to the state of the straight flow at `start`."""
-        if self.as_flow is None:
-            return noise
-        return noise / self.as_flow.scale_of(torch.tensor(self.start)).to(noise)
+        return noise / scale_of(torch.tensor(self.start)).to(noise)
 
     def noise_at_start(self, state: Tensor) -> Tensor:
         """Convert the state of the straight flow at `start` to unit-variance noise: inverts `state_at_start`."""
-        if self.as_flow is None:
-            return state
-        return state * self.as_flow.scale_of(torch.tensor(self.start)).to(state)
+        return state * scale_of(torch.tensor(self.start)).to(state)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the velocity data - noise at x `(B, C, H, W)` and t `(B,)`, after guidance."""
+        denoiser, network = self.denoiser, self.denoiser.network
         if self.as_flow is None:
-            answer = self._predict(x, time_to_timestep(t, self.denoiser.num_train_timesteps))
-            return answer if self.denoiser.direction == "data" else -answer
-        prediction = self._predict(*self.as_flow.network_input(x, t))
-        return self.as_flow.velocity(prediction, x, t, self.prediction_type)
+            return self._guided(partial(denoiser.velocity, network), x, t)
+        return self.as_flow(partial(self._guided, partial(denoiser.predict, network)), x, t)
 
-    def _predict(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        network = self.denoiser.network
-        sample, timestep = sample.to(network.dtype), timestep.to(torch.float32)
-        if self.guidance_scale <= 1:
-            return self.denoiser.predict(network, sample, timestep, self.conditioning)
-        twice = torch.cat([sample, sample]), torch.cat([timestep, timestep])
-        null, text = self.denoiser.predict(network, *twice, self.conditioning).chunk(2)
-        return null + self.guidance_scale * (text - null)
+    def _guided(self, predict: Callable[[Tensor, Tensor, Conditioning], Tensor], x: Tensor, time: Tensor) -> Tensor:
+        x = x.to(self.denoiser.network.dtype)
+        return guided(predict, x, time, self.conditioning, self.null, self.denoiser.guidance)

@@ -1,7 +1,6 @@
 """A diffusion U-Net that is a velocity model without any training, by matching signal-to-noise ratios."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,9 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
 
+from rectified_diffusers.flow.interpolation import VariancePreserving
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
+from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.pipelines.scheduler import timestep_to_time
 
 # The settings that determine alphas_cumprod, as named by diffusers' schedulers; DDIM's class supports all of them.
@@ -56,7 +57,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         _require_schedule(diffusion_schedule)  # before allocating a network of a billion weights for nothing
         super().__init__(**config)
         self.register_to_config(diffusion_schedule=diffusion_schedule)
-        self.inner = DiffusionInside(self.config)
+        self.as_flow = diffusion_inside(self.config)
 
     @classmethod
     def from_unet(cls, unet: UNet2DConditionModel, scheduler: Any) -> Self:
@@ -98,45 +99,32 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         def ask(inner_sample: Tensor, inner_timestep: Tensor) -> Tensor:
             return unet(inner_sample, inner_timestep, encoder_hidden_states, *args, return_dict=False, **kwargs)[0]
 
-        velocity = self.inner.velocity(ask, sample, timestep)
+        velocity = self.as_flow(ask, sample, flow_times(sample, timestep))
         return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
 
 
-class DiffusionInside:
-    """Converter of a diffusion network's prediction to a velocity, using the `diffusion_schedule` of its config."""
+def diffusion_inside(config: Any) -> DiffusionAsFlow:
+    """Return the view as a flow of a U-Net with a `diffusion_schedule` in its config."""
+    schedule = config["diffusion_schedule"]
+    _require_schedule(schedule)
+    if config["in_channels"] != config["out_channels"]:
+        raise ValueError(
+            "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
+            f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
+        )
+    as_flow = DiffusionAsFlow(VariancePreserving(_alphas_cumprod(schedule)), schedule["prediction_type"])
+    if as_flow.prediction_type == "epsilon" and as_flow.schedule.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
+            "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
+        )
+    return as_flow
 
-    def __init__(self, config: Any) -> None:
-        schedule = config["diffusion_schedule"]
-        _require_schedule(schedule)
-        if config["in_channels"] != config["out_channels"]:
-            raise ValueError(
-                "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
-                f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
-            )
-        self.as_flow = DiffusionAsFlow(_alphas_cumprod(schedule))
-        self.prediction_type: Any = schedule["prediction_type"]
-        if self.prediction_type == "epsilon" and self.as_flow.schedule.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
-                "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
-            )
 
-    def velocity(
-        self, ask: Callable[[Tensor, Tensor], Tensor], sample: Tensor, timestep: Tensor | float | int
-    ) -> Tensor:
-        """Return the velocity at x_t, with its shape and dtype.
-
-        Args:
-            ask: returns the network's prediction for its own sample `(B, C, H, W)` and timesteps `(B,)`.
-            sample: x_t of the straight path, `(B, C, H, W)`.
-            timestep: of the flow, 1000 * (1 - t), scalar or `(B,)`.
-        """
-        precise = torch.promote_types(sample.dtype, torch.float32)
-        t = timestep_to_time(torch.as_tensor(timestep, dtype=precise, device=sample.device)).expand(len(sample))
-        prediction = ask(*self.as_flow.network_input(sample, t))
-        # Near the noise end, epsilon is divided by alpha, 0.068 at the end: not in half precision.
-        velocity = self.as_flow.velocity(prediction.to(precise), sample.to(precise), t, self.prediction_type)
-        return velocity.to(sample.dtype)
+def flow_times(sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+    """Return the flow times `(B,)` of a U-Net's timestep, 1000 * (1 - t), scalar or `(B,)`; in float32 or wider."""
+    precise = torch.promote_types(sample.dtype, torch.float32)
+    return timestep_to_time(torch.as_tensor(timestep, dtype=precise, device=sample.device)).expand(len(sample))
 
 
 def _signature() -> inspect.Signature:
@@ -164,9 +152,9 @@ def _alphas_cumprod(schedule: dict[str, Any]) -> Tensor:
 
 def _read_schedule(scheduler: Any) -> dict[str, Any]:
     """Return the settings in a scheduler's config that determine its alphas_cumprod, after checking that they do."""
-    config, wanted = getattr(scheduler, "config", {}), getattr(scheduler, "alphas_cumprod", None)
+    config = getattr(scheduler, "config", {})
     kind = config.get("prediction_type")
-    if wanted is None or kind not in ("epsilon", "v_prediction", "sample") or config.get("use_flow_sigmas"):
+    if not is_diffusion(scheduler):
         raise ValueError(
             "Expected a diffusion scheduler with alphas_cumprod and a prediction_type out of 'epsilon', "
             f"'v_prediction' and 'sample', got {type(scheduler).__name__} with prediction_type {kind!r}. A flow needs "
@@ -176,7 +164,7 @@ def _read_schedule(scheduler: Any) -> dict[str, Any]:
     if "trained_betas" in schedule:
         schedule["trained_betas"] = torch.as_tensor(schedule["trained_betas"]).tolist()
     # Some schedulers replace an exact 0 at the end with 2^-24.
-    if not torch.allclose(_alphas_cumprod(schedule), wanted.cpu(), rtol=1e-4, atol=1e-6):
+    if not torch.allclose(_alphas_cumprod(schedule), scheduler.alphas_cumprod.cpu(), rtol=1e-4, atol=1e-6):
         raise ValueError(
             f"The config of the {type(scheduler).__name__} does not give its alphas_cumprod, so that they cannot be "
             f"stored with the model; got {schedule}. Give a scheduler of diffusers made by its config, such as "

@@ -1,13 +1,12 @@
 """Mixins for rectified flow in Stable Diffusion pipelines: our scheduler, one step by default, the rest inherited."""
 
-import functools
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from diffusers import (
@@ -15,72 +14,22 @@ from diffusers import (
     SchedulerMixin,
     UNet2DConditionModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from rectified_diffusers.checks import require_count, require_finite, require_latents, require_number, require_texts
 from rectified_diffusers.loading.errors import dtype_option, remedies
 from rectified_diffusers.loading.lora import cannot_be_saved
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
-from rectified_diffusers.loading.saving import make_readable
+from rectified_diffusers.loading.saving import finish_saving
+from rectified_diffusers.pipelines.calls import FiniteImageProcessor
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 logger = logging.getLogger(__name__)
 
 _PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "safe_serialization", "variant")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
-    """Return a pipeline's `__call__` with one step and no guidance as defaults; the rest is diffusers' own.
-
-    Stable Diffusion's defaults, 50 steps and guidance 7.5, waste time on a rectified flow and oversaturate colors. The
-    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it.
-    """
-    signature = inspect.signature(call)
-    defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
-    parameters = [
-        parameter.replace(default=defaults.get(name, parameter.default))
-        for name, parameter in signature.parameters.items()
-    ]
-    signature = signature.replace(parameters=parameters)
-
-    @functools.wraps(call)
-    def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        _check_call(arguments.arguments)
-        return call(*arguments.args, **arguments.kwargs)
-
-    call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
-    return call_with_defaults
-
-
-def _check_call(given: dict[str, Any]) -> None:
-    """Check arguments that diffusers would silently accept, or refuse with an error from torch."""
-    prompt, embeds, latents = (given.get(name) for name in ("prompt", "prompt_embeds", "latents"))
-    unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
-    if unknown:
-        known = ", ".join(name for name in given if name not in ("self", "kwargs"))
-        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Is it misspelt?")
-    copies = given.get("num_images_per_prompt")
-    require_number("guidance_scale", given["guidance_scale"])
-    if copies is not None:
-        require_count("num_images_per_prompt", copies)
-    if isinstance(prompt, list):  # diffusers checks anything else
-        require_texts("prompt", prompt)
-    if embeds is not None:
-        require_finite("prompt_embeds", embeds)
-    if latents is not None:
-        require_latents("latents", latents, given["self"].vae.config["latent_channels"])
-        rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        if len(latents) != rows * (copies or 1):
-            raise ValueError(
-                f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
-                "many prompts, or num_images_per_prompt."
-            )
+_OWNERS: WeakKeyDictionary[SchedulerMixin, "ref[RectifiedFlowMixin]"] = WeakKeyDictionary()  # of the schedulers
 
 
 class RectifiedFlowMixin(SafetensorsLoaders):
@@ -133,11 +82,12 @@ class RectifiedFlowMixin(SafetensorsLoaders):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """Build this pipeline from another one's components; replace a diffusion scheduler with ours."""
         theirs: Any = pipeline.components.get("scheduler")
-        if "scheduler" not in kwargs and not isinstance(theirs, RectifiedFlowEulerScheduler):
+        if "scheduler" not in kwargs:
+            kind = type(theirs) if isinstance(theirs, RectifiedFlowEulerScheduler) else RectifiedFlowEulerScheduler
             # From its config: our scheduler from a portable save keeps its settings, and a flow scheduler is refused.
-            ours = RectifiedFlowEulerScheduler.from_config({} if theirs is None else theirs.config)
-            logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, type(ours).__name__)
-            kwargs["scheduler"] = ours
+            kwargs["scheduler"] = kind.from_config({} if theirs is None else theirs.config)
+            if kind is not type(theirs):
+                logger.info("%s of the given pipeline is replaced by %s.", type(theirs).__name__, kind.__name__)
         if isinstance(unet := pipeline.components.get("unet"), UNet2DConditionModel):
             kwargs.setdefault("unet", unet)  # diffusers carries over only components of exactly the annotated class
         made: Any = super().from_pipe(pipeline, **kwargs)
@@ -158,6 +108,13 @@ class RectifiedFlowMixin(SafetensorsLoaders):
                 "sample the predicted velocity as something else. Leave the scheduler out, or build one with "
                 "RectifiedFlowEulerScheduler(); for a diffusion model use the stock diffusers pipeline."
             )
+        if name == "scheduler" and is_ours:
+            owner = _OWNERS.get(value, lambda: None)()
+            if owner is not None and owner is not self:  # a call changes it: each pipeline has its own
+                value = type(value).from_config(value.config)
+            _OWNERS[value] = ref(self)
+        if name == "image_processor" and type(value) is VaeImageProcessor:
+            value = FiniteImageProcessor.from_config(value.config)
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -176,7 +133,7 @@ class RectifiedFlowMixin(SafetensorsLoaders):
                 )
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
-        make_readable(Path(save_directory))
+        finish_saving(self, Path(save_directory))
         if push_to_hub:  # saves once more, to its own folder
             options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)

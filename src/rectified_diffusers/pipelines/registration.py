@@ -103,6 +103,9 @@ def _offer_classes(diffusers: ModuleType) -> None:
                     raise
                 return getattr(importlib.import_module(PACKAGE), name)
 
+        def __reduce__(self) -> Any:
+            return importlib.import_module, (self.__name__,)  # pickle cannot find this class by its name
+
     diffusers.__class__ = WithRectifiedFlow
 
 

@@ -105,7 +105,11 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     f"Say so: {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
-        return super().extract_init_dict(config_dict, **kwargs)
+        # Recorded by a reflow along a path that is not straight, see `require_straight`; not an argument.
+        path = {key: config_dict[key] for key in ("interpolation",) if key in config_dict}
+        config_dict = {key: value for key, value in config_dict.items() if key not in path}
+        arguments, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
+        return arguments, unused, {**hidden, **path}
 
     @property
     def step_index(self) -> int | None:
@@ -258,6 +262,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             noise: `(B, C, H, W)`.
             timesteps: `(B,)`, or one for all, in [0, num_train_timesteps]; not rounded and not restricted to the grid.
         """
+        require_straight(self, "Adding noise to an image")
         _check_tensors(original_samples=original_samples, noise=noise)
         if not isinstance(timesteps, Tensor):
             raise TypeError(f"timesteps must be a tensor, got {timesteps!r}. Make one: torch.tensor([500.0]).")
@@ -280,11 +285,26 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             noise: `(B, C, H, W)`.
             timesteps: accepted for those scripts; a straight path has a single velocity.
         """
+        require_straight(self, "The target data - noise")
         _check_tensors(sample=sample, noise=noise)
         return sample - noise if self.config["velocity_direction"] == "data" else noise - sample
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+
+def require_straight(scheduler: Any, what: str) -> None:
+    """Raise if a flow was trained along another path, as `reflow --interpolation` records in the scheduler's config.
+
+    Sampling, inversion and straightness integrate the velocity, whatever its path. Everything else assumes that x_t is
+    t * data + (1 - t) * noise, and that data is x_t + (1 - t) * velocity.
+    """
+    interpolation = scheduler.config.get("interpolation", "straight")
+    if interpolation != "straight":
+        raise ValueError(
+            f"{what} needs a flow with the straight path, and this one was trained with interpolation="
+            f"{interpolation!r}. Use its text-to-image pipeline, or reflow with interpolation='straight'."
+        )
 
 
 def _uniform_sigmas(num_steps: int) -> Tensor:

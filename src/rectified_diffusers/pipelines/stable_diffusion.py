@@ -10,7 +10,8 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from rectified_diffusers.pipelines.mixin import OneTextEncoder, StartFromImage, one_step_by_default
+from rectified_diffusers.pipelines.calls import one_step_by_default
+from rectified_diffusers.pipelines.mixin import OneTextEncoder, StartFromImage
 
 
 class RectifiedFlowPipeline(OneTextEncoder, StableDiffusionPipeline):

@@ -9,7 +9,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from rectified_diffusers.pipelines.mixin import RectifiedFlowMixin, StartFromImage, one_step_by_default
+from rectified_diffusers.pipelines.calls import one_step_by_default
+from rectified_diffusers.pipelines.mixin import RectifiedFlowMixin, StartFromImage
 
 
 class RectifiedFlowXLPipeline(RectifiedFlowMixin, StableDiffusionXLPipeline):

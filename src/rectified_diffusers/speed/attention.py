@@ -15,6 +15,8 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rectified_diffusers.speed.patching import Hook
+
 BLOCK = 2**20  # scores computed at once: 2 MB
 SMALL = 2**18  # scores of all heads: below this, a single operation for all of them is faster than a loop
 
@@ -78,6 +80,6 @@ def blockwise_attention(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in model.modules():  # not the model itself: a mode costs a microsecond per tensor operation
             if isinstance(layer, Attention):
-                stack.callback(layer.register_forward_pre_hook(enter).remove)
-                stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
+                stack.callback(layer.register_forward_pre_hook(Hook(enter)).remove)
+                stack.callback(layer.register_forward_hook(Hook(leave), always_call=True).remove)
         yield

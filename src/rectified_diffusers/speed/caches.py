@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from rectified_diffusers.speed.patching import replaced
@@ -17,14 +18,18 @@ Forget = Callable[[], None]
 
 
 def weights_state(model: nn.Module) -> tuple[Any, ...]:
-    """Return a value that changes when a model's weights are replaced or written to, without reading them.
+    """Return a value that changes when a model's weights are replaced or written to, or its adapters are switched.
 
     It does not detect writes through `parameter.data`, which is how peft fuses a LoRA: see `watched`.
     """
     parameters = list(model.parameters())
     versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-    adapters = tuple(getattr(model, "peft_config", None) or ())
-    return len(parameters), versions, sum(parameter.data_ptr() for parameter in parameters), adapters
+    adapters = [
+        (layer.disable_adapters, *layer.active_adapters, *layer.scaling.items())
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+    return len(parameters), versions, sum(parameter.data_ptr() for parameter in parameters), tuple(adapters)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 from typing_extensions import Self
 
+from rectified_diffusers.checks import require_plain_weights
 from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
@@ -51,6 +52,9 @@ class Optimized:
         """
         self._undo.close()
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies and pickles of a pipeline are not optimized
+
     def __enter__(self) -> Self:
         return self
 
@@ -77,7 +81,8 @@ def optimize(
     """Optimize the speed of a pipeline, in place, on its device; `docs/speed.md` has each switch's gain and cost.
 
     "auto" depends on the device. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
-    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`.
+    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`;
+    copies and pickles of the pipeline are not optimized.
 
     Args:
         pipeline: with the architecture of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
@@ -94,8 +99,7 @@ def optimize(
             the VAE: much faster and a little less exact.
         cache_prompts: keep the embeddings of the last 64 prompts.
         cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
-        keep_memory: return no memory to the system before `restore`; auto is on for CPUs with glibc. This affects the
-            entire process.
+        keep_memory: of the entire process: return none to the system before `restore`; auto is on for CPUs with glibc.
     """
     pipe = _checked(pipeline)
     asked = {
@@ -117,6 +121,11 @@ def optimize(
         result.restore()
         raise
     return result
+
+
+def is_optimized(pipeline: Any) -> bool:
+    """Return whether a pipeline is optimized; its weights may be rounded then, until `restore`."""
+    return vars(pipeline).get(_MARK) is not None
 
 
 def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
@@ -154,8 +163,9 @@ def _checked(pipeline: Any) -> Any:
             f"optimize needs a pipeline with a unet and a vae, got {type(pipeline).__name__} without "
             f"{' and '.join(missing)}. Compile a transformer with torch.compile(pipeline.transformer)."
         )
-    if _MARK in vars(pipeline):
+    if is_optimized(pipeline):
         raise ValueError("This pipeline is optimized already: call restore() on that result before another optimize.")
+    require_plain_weights("optimize", components)
     offloaded = [
         name for name, each in components.items() if isinstance(each, nn.Module) and hasattr(each, "_hf_hook")
     ]

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from rectified_diffusers.speed.caches import weights_state
+from rectified_diffusers.speed.patching import Hook
 
 _COPIES = ("to_qkv", "to_kv", "to_added_qkv")
 
@@ -42,12 +43,16 @@ def fused_projections(unet: Any) -> Iterator[Callable[[], None]]:
     def forget() -> None:
         made_of[0] = None
 
-    hook = unet.register_forward_pre_hook(refresh)
+    hook = unet.register_forward_pre_hook(Hook(refresh, in_copies=_unfuse_copy))
     try:
         yield forget
     finally:
         hook.remove()
         _unfuse(unet, layers)
+
+
+def _unfuse_copy(unet: Any, args: Any) -> None:
+    _unfuse(unet, [layer for layer in unet.modules() if isinstance(layer, Attention)])
 
 
 def _state(layers: list[Any]) -> tuple[Any, ...]:

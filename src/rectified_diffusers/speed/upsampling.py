@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from rectified_diffusers.speed.patching import replaced
+from rectified_diffusers.speed.patching import Hook, replaced
 
 Forget = Callable[[], None]
 
@@ -82,7 +82,7 @@ def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
             for fold in folds:
                 fold.forget()
 
-        stack.callback(model.register_forward_pre_hook(refresh).remove)
+        stack.callback(model.register_forward_pre_hook(Hook(refresh)).remove)
 
         yield forget
 

@@ -5,23 +5,19 @@ every file and ends with its own digest, so a damaged checkpoint is detected and
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rectified_diffusers.files import is_full, no_space, require_space, write_atomically
 from rectified_diffusers.training.config import ProgressiveConfig, TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -48,7 +44,6 @@ FREE_OPTIONS = frozenset(
 )
 """Options that may change when a run is resumed: they affect neither the loss nor the trajectory of the weights."""
 
-TEMPORARY = ".tmp-"
 STATE = "state.json"
 SEAL = "blake2b"
 
@@ -64,27 +59,6 @@ class Checkpoint:
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` to create a file or folder under a temporary name, flush it to disk and rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(TEMPORARY + path.name)
-    remove(temporary)
-    write(temporary)
-    flush(temporary)
-    if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)
-    flush(path.parent, recursive=False)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it exists."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -103,14 +77,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (temporary / STATE).write_text(sealed(state))
 
     try:
-        with system_errors():
-            write_atomically(path, write)
+        write_atomically(path, write)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         needed = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
-        remove(path.with_name(TEMPORARY + path.name))  # the partial checkpoint would take up the space
-        raise no_space(folder, needed, f"the checkpoint of step {checkpoint.step}") from error
+        raise no_space(folder, f"the checkpoint of step {checkpoint.step}", needed, _way_on(folder)) from error
     older = [step for step in checkpoint_steps(folder) if step < checkpoint.step]
     newer = [step for step in checkpoint_steps(folder) if step > checkpoint.step]
     for step in [*newer, *(older[: -(keep - 1)] if keep > 1 else older)]:
@@ -118,45 +90,23 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def require_space(folder: Path, size: int, keep: int) -> None:
+def require_room(folder: Path, size: int, keep: int) -> None:
     """Raise if the disk has no room for all checkpoints that exist at the same time: the `keep` newest and a new one.
 
     Args:
         size: size of one checkpoint in bytes. Existing checkpoints need no more space.
     """
     needed = size * max(1, keep + 1 - len(checkpoint_steps(folder)))
-    if _free_space(folder) < needed:
-        raise no_space(folder, needed, f"the {keep} checkpoints to keep and the one being written")
+    require_space(folder, needed, f"the {keep} checkpoints to keep and the one being written", _way_on(folder))
 
 
-def no_space(folder: Path, needed: int, what: str) -> OSError:
-    """Return the error for a full disk: the last good checkpoint, the missing space and how to continue."""
+def _way_on(folder: Path) -> str:
+    """Return the end of the error for a full disk: the last good checkpoint and how to continue."""
     steps = checkpoint_steps(folder)
-    last = f"{checkpoint_path(folder, steps[-1])} is whole" if steps else "there is none yet"
-    free = _free_space(folder)
-    return OSError(
-        errno.ENOSPC,
-        f"No space left in {folder} for {what}: it takes {needed / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free. "
-        f"Last good checkpoint: {last}. Make room or lower keep_checkpoints, and run the same again to go on from it.",
+    last = f"{checkpoint_path(folder, steps[-1])} is complete" if steps else "there is none yet"
+    return (
+        f"Last good checkpoint: {last}. Make room or lower keep_checkpoints, and run the same again to go on from it."
     )
-
-
-def _free_space(folder: Path) -> int:
-    """Return the free bytes on the disk that holds, or will hold, a folder."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
-@contextmanager
-def system_errors() -> Iterator[None]:
-    """Convert system errors that safetensors reports as text, `(os error 28)`, `Os { code: 28, ... }`, to OSError."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"\b(?:os error|code:) (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), str(error)) from error
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -248,15 +198,3 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def flush(path: Path, recursive: bool = True) -> None:
-    """Flush a file or folder to disk, so that after a power cut a rename never exists without its content."""
-    if recursive and path.is_dir():
-        for child in path.iterdir():
-            flush(child)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

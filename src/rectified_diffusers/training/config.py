@@ -137,10 +137,27 @@ class ReflowConfig(TrainerConfig):
         "l2", "Distance between predicted and true velocity; lpips_huber compares decoded pictures as well."
     )
     prompt_dropout: float = option(0.1, "Share of examples trained on the empty prompt, in [0, 1).")
+    interpolation: Literal["straight", "variance_preserving", "cosine"] = option(
+        "straight",
+        "Path between noise and data whose velocity is trained: straight, as in rectified flow; variance_preserving, "
+        "along the noise schedule of the diffusion model, as in DDIM; cosine, with weights sin and cos of pi t / 2.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self, "prompt_dropout", 0 <= self.prompt_dropout < 1, "in [0, 1)")
+        conflicts = {
+            "initialisation='snr_matching', which starts from the velocity of the straight path": (
+                self.initialisation == "snr_matching"
+            ),
+            "loss='lpips_huber', which estimates the data as on the straight path": self.loss == "lpips_huber",
+            f"lora_rank={self.lora_rank}, because a LoRA file does not record the path": self.lora_rank is not None,
+        }
+        for conflict, found in conflicts.items():
+            if found and self.interpolation != "straight":
+                raise ValueError(
+                    f"interpolation={self.interpolation!r} cannot be combined with {conflict}. Change one of the two."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,20 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.models.denoiser import Conditioning
+from rectified_diffusers.models.velocity import guided
+from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import ROWS, require_direction, require_same_text
@@ -96,6 +99,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         kind = config.regression_loss if config.regression_weight else "l2"
         self.regression = FlowLoss.of(kind, config, pipeline.vae, self.device)
         self.real = denoiser_for(teacher, dataset)
+        require_straight(teacher.scheduler, "Distribution matching")
         self.real.guidance = config.teacher_guidance_scale
         prompts = dataset.rows(range(min(4, len(dataset)))).prompts
         require_same_text(self.prompt_encoder.encode(prompts), self.real.encode(prompts, teacher.device))
@@ -103,7 +107,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.discriminator: Any = None  # of the fake network, if there are real images
         if real is not None:
             denoiser_for(pipeline, real)
-            shapes = [tuple(triplets.manifest["latent_shape"]) for triplets in (dataset, real)]
+            shapes = [triplets.manifest.latent_shape for triplets in (dataset, real)]
             if shapes[0] != shapes[1]:
                 raise ValueError(
                     f"The real pictures must be as large as those of the triplets, got latents {shapes[1]} and "
@@ -161,7 +165,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         config, generator = self.config, self.generator_for(step, use)
         rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
-        shape = (config.batch_size, *self.dataset.manifest["latent_shape"])
+        shape = (config.batch_size, *self.dataset.manifest.latent_shape)
         drawn = rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
         if self.real_data is None:
             return drawn
@@ -267,19 +271,14 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return self.ask(self.real, self.teacher, x_t, t, self.prompt_encoder(prompts))
 
     def teacher_velocity(self, x_t: Tensor, t: Tensor, told: Conditioning) -> Tensor:
-        """Return the teacher's guided velocity; its two forward passes run as one of twice the batch size."""
-        weight = self.config.teacher_guidance_scale
-        if weight <= 1 or not self.real.guides_by_two_passes:
-            return self.ask(self.real, self.teacher, x_t, t, told)
-        empty = {name: part.expand(len(x_t), *part.shape[1:]) for name, part in self.prompt_encoder([""]).items()}
-        both = {name: torch.cat([part, empty[name]]) for name, part in told.items()}
-        guided, null = self.ask(self.real, self.teacher, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return null + weight * (guided - null)
+        """Return the teacher's guided velocity."""
+        null = self.prompt_encoder([""]) if self.real.two_passes else None
+        return guided(partial(self.ask, self.real, self.teacher), x_t, t, told, null, self.real.guidance)
 
     def identity(self) -> dict[str, Any]:
         own: dict[str, Any] = {"teacher_sha256": fingerprint({self.real.component: self.real.network})}
         if self.real_data is not None:
-            own |= {"real_rows": len(self.real_data), "real_manifest": manifest_digest(self.real_data)}
+            own |= {"real_rows": len(self.real_data), "real_manifest": self.real_data.manifest.fingerprint}
         return {**super().identity(), **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:

@@ -1,7 +1,7 @@
 """Checks for mistakes that ruin a training run and are cheaper to detect before its first step."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import Triplets
+from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
@@ -26,11 +27,11 @@ def require_config(trainer: type, config: Any) -> None:
     require_type("config", config, expected, f"{trainer.__name__} has options of its own.")
 
 
-def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
+def require_same_latents(vae: Any, manifest: Manifest) -> None:
     """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
-    for name in ("scaling_factor", "shift_factor"):
-        made, here = manifest.get(f"vae_{name}"), vae.config.get(name)
-        if f"vae_{name}" in manifest and (made or 0.0) != (here or 0.0):
+    for name, made in manifest.vae_scaling.items():
+        here = vae.config.get(name)
+        if made != (here or 0.0):
             raise ValueError(
                 f"The triplets were made with a VAE of {name} {made}, the pipeline's has {here}: it would "
                 "decode them to other pictures. Train a pipeline with the teacher's VAE, or make the triplets again "
@@ -38,9 +39,9 @@ def require_same_latents(vae: Any, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def require_pairs(manifest: Mapping[str, Any]) -> None:
+def require_pairs(manifest: Manifest) -> None:
     """Raise if the noise and data of some triplets are unrelated."""
-    if any(part.get("num_inference_steps") == 0 for part in manifest.get("parts", [manifest])):
+    if not all(part.is_coupled for part in manifest.parts):
         raise ValueError(
             "This training fits the data of each noise, and there are triplets whose pictures have new noise, of "
             "real-triplets with num_inference_steps=0. Make them again with more steps, or give them to dmd as its "

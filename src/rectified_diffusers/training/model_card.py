@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCardData
 
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
-from rectified_diffusers.training.checkpoint import TEMPORARY
+from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.training.lora import WEIGHTS
 from rectified_diffusers.training.tracking import FOLDER
 

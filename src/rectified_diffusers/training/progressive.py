@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import Grid
+from rectified_diffusers.models.velocity import guide
+from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import Checkpoint
 from rectified_diffusers.training.config import ProgressiveConfig
@@ -31,6 +33,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
         super().__init__(pipeline, dataset, config)
+        require_straight(pipeline.scheduler, "Progressive distillation")
         if not self.starts_as_flow:
             raise ValueError(
                 f"Progressive distillation needs a teacher that predicts a velocity, got {type(pipeline).__name__} "
@@ -117,7 +120,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         if weight <= 1 or self.round_of(self.step) > 0:
             return velocity
         null = self.predict_velocity(x_t, t, [""] * len(prompts), self.teacher)
-        return null + weight * (velocity - null)
+        return guide(null, velocity, weight)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint, without the first teacher, which is the pipeline's own network."""

@@ -34,7 +34,7 @@ class PromptEncoder:
         """Build the table of a dataset's prompts and the empty prompt, or leave it empty if it would be too large."""
         self.table = {}
         empty = self.encode([""])
-        if dataset.manifest.get("text_embeddings"):
+        if dataset.manifest.text_embeddings:
             self._require_same_encoder(dataset.rows([0]))
             self.table = {"": {name: part[0].cpu() for name, part in empty.items()}}
             return

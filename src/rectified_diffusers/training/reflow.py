@@ -5,7 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.flow.interpolation import Cosine, Interpolation, Straight
 from rectified_diffusers.flow.time_density import LogitNormal, Uniform, UShaped
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.trainer import Trainer
@@ -14,16 +16,20 @@ from rectified_diffusers.training.trainer import Trainer
 class ReflowTrainer(Trainer[ReflowConfig]):
     """Fit the velocity on (noise, data) pairs that a teacher coupled: one round of reflow.
 
-    Minimizes E ||(data - noise) - v(x_t, t)||^2 with x_t = t * data + (1 - t) * noise, Eq. (1) of arXiv:2209.03003.
-    Start from the teacher itself, an epsilon model or a flow. For a k-th reflow, run it again on the triplets of the
-    result. The other losses have the same minimum only where few paths cross, so that a single velocity is correct;
-    2-RF++ (arXiv:2405.20320) finds that this holds for the pairs of a good teacher.
+    Minimizes E ||dx_t/dt - v(x_t, t)||^2, Eq. (1) of arXiv:2209.03003 with x_t = t * data + (1 - t) * noise and
+    dx_t/dt = data - noise by default; see `interpolation_of` for the other paths. Start from the teacher itself, an
+    epsilon model or a flow. For a k-th reflow, run it again on the triplets of the result. The other losses have the
+    same minimum only where few paths cross, so that a single velocity is correct; 2-RF++ (arXiv:2405.20320) finds that
+    this holds for the pairs of a good teacher.
     """
 
     validation_steps = (1, 25)
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ReflowConfig) -> None:
         super().__init__(pipeline, dataset, config)
+        self.interpolation = interpolation_of(config, self.denoiser)
+        if config.interpolation != "straight":
+            self.validation_steps = (10, 25)  # one step along a curved path does not end at the data
         densities = {"uniform": Uniform, "logit_normal": LogitNormal, "u_shaped": UShaped}
         self.time_density = densities[config.time_density]()
         self.prompt_dropout = config.prompt_dropout
@@ -32,3 +38,35 @@ class ReflowTrainer(Trainer[ReflowConfig]):
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         x_t, velocity = self.interpolation.interpolate(batch.noise, batch.data, t)
         return self.loss(self.predict_velocity(x_t, t, batch.prompts), velocity, x_t, t)
+
+    def make_pipeline(self, network: Any) -> Any:
+        """Return the student's pipeline; its scheduler records a path that is not straight, see `require_straight`."""
+        pipeline = super().make_pipeline(network)
+        if self.config.interpolation != "straight":
+            pipeline.scheduler.register_to_config(interpolation=self.config.interpolation)
+        return pipeline
+
+
+def interpolation_of(config: ReflowConfig, denoiser: Denoiser) -> Interpolation:
+    """Return the path that the config names, from pure noise at t = 0 to pure data at t = 1.
+
+    Any differentiable path with these ends has a flow dz/dt = E[dx_t/dt | x_t = z] that transports noise to data
+    (arXiv:2209.03003), and the Euler scheduler integrates any velocity. A diffusion schedule has ends that are not
+    quite pure; they are made so.
+    """
+    if config.interpolation == "straight":
+        return Straight()
+    if denoiser.direction_of_flow == "noise":
+        raise ValueError(
+            f"{type(denoiser.pipeline).__name__} keeps its own scheduler, which has straight paths only, got "
+            f"interpolation={config.interpolation!r}. Set interpolation='straight'."
+        )
+    if config.interpolation == "cosine":
+        return Cosine()
+    diffusion = denoiser.diffusion()
+    if diffusion is None:
+        raise ValueError(
+            "interpolation='variance_preserving' follows the noise schedule of a diffusion model, and "
+            f"{type(denoiser.pipeline.scheduler).__name__} has none. Set interpolation to 'cosine' or 'straight'."
+        )
+    return diffusion[0].schedule.with_pure_ends()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +10,16 @@ from typing import Any
 import torch
 from diffusers.utils import make_image_grid
 
+from rectified_diffusers.files import (
+    TEMPORARY,
+    flush,
+    lock,
+    remove,
+    remove_leftovers,
+    system_errors,
+    write_atomically,
+)
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.training.checkpoint import TEMPORARY, flush, remove, system_errors, write_atomically
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.lora import Adapter
 
@@ -36,30 +43,16 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Lock the folder against other runs until the end of the block or of the process.
-
-        Systems and file systems without POSIX locks have no such lock.
-        """
+        """Lock the folder against other runs until the end of the block or of the process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:
+        with lock(self.path) as held:
+            if held is False:
+                raise OSError(
+                    f"Another process is training into {self.path}. Wait for its end, or give another output_dir."
+                )
+            if held is None:
+                logger.warning("%s is on a file system without locks: start no second run in it.", self.path)
             yield
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OSError(
-                f"Another process is training into {self.path}. Wait for its end, or give another output_dir."
-            ) from error
-        except OSError as error:
-            logger.warning("%s cannot be locked (%s): start no second run in it.", self.path, error.strerror)
-        try:
-            yield
-        finally:
-            os.close(descriptor)
 
     def append_log(self, line: dict[str, Any]) -> None:
         with self.log.open("a") as file:
@@ -79,8 +72,7 @@ class RunFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self.checkpoints, self.validation):
-            for leftover in folder.glob(f"{TEMPORARY}*"):
-                remove(leftover)
+            remove_leftovers(folder)
         if self.log.exists():
             whole = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = "".join(line for line in whole if json.loads(line)["step"] <= step)

@@ -23,7 +23,7 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
     the flow that generated them, and at that value it must be sampled.
     """
     require_type("dataset", dataset, TripletDataset, "Open a folder of triplets: TripletDataset(folder).")
-    denoiser = Denoiser.of(pipeline, dataset.manifest.get("guidance_scale", 1.0))
+    denoiser = Denoiser.of(pipeline, dataset.manifest.guidance_scale)
     shape, channels = tuple(dataset.rows([0]).data.shape), latent_channels(pipeline)
     if shape[1] != channels:
         raise ValueError(
@@ -31,7 +31,7 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
             "Make the triplets with a teacher that shares the VAE of this pipeline."
         )
     require_same_latents(pipeline.vae, dataset.manifest)
-    guidances = {part.get("guidance_scale", 1.0) for part in dataset.manifest.get("parts", ())}
+    guidances = {part.guidance_scale for part in dataset.manifest.parts}
     if denoiser.network.config.get("guidance_embeds") and len(guidances) > 1:
         raise ValueError(
             f"The {denoiser.component} takes guidance as an input, and the folders of triplets were made with several "

@@ -16,7 +16,7 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.data.dataset import TripletDataset, Triplets, manifest_digest
+from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
@@ -27,8 +27,8 @@ from rectified_diffusers.training.checkpoint import (
     config_to_json,
     newest_checkpoint,
     recorded_options,
+    require_room,
     require_same_run,
-    require_space,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
@@ -66,7 +66,7 @@ class Trainer(ABC, Generic[Config]):
     time_density: TimeDensity
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
-    validation_steps: ClassVar[tuple[int, ...]]
+    validation_steps: tuple[int, ...]
     figures: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
 
@@ -188,7 +188,7 @@ class Trainer(ABC, Generic[Config]):
         """Check for anything that would stop training later, and prepare for the steps after `step`."""
         config = self.config
         if self.accelerator.is_main_process:
-            require_space(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
+            require_room(self.output.checkpoints, self.checkpoint_bytes, config.keep_checkpoints)
             if config.push_to_hub and config.hub_model_id:
                 require_repository(config.hub_model_id)
         self.prompt_encoder.remember(self.dataset)
@@ -261,7 +261,7 @@ class Trainer(ABC, Generic[Config]):
     @property
     def picture_size(self) -> tuple[int, int]:
         """Height and width in pixels of the triplets' images."""
-        _, height, width = self.dataset.manifest["latent_shape"]
+        _, height, width = self.dataset.manifest.latent_shape
         factor = self.pipeline.vae_scale_factor
         return height * factor, width * factor
 
@@ -297,7 +297,7 @@ class Trainer(ABC, Generic[Config]):
         return {
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
-            "dataset_manifest": manifest_digest(self.dataset),
+            "dataset_manifest": self.dataset.manifest.fingerprint,
             **config_to_json(self.config),
         }
 

@@ -20,7 +20,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.checks import require_type
+from rectified_diffusers.checks import require_plain_weights, require_type
 from rectified_diffusers.loading.lora import refuse_lora
 from rectified_diffusers.weights.weight_files import (
     StorageDtype,
@@ -215,6 +215,7 @@ def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float])
 
 def _weights_of(unet: nn.Module) -> dict[str, Tensor]:
     """Return the weights themselves, not copies; refuse a LoRA (it renames weights) and weights not in memory."""
+    require_plain_weights("a weight delta", {type(unet).__name__: unet})
     weights = unet.state_dict()
     refuse_lora(weights, type(unet).__name__)
     for name, weight in weights.items():

@@ -7,7 +7,6 @@ that memory holds only the tensors in use.
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rectified_diffusers.checks import require_type
+from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.loading.lora import refuse_lora
 
@@ -113,18 +113,15 @@ def write_weights(
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little"))
             file.write(text)
             for name in shapes:
                 file.write(read(name).reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_atomically(path, write)
 
 
 def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> StoredWeights:
