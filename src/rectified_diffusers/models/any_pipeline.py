@@ -14,10 +14,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from rectified_diffusers.flow.prediction import DiffusionAsFlow, PredictionType
+from rectified_diffusers.flow.prediction import DiffusionAsFlow
 from rectified_diffusers.models.calibration import PROMPTS, STEPS, calibrate, first
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
-from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.stock_call import (
     StockCall,
@@ -51,8 +51,8 @@ class PipelineDenoiser(Denoiser):
     """
 
     def __init__(self, pipeline: Any, guidance: float | None = None, options: Mapping[str, Any] | None = None) -> None:
-        scheduler = getattr(pipeline, "scheduler", None)
-        self.is_flow = not _is_diffusion(scheduler)
+        scheduler = cast(Any, getattr(pipeline, "scheduler", None))
+        self.is_flow = not is_diffusion(scheduler)
         # DDIM neither scales its samples nor adds noise; the network is the same with any scheduler of its schedule.
         solver: Any = scheduler if self.is_flow else DDIMScheduler.from_config(scheduler.config)
         self.call = StockCall(pipeline, options or {}, solver)
@@ -79,11 +79,8 @@ class PipelineDenoiser(Denoiser):
         flow = self.calibration.flow
         return 1000 if flow is None else int(flow.num_train_timesteps)
 
-    def diffusion(self) -> tuple[DiffusionAsFlow, PredictionType] | None:
-        if self.is_flow:
-            return None
-        scheduler = self.pipeline.scheduler
-        return DiffusionAsFlow(scheduler.alphas_cumprod), scheduler.config["prediction_type"]
+    def diffusion(self) -> DiffusionAsFlow | None:
+        return None if self.is_flow else super().diffusion()
 
     @cached_property
     def guidance_found(self) -> Guidance:
@@ -245,13 +242,6 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
         ]
     single = torch.cat(alone)
     return float((joined - single).abs().max() / single.abs().max())
-
-
-def _is_diffusion(scheduler: Any) -> bool:
-    """Return whether a scheduler is for a network that predicts noise, data or a mixture of both."""
-    if getattr(scheduler, "alphas_cumprod", None) is None or scheduler.config.get("use_flow_sigmas"):
-        return False
-    return scheduler.config.get("prediction_type") in ("epsilon", "v_prediction", "sample")
 
 
 def _dtype(network: Any) -> torch.dtype:

@@ -115,7 +115,7 @@ def _student(denoiser: PipelineDenoiser) -> str:
 def _prediction(denoiser: PipelineDenoiser) -> str:
     diffusion = denoiser.diffusion()
     if diffusion is not None:
-        return diffusion[1]
+        return diffusion.prediction_type
     return "data - noise" if denoiser.direction == "data" else "noise - data"
 
 
