@@ -1,5 +1,6 @@
 """Any family of diffusers is adapted by watching its stock call, and equals it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.conditioning import PromptConditioning
+from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.models.self_test import self_test
 from rectified_diffusers.models.velocity import PipelineVelocity
 from tests.models_any.families import DIFFUSIONS, FLOWS, build
+from tests.models_any.made_up import make_made_up_pipeline
 from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "two dogs in a garden at night"]
@@ -75,6 +77,8 @@ def test_two_passes_of_our_own_repeat_linear_guidance(name: str, adapted: Any) -
     trace = denoiser.solve(PROMPTS[:1], noise, 2, **two_passes.options)
     text, null = denoiser.encode(PROMPTS[:1], "cpu"), denoiser.encode_unconditional(1, "cpu")
     weight = two_passes.options[two_passes.argument] + two_passes.offset
+    guided = PipelineDenoiser(denoiser.pipeline, two_passes.options[two_passes.argument], denoiser.call.options)
+    assert (guided.two_passes, guided.guidance) == (True, weight)
     flow, step = denoiser.calibration.flow, trace.steps[0]
     t = torch.tensor([flow.time_at(step.sigmas[0])], dtype=torch.float64)
     with torch.no_grad():
@@ -159,3 +163,30 @@ def test_a_network_in_another_precision_is_evaluated_in_its_own(adapted: Any) ->
         expected = denoiser.velocity(denoiser.network, x, t, conditioning)
     assert found.dtype == torch.float32
     assert 0 < (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_two_threads_share_a_pipeline() -> None:
+    """Watching is done on a private copy, so that neither sees the calls of the other.
+
+    The pipeline has no tokenizer: the padding of those of transformers is a state that threads share.
+    """
+    denoiser = PipelineDenoiser(make_made_up_pipeline())
+    prompts = [f"{count} red apples" for count in range(16)]
+    alone = denoiser.encode(prompts, "cpu")
+    latents = torch.randn(16, *denoiser.latent_shape)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda prompt: denoiser.encode([prompt], "cpu").trees[0], prompts))
+        decoded = list(pool.map(lambda row: denoiser.decode(row[None], "np"), latents))
+    assert equal(list(alone.trees), together)
+    np.testing.assert_array_equal(np.concatenate(decoded), denoiser.decode(latents, "np"))
+
+
+def test_offloading_goes_on_after_a_call_that_ended_early() -> None:
+    pipeline, options = build("sd3")
+    freed = []
+    pipeline.maybe_free_model_hooks = lambda: freed.append(pipeline.transformer)
+    denoiser = PipelineDenoiser(pipeline, options=options)
+    before = len(freed)
+    denoiser.encode(PROMPTS[:1], "cpu")
+    assert len(freed) > before
+    assert all(network is denoiser.network for network in freed)

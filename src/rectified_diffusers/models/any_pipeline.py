@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
-from rectified_diffusers.models.calibration import PROMPTS, STEPS, calibrate, first
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate, first
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
@@ -43,7 +43,8 @@ class PipelineDenoiser(Denoiser):
 
     Args:
         pipeline: any diffusers pipeline; it is not changed.
-        guidance: for a network that takes guidance as an input; no effect on others. None is the pipeline's default.
+        guidance: scale, as the pipeline's call takes it. A network that takes guidance as an input receives it; `None`
+            is the pipeline's default. Others are guided by two passes, as `PipelineVelocity` does; `None` is none.
         options: further arguments of the pipeline's call, such as its height, width and num_frames.
 
     Raises:
@@ -61,8 +62,14 @@ class PipelineDenoiser(Denoiser):
         self._shared: list[Any] = []
         inputs = [] if guidance is None else self.guidance_found.inputs
         self.scale = dict.fromkeys(inputs, guidance)
-        super().__init__(pipeline, 1.0 if guidance is None else guidance)
+        super().__init__(pipeline, 1.0 if guidance is None else guidance + self._offset)
         self.dtype = _dtype(self.network)
+
+    @property
+    def _offset(self) -> float:
+        """Weight of two passes minus the pipeline's scale: 1 where scale 0 is no guidance."""
+        two_passes = self.guidance_found.two_passes
+        return (two_passes.offset or 0.0) if two_passes is not None and self.guides_by_two_passes else 0.0
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -93,20 +100,25 @@ class PipelineDenoiser(Denoiser):
         return two_passes is not None and two_passes.linear and not self.guidance_found.inputs
 
     @cached_property
-    def axes(self) -> Any:
-        """Batch axis of every leaf of the conditioning; None if the network evaluates one row at a time.
-
-        A network gets several rows only if its answers to two rows equal those to each.
-        """
-        one, two = (self._encoding([PROMPTS[0]] * count) for count in (1, 2))
+    def structure(self) -> Any:
+        """Batch axis of every leaf of the conditioning; None if a batch is not made of its prompts' encodings."""
         try:
-            axes = find_axes(one, two)
-            together = PromptConditioning((one, self._encoding(PROMPTS[1:])), axes)
-            error = batch_error(self, together)
-        except (ValueError, TypeError, RuntimeError, IndexError):
+            return find_axes(*(self._encoding([PROMPTS[0]] * count) for count in (1, 2)))
+        except CALL_ERRORS:
+            return None
+
+    @cached_property
+    def axes(self) -> Any:
+        """`structure`, if the network's answers to rows in one batch equal those to each alone; otherwise None."""
+        if self.structure is None:
+            return None
+        trees = tuple(self._encoding([prompt]) for prompt in PROMPTS)
+        try:
+            error = batch_error(self, PromptConditioning(trees, self.structure))
+        except CALL_ERRORS:
             return None
         rounding = 64 * torch.finfo(self.dtype).eps
-        return axes if error <= max(_BATCH_TOLERANCE, rounding) else None
+        return self.structure if error <= max(_BATCH_TOLERANCE, rounding) else None
 
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
         """Return the conditioning of prompts, each encoded alone. The network is not evaluated."""
@@ -118,7 +130,7 @@ class PipelineDenoiser(Denoiser):
         two_passes = self.guidance_found.two_passes
         if two_passes is None:
             return self.encode([""] * count, device)
-        tree = map_leaves(unconditional(self.call, self.calibration, two_passes, self.axes), self._intern)
+        tree = map_leaves(unconditional(self.call, self.calibration, two_passes, self.structure), self._intern)
         return cast(Conditioning, PromptConditioning((tree,) * count, self.axes).to(device))
 
     def _encoding(self, prompts: Sequence[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ PROMPTS = "a red apple", "two dogs at night"
 STEPS = 3
 _FINEST = 1000  # steps of the grid that is read when timesteps are no line in sigma
 _LINES = ((1.0, 0.0), (1e-3, 0.0), (-1.0, 1000.0), (-1e-3, 1.0))
-_CALL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError, ImportError, OSError)
+CALL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError, ImportError, OSError)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def run_unguided(call: StockCall) -> tuple[dict[str, Any], str, Trace]:
             trace = call.run(PROMPTS[:1], STEPS, off)
         except torch.OutOfMemoryError:
             raise
-        except _CALL_ERRORS as error:
+        except CALL_ERRORS as error:
             if off:  # a scale that this pipeline does not take
                 continue
             raise UnsupportedPipelineError(
