@@ -103,7 +103,8 @@ def substitute(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
 
 def prepare(checkout: Path) -> None:
     """Make the checkout's `tests` importable, and keep them from the Hub."""
-    make_tokenizer(), make_t5_tokenizer(), make_chat_tokenizer()  # by the real from_pretrained
+    for make in (make_tokenizer, make_t5_tokenizer, make_chat_tokenizer):
+        make()  # by the real from_pretrained; kept
     for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
         del sys.modules[name]
     sys.path.insert(0, str(checkout))
