@@ -50,6 +50,19 @@ def test_a_flow_passes_the_self_test(name: str, adapted: Any) -> None:
     assert result.batched
 
 
+@pytest.mark.parametrize("name", ["flux", "cogview4", "wan", "ltx_video", "z_image"])
+def test_a_pipeline_in_half_precision_passes_within_its_rounding(name: str) -> None:
+    pipeline, options = build(name)
+    denoiser = PipelineDenoiser(pipeline.to(torch.bfloat16), options=options)
+    result = self_test(denoiser)
+    assert (result.prediction, result.noise_exact, result.decoding_exact) == (0, True, True)
+    assert result.euler is not None
+    assert result.euler <= torch.finfo(torch.bfloat16).eps
+    two_passes = denoiser.guidance_found.two_passes
+    assert two_passes is not None
+    assert two_passes.linear
+
+
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_the_prediction_of_a_diffusion_model_is_exact(name: str, adapted: Any) -> None:
     result = self_test(adapted(name))

@@ -168,7 +168,7 @@ def calibrate(call: StockCall, is_flow: bool) -> Calibration:
     latent_shape = tuple(steps[0].sample.shape[1:])
     answer = _find_answer(calls, steps)
     place = _find_noise(trace, is_flow)
-    if is_flow and not _starts_straight(steps[0]):
+    if is_flow and not _factor(steps):
         require_ode(call, off, steps[0].sample, place)
         raise UnsupportedPipelineError(
             f"the first step of {type(call.scheduler).__name__} is not an Euler step of a straight flow"
@@ -326,20 +326,25 @@ def require_ode(call: StockCall, off: Mapping[str, Any], noise: Tensor, place: i
         raise UnsupportedPipelineError(f"{solver} adds noise, so its data do not follow from the initial noise")
 
 
-def _factor_of_step(step: Step) -> tuple[float, bool]:
-    """Return the factor c in: result - sample = c (difference of sigmas) answer, and whether it is so."""
-    if step.sigmas is None:
-        return 0.0, False
-    moved = (step.result - step.sample).float()
-    along = (step.sigmas[1] - step.sigmas[0]) * step.answer.float()
-    factor = float((moved * along).sum() / (along * along).sum())
-    rounding = 2 * torch.finfo(step.sample.dtype).eps * float(step.sample.float().norm())
-    return factor, bool((moved - factor * along).norm() <= 1e-3 * moved.norm() + rounding)
+def _factor(steps: Sequence[Step]) -> float:
+    """Return the factor c in: last result - first sample = c sum of (difference of sigmas) answer; 0 if it is not so.
 
-
-def _starts_straight(step: Step) -> bool:
-    factor, straight = _factor_of_step(step)
-    return straight and 0.99 < abs(factor) < 1.01
+    Half precision rounds samples by as much as a short step moves them, so there all steps are taken together.
+    """
+    if any(step.sigmas is None for step in steps):
+        return 0.0
+    eps = max(torch.finfo(part.dtype).eps for part in (steps[0].sample, steps[0].answer, steps[0].result))
+    rounding = 2 * eps * float(steps[0].sample.float().norm())
+    for taken in (steps[:1], steps):
+        moved = (taken[-1].result - taken[0].sample).float()
+        along = torch.stack([(s.sigmas[1] - s.sigmas[0]) * s.answer.float() for s in taken if s.sigmas]).sum(0)
+        size = float(along.norm())
+        if rounding < 0.1 * size or len(taken) == len(steps):
+            factor = float((moved * along).sum()) / size**2 if size else 0.0
+            error = float((moved - factor * along).norm())
+            straight = error <= (1e-3 + 2 * eps) * float(moved.norm()) + rounding * len(taken)
+            return factor if straight and abs(abs(factor) - 1) <= 0.01 + rounding / size else 0.0
+    return 0.0
 
 
 def _find_flow(call: StockCall, off: dict[str, Any], steps: Sequence[Step]) -> Flow:
@@ -349,9 +354,9 @@ def _find_flow(call: StockCall, off: dict[str, Any], steps: Sequence[Step]) -> F
     if len(sigmas) != len(steps):
         raise UnsupportedPipelineError(f"{scheduler} has no sigma for each of its steps")
     before, after = sigmas[0]
-    factor = _factor_of_step(steps[0])[0]
+    factor = _factor(steps)
     ascending = after > before
-    sign = round(factor) if ascending else -round(factor)
+    sign = 1 if (factor > 0) == ascending else -1
     count = float(call.scheduler.config.get("num_train_timesteps", 1000))
     errors = [abs(step.timestep - count * sigma) for step, (sigma, _) in zip(steps, sigmas, strict=True)]
     if max(errors) <= 1e-6 * count:

@@ -32,6 +32,7 @@ class TwoPasses:
         batched: both evaluations are one batch of two rows.
         cond_first: the conditional one comes first.
         error: relative difference of u + w (c - u) to what the scheduler receives.
+        tolerance: what `error` may be in the precision of the network.
         offset: w - scale: 0, or 1 where scale 0 is no guidance; None if the scale is a guider's own.
     """
 
@@ -40,12 +41,13 @@ class TwoPasses:
     batched: bool
     cond_first: bool
     error: float
+    tolerance: float
     offset: float | None
 
     @property
     def linear(self) -> bool:
         """Whether two evaluations of our own repeat it."""
-        return self.error <= _LINEAR and self.offset in (0, 1, None)
+        return self.error <= self.tolerance and self.offset in (0, 1, None)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ def _fit(
     """Fit w in target = u + w (c - u); c is the answer that equals the one without guidance. None if there is none."""
     unguided = calibration.trace.steps[0].answer[0].float()
     distances = [float((answer - unguided).norm() / unguided.norm()) for answer in answers]
-    rounding = 64 * torch.finfo(trace.steps[0].answer.dtype).eps
+    evaluated = first(calibration.trace.calls[-1].answer)
+    eps = torch.finfo((evaluated if isinstance(evaluated, Tensor) else evaluated[0]).dtype).eps
     finite = bool(trace.steps[0].answer.isfinite().all())
-    if not finite or not min(distances) <= max(_LINEAR, rounding):
+    if not finite or not min(distances) <= max(_LINEAR, 64 * eps):
         return None
     cond_first = distances[0] <= distances[1]
     cond, uncond = answers if cond_first else reversed(answers)
@@ -128,9 +131,10 @@ def _fit(
     weight = float((target - uncond).flatten() @ apart / (apart @ apart)) if bool(apart.any()) else 0.0
     error = float((torch.lerp(uncond, cond, weight) - target).abs().max() / target.abs().max())
     offset = None if name not in options else weight - options[name]
-    if offset is not None and abs(offset - round(offset)) < 0.05:  # the weight of a small difference is imprecise
+    # The weight of a small difference is imprecise.
+    if offset is not None and abs(offset - round(offset)) < (0.05 if eps < 1e-4 else 0.3):
         offset = float(round(offset))
-    return TwoPasses(name, options, batched, cond_first, error, offset)
+    return TwoPasses(name, options, batched, cond_first, error, max(_LINEAR, 8 * eps), offset)
 
 
 def unconditional(call: StockCall, calibration: Calibration, two_passes: TwoPasses, axes: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _euler(denoiser: PipelineDenoiser, trace: Trace) -> float | None:
         else:
             t = torch.tensor([before], device=x.device, dtype=torch.float64)
             velocity = denoiser.velocity(denoiser.network, x, t, conditioning)
-        x = (x.float() + (after - before) * velocity).to(x.dtype)
+        x = (x.float() + (after - before) * velocity).to(step.result.dtype)
         errors.append(_difference(x, step.result))
     return max(errors)
 
