@@ -28,7 +28,7 @@ types:  ## basedpyright
 test:  ## the fast tests: no GPU, no network, under three minutes
 	python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not gpu'
 
-test-slow:  ## the rest of the tests that need no GPU
+test-slow:  ## the rest of the tests that need no GPU, the very slow ones too
 	python -m pytest -m 'slow and not gpu'
 
 coverage:  ## branches of src that the fast tests reach (95 in 100 at least), and every raise

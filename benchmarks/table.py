@@ -291,7 +291,7 @@ class Table:
             pipeline.unet = StackedUNet.from_unet(pipeline.unet)
         own: dict[str, Any] = {}
         if stage.method == "dmd":
-            own = {"teacher": self.load(self.args.teacher), "real": open_triplets(real) if real else None}
+            own = {"teacher": self.load(self.args.teacher), "real_data": open_triplets(real) if real else None}
         at_once = not folder.exists()
         begin = time.perf_counter()
         trainer_class(pipeline, open_triplets(triplets), self.config(stage, folder, seed), **own).train()

@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -22,6 +22,14 @@ settings.register_profile("rectified_diffusers", deadline=None, derandomize=True
 settings.load_profile("rectified_diffusers")
 torch.set_num_threads(1)
 gc.disable()  # until all tests are imported: imported objects are never freed
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make every very slow test a slow one too, before tests are selected by their markers."""
+    for item in items:
+        if item.get_closest_marker("very_slow"):
+            item.add_marker("slow")
 
 
 @pytest.hookimpl(trylast=True)
@@ -37,6 +45,15 @@ def tiny_pipeline() -> Callable[..., Any]:
     from tests.tiny import make_tiny_pipeline
 
     return make_tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """A process with our package, online at a Hub on this machine: see `tests.hub.client`."""
+    from tests.hub.client import start_client
+
+    with start_client(with_us=True) as client:
+        yield client
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def test_what_a_command_reads_is_run_before_it():
         wanted(["render"])
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_version_is_equal_to_itself(capsys):
     assert main(["--before", str(ROOT), "--only", "completion", "verify"]) == 0
     assert "| completion | 1 | 0 |\n| triplets | 4 | 0 |" in capsys.readouterr().out

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.hub.client import start_client, the_hub
-from tests.hub.server import Repository, read_files
+from tests.hub.client import start_client
+from tests.hub.server import Repository, read_files, the_hub
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "controlnet.py"
@@ -79,6 +79,7 @@ def run_example(arguments: list[str]) -> None:
     load_example().main()
 
 
+@pytest.mark.slow
 def test_a_detector_with_weights_and_the_models_load_from_the_hub(checkpoints, tmp_path):
     from controlnet_aux.pidi.model import pidinet
 

@@ -16,6 +16,7 @@ from rectified_diffusers.demo.requests import Drawing, Order
 from rectified_diffusers.demo.studio import Studio
 from rectified_diffusers.demo.worker import StudioProcess
 from tests.demo_makers import die, fail_to_make
+from tests.forks import forked_studios
 from tests.tiny import make_tiny_pipeline
 
 WAIT = 120  # seconds, for what happens in another process
@@ -45,7 +46,7 @@ def pixels(drawing: Drawing) -> bytes:
 
 @pytest.fixture(scope="module")
 def apart() -> Iterator[Any]:
-    with StudioProcess(CountingStudio) as process:
+    with forked_studios(), StudioProcess(CountingStudio) as process:
         yield process.studio.result(WAIT)
 
 

@@ -13,6 +13,7 @@ import pytest
 from rectified_diffusers import cli
 from rectified_diffusers.cli import demo as demo_command
 from rectified_diffusers.demo.worker import StudioProcess
+from tests.forks import forked_studios
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 
@@ -62,7 +63,8 @@ def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
     monkeypatch.setattr(StudioProcess, "wait", lambda self: None)
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(tmp_path / "controlnet")
     options = ["--teacher", model, "--teacher-steps", "3", "--controlnet", str(tmp_path / "controlnet")]
-    assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
+    with forked_studios():
+        assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
     ((studio, about, arguments),) = served
     assert studio.comparison.steps == 3
     assert studio.can_sketch
@@ -77,7 +79,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatc
     shutil.copytree(model, torn)
     weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert cli.main(["demo", "--model", str(torn), "--device", "cpu", "--port", "0", "--json"]) == 2
+    with forked_studios():
+        assert cli.main(["demo", "--model", str(torn), "--device", "cpu", "--port", "0", "--json"]) == 2
     told = capsys.readouterr()
     address = json.loads(told.out)["address"]
     assert "error:" in told.err

@@ -1,7 +1,6 @@
 """The code of the README and of every page runs, and the pages are complete: nothing public is missing from them."""
 
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +10,25 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import save_file
 
 import rectified_diffusers
 from rectified_diffusers import cli
 from tests.documentation import ROOT, blocks_of, run_page
-from tests.hub.client import Client, start_client, the_hub
+from tests.hub.client import Client
 from tests.hub.conftest import INSTAFLOW, TWO_FLOW, save_published
-from tests.hub.server import Repository, read_files
+from tests.hub.server import Repository, read_files, the_hub
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 DOCS = ROOT / "docs"
+LONG = ("docs/start.md", "docs/how_to/reflow.md", "docs/how_to/distill.md")  # several trainings each
+SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
     """A process that is online at a Hub where the models of the pages are, all of them tiny."""
     make = tmp_path_factory.mktemp("made")
     with torch.random.fork_rng(devices=[]):
@@ -47,8 +49,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         if repo_id not in hub.repositories:
             hub.repositories[repo_id] = Repository()
             hub.repositories[repo_id].commit(read_files(make / folder))
-    with start_client(with_us=True) as client:
-        yield client
+    return client
+
+
+LOHA = {"a": (16, 2), "b": (2, 16)}  # of a layer of the tiny U-Net with 16 inputs and outputs
 
 
 @pytest.fixture
@@ -66,6 +70,9 @@ def readers_folder(tmp_path: Path) -> Path:
         pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(tmp_path, layers, weight_name=f"{name}.safetensors")
+    key = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q.hada"
+    factors = {f"{key}_w{i}_{side}": torch.randn(shape) for i in (1, 2) for side, shape in LOHA.items()}
+    save_file(factors, tmp_path / "loha.safetensors")
     (tmp_path / "docs" / "images").mkdir(parents=True)
     return tmp_path
 
@@ -74,9 +81,13 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
-def test_the_blocks_of_a_page_run_one_after_the_other(page, client, readers_folder):
-    assert client.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=SLOW if name_of(page) in LONG else ()) for page in PAGES if blocks_of(page)],
+    ids=name_of,
+)
+def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
+    assert reader.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
 
 
 @pytest.mark.parametrize("page", PARSED, ids=name_of)

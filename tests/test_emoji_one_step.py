@@ -33,7 +33,7 @@ def made(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("unet/*.safetensors")}
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_it_goes_from_a_teacher_to_one_step_once(arguments, monkeypatch, tmp_path):
     stages = tmp_path / "stages"
     with emoji.example("one_step.py", monkeypatch) as run:

@@ -32,6 +32,7 @@ def weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return load_file(folder / part / f"{name}.safetensors")
 
 
+@pytest.mark.slow
 def test_it_begins_with_a_flow_and_keeps_its_text_encoder(run, tmp_path):
     run("--max-steps", "2")
     teacher = StableDiffusionPipeline.from_pretrained(tmp_path / "teacher")

@@ -137,6 +137,7 @@ def one_step_error(pipeline: Any, colour: tuple[int, int, int]) -> float:
     return (drawn - data).square().mean().sqrt().item()
 
 
+@pytest.mark.slow
 def test_the_full_example_trains_the_velocity(tune: Any, model: Path, pictures: Path, spy: Spy) -> None:
     """On one picture the flow from any noise ends in that picture, in one step: the wrong target would not."""
     colour = COLOURS["grey"]
@@ -190,7 +191,7 @@ def test_the_patch_is_seven_lines_and_the_page_shows_it(name: str) -> None:
     assert "objective.loss(" in ours
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.skipif(not SOURCE, reason="DIFFUSERS_SOURCE names no checkout of diffusers")
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_patched_stock_script_trains_the_velocity(

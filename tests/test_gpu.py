@@ -32,7 +32,7 @@ from tests.training.helpers import make_dataset, make_trainer
 from tests.training.test_processes import CONFIGS, launch, tensors
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-SLOW_CPU = pytest.param("cpu", marks=pytest.mark.slow)
+SLOW_CPU = pytest.param("cpu", marks=pytest.mark.very_slow)
 HALVES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # Levels of 255: largest and mean difference to float32. The tiny model's weights are random, its pictures full of
 # contrast: rounding shows more than usual.

@@ -121,6 +121,7 @@ def arguments(script: Any, *words: str) -> Any:
     return script.parse_arguments(["--small", *words])
 
 
+@pytest.mark.slow
 def test_latency_draws_and_times_its_stages(monkeypatch):
     latency = load(monkeypatch, "latency")
     for model, names in (("sd15", ("eager", "tiny", "sd")), ("stacked", ("fast",)), ("sdxl", ("eager",))):
@@ -171,6 +172,7 @@ def test_a_way_that_fails_leaves_the_others_alone(monkeypatch, device):
     assert len(saved) == 2
 
 
+@pytest.mark.slow
 def test_training_beside_a_bare_loop_with_and_without_checkpointing(monkeypatch):
     training = load(monkeypatch, "training")
     monkeypatch.setattr(training, "peak_memory", lambda *_: 2**20)
@@ -210,7 +212,7 @@ def test_outcomes_of_tests_are_kept_one_by_one(monkeypatch, tmp_path):
     assert str(BENCHMARKS.parent / "tests" / "test_gpu.py") in gpu_tests.files_with("gpu")
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_the_whole_command_in_a_rehearsal(tmp_path):
     words = [
         "--device",

@@ -40,7 +40,7 @@ def test_outputs_are_stored_and_small(file):
     assert file.stat().st_size < MAX_BYTES
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=name_of)
 def test_notebook_runs(file, monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))

@@ -22,8 +22,8 @@ import rectified_diffusers
 from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
 from rectified_diffusers.export import portable
 from rectified_diffusers.export.portable import SCHEDULER_MODULE, save_portable
-from tests.hub.client import HubError, can_import, load, sample, save_again, start_client, the_hub
-from tests.hub.server import Repository, read_files
+from tests.hub.client import HubError, can_import, load, sample, save_again, start_client
+from tests.hub.server import Repository, read_files, the_hub
 from tests.tiny import make_components, make_tiny_pipeline, make_tiny_xl_pipeline
 
 

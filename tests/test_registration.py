@@ -1,6 +1,7 @@
 """Registration: both import orders, on and off, once; each in a process of its own where imports matter."""
 
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -25,28 +26,17 @@ assert AUTO_TEXT2IMAGE_PIPELINES_MAPPING["rectified-flow"] is rectified_diffuser
 """
 
 
-def run(code, **environment):
-    environment = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "imports",
-    [
-        # The harder case of "before": diffusers is first imported by a module of ours that is not complete then.
-        "from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler",
-        "import diffusers; diffusers.AutoPipelineForText2Image; import rectified_diffusers",
-    ],
-    ids=["before diffusers", "after diffusers"],
-)
-def test_registered_in_either_order(imports):
-    run(imports + CHECK_REGISTERED)
-
-
-def test_switched_off_and_then_asked_for():
-    code = """
-import sys, rectified_diffusers
+# The two orders; the harder case of the first: diffusers is first imported by a module of ours that is not complete
+# then. And registration switched off, then requested.
+PROGRAMS = {
+    "before diffusers": "from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler"
+    + CHECK_REGISTERED,
+    "after diffusers": "import diffusers; diffusers.AutoPipelineForText2Image; import rectified_diffusers"
+    + CHECK_REGISTERED,
+    "switched off": """
+import os, sys
+os.environ["RECTIFIED_DIFFUSERS_REGISTER"] = "0"
+import rectified_diffusers
 finders = list(sys.meta_path)
 import diffusers
 assert not hasattr(diffusers, "RectifiedFlowPipeline")
@@ -54,8 +44,34 @@ assert not any(type(finder).__module__.startswith("rectified_diffusers") for fin
 rectified_diffusers.register()
 assert "RectifiedFlowPipeline" not in vars(diffusers)  # not imported before somebody asks
 assert diffusers.RectifiedFlowEulerScheduler.__module__ == "rectified_diffusers.pipelines.scheduler"
+""",
+}
+# Each program in a fork of one process that has imported what diffusers takes seconds to import.
+FORKS = """
+import json, multiprocessing, sys
+import torch, transformers.models.clip.modeling_clip, transformers.generation, peft
+assert not {"diffusers", "rectified_diffusers"} & sys.modules.keys()
+codes = {}
+for name, program in json.loads(sys.argv[1]).items():
+    process = multiprocessing.get_context("fork").Process(target=exec, args=(program, {}))
+    process.start()
+    process.join()
+    codes[name] = process.exitcode
+print(json.dumps(codes))
 """
-    run(code, RECTIFIED_DIFFUSERS_REGISTER="0")
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forks")
+def test_registered_in_either_order_and_switched_off():
+    done = run(FORKS, json.dumps(PROGRAMS))
+    assert json.loads(done.stdout) == dict.fromkeys(PROGRAMS, 0), done.stderr
 
 
 def test_unknown_setting(monkeypatch):

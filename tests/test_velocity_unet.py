@@ -240,7 +240,7 @@ def test_the_finished_folder_loads_and_draws(kind: Any, tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a cat", output_type="np").images.shape == (1, 32, 32, 3)
     again = ReflowTrainer(pipeline, dataset, ReflowConfig(output_dir=tmp_path / "second", **SHORT))
-    assert type(again.student) is DiffusionVelocityUNet
+    assert type(again.student.network) is DiffusionVelocityUNet
 
 
 def test_a_flow_needs_no_conversion(tmp_path: Path) -> None:

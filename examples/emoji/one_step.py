@@ -97,7 +97,7 @@ class Stages:
             first_fake_updates=60,
             fake_learning_rate=2e-4,
         )
-        self.train(DistributionMatchingTrainer, config, model, triplets, teacher=pipeline, real=real)
+        self.train(DistributionMatchingTrainer, config, model, triplets, teacher=pipeline, real_data=real)
 
     def teacher(self) -> Path:
         """Give the folder of the teacher: the given one, or what it becomes with further steps."""

@@ -16,7 +16,6 @@ from accelerate.utils import set_seed
 from datasets import load_dataset
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm
@@ -92,6 +91,7 @@ while progress_bar.n < args.max_train_steps:
 
 accelerator.wait_for_everyone()
 if accelerator.is_main_process:
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(accelerator.unwrap_model(unet)))
-    pipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers)
+    trained = accelerator.unwrap_model(unet)
+    layers, settings = get_peft_model_state_dict(trained), trained.peft_config["default"].to_dict()
+    pipeline.save_lora_weights(args.output_dir, unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
 accelerator.end_training()

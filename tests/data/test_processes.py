@@ -1,6 +1,8 @@
 """Triplets made by several processes: the same files as by one, whoever else writes to the folder."""
 
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -10,57 +12,60 @@ import pytest
 import torch
 
 from rectified_diffusers import distributed as processes
-from tests.data.test_triplets import contents
-from tests.tiny import make_tiny_pipeline
-
-# One process forks all others, so that the imports cost once. A launched process has its rank from the environment,
-# as `accelerate launch` sets it; unrelated ones do not know of each other.
-FORKS = """
-import json, multiprocessing, os, socket, sys
-from pathlib import Path
 from tests.data.test_triplets import contents, generate
+from tests.forks import call_in_fork
 from tests.tiny import make_tiny_pipeline
 
 TRIPLETS = 22
-teacher, base = make_tiny_pipeline("diffusion"), Path(sys.argv[1])
 
-def work(folder, kind, rank, count, port):
-    sys.stderr = open(base / f"{folder.name}.log", "a")
+
+def generate_as(base: Path, name: str, kind: str, rank: int, count: int, port: int) -> None:
+    """Generate triplets in one process of several, which prints to NAME.log.
+
+    A launched process has its rank from the environment, as `accelerate launch` sets it; unrelated processes do not
+    know of each other.
+    """
+    sys.stderr = open(base / f"{name}.log", "a")  # noqa: SIM115 (until the process ends)
     if kind == "launched":
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    assert len(generate(folder, teacher, progress=True, num_triplets=TRIPLETS)) == TRIPLETS
+    teacher = make_tiny_pipeline("diffusion")
+    assert len(generate(base / name, teacher, progress=True, num_triplets=TRIPLETS)) == TRIPLETS
 
-def run(name, kind, count):
+
+def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[int | None]:
+    """Return the exit codes of `count` processes that write the triplets of one folder."""
+    torch.set_num_threads(1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context, arguments = multiprocessing.get_context("fork"), (base / name, kind)
-    runs = [context.Process(target=work, args=(*arguments, rank, count, port)) for rank in range(count)]
+    forks = multiprocessing.get_context("fork")
+    runs = [forks.Process(target=generate_as, args=(base, name, kind, rank, count, port)) for rank in range(count)]
     for process in runs:
         process.start()
     for process in runs:
         process.join()
-    assert not any(process.exitcode for process in runs), name
+    return [process.exitcode for process in runs]
 
-run("one", "alone", 1)
-run("two", "launched", 2)
-run("four", "launched", 4)
-run("unrelated", "unrelated", 3)
-(base / "resumed").mkdir()
-for name in ("manifest.json", "shard-00001.safetensors", "shard-00003.safetensors"):
-    (base / "resumed" / name).write_bytes((base / "one" / name).read_bytes())
-run("resumed", "launched", 2)
-"""
+
+def generate_all(base: Path) -> dict[str, list[int | None]]:
+    codes = {"one": generate_in_processes(base, "one", "alone", 1)}
+    codes["two"] = generate_in_processes(base, "two", "launched", 2)
+    codes["four"] = generate_in_processes(base, "four", "launched", 4)
+    codes["unrelated"] = generate_in_processes(base, "unrelated", "unrelated", 3)
+    (base / "resumed").mkdir()
+    for name in ("manifest.json", "shard-00001.safetensors", "shard-00003.safetensors"):
+        (base / "resumed" / name).write_bytes((base / "one" / name).read_bytes())
+    return codes | {"resumed": generate_in_processes(base, "resumed", "launched", 2)}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the outputs of different numbers of processes; NAME.log holds what they printed."""
     folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, "-c", FORKS, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert result.returncode == 0, result.stderr
+    codes = call_in_fork(generate_all, folder)
+    logs = {log.name: log.read_text() for log in folder.glob("*.log")}
+    assert not any(code for each in codes.values() for code in each), (codes, logs)
     return folder
 
 

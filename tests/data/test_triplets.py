@@ -2,14 +2,16 @@
 
 import json
 import logging
+import multiprocessing
 import os
+import random
 import re
 import shutil
-import subprocess
-import sys
+import time
 import tracemalloc
 from contextlib import nullcontext
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +28,7 @@ from rectified_diffusers.data.generate import draw_noise, generate_triplets
 from rectified_diffusers.data.manifest import Manifest, first_difference
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.data.teacher import Teacher
+from tests.forks import call_in_fork
 from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "", "the café"]
@@ -397,44 +400,35 @@ def test_one_progress_bar_counts_images_from_where_the_run_stopped(folder, capfd
     assert "2/2" not in shown  # the teacher's own bar, of two steps
 
 
-KILLED_RUNS = """
-import multiprocessing, random, sys, time
-from pathlib import Path
-from tests.data.test_triplets import contents, generate
-from tests.tiny import make_tiny_pipeline
-
-teacher, options = make_tiny_pipeline("diffusion"), {"num_triplets": 24, "triplets_per_shard": 2, "batch_size": 2}
-whole, killed = Path(sys.argv[1], "whole"), Path(sys.argv[1], "killed")
-generate(whole, teacher, **options)
-killed.mkdir()
-moments, exit_codes = random.Random(0), []
-for _ in range(6):
-    there = sorted(killed.iterdir())
-    # A fork of this process, so that no import separates the kills.
-    run = multiprocessing.get_context("fork").Process(target=generate, args=(killed, teacher), kwargs=options)
-    run.start()
-    while run.is_alive() and sorted(killed.iterdir()) == there:
-        time.sleep(0.001)
-    run.join(moments.uniform(0, 0.04))
-    run.kill()
-    run.join()
-    exit_codes.append(run.exitcode)
-    if run.exitcode == -9 and moments.random() < 0.5:  # a moment that is too short to be met at every run
-        killed.joinpath(".tmp-1-shard-00011.safetensors").write_bytes(b"torn")
-generate(killed, teacher, **options)
-assert contents(killed) == contents(whole)
-sys.stdout.write(" ".join(map(str, exit_codes)))
-"""
+def generate_with_kills(whole: Path, killed: Path) -> list[int | None]:
+    """Kill a run six times soon after its next file, in a process that forks them, and return their exit codes."""
+    torch.set_num_threads(1)
+    teacher, options = make_tiny_pipeline("diffusion"), {"num_triplets": 24, "triplets_per_shard": 2, "batch_size": 2}
+    generate(whole, teacher, **options)
+    killed.mkdir()
+    moments, exit_codes = random.Random(0), []
+    for _ in range(6):
+        there = sorted(killed.iterdir())
+        run = multiprocessing.get_context("fork").Process(target=generate, args=(killed, teacher), kwargs=options)
+        run.start()
+        while run.is_alive() and sorted(killed.iterdir()) == there:
+            time.sleep(0.001)
+        run.join(moments.uniform(0, 0.04))
+        run.kill()
+        run.join()
+        exit_codes.append(run.exitcode)
+        if run.exitcode == -9 and moments.random() < 0.5:  # a moment that is too short to be met at every run
+            killed.joinpath(".tmp-1-shard-00011.safetensors").write_bytes(b"torn")
+    generate(killed, teacher, **options)
+    return exit_codes
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills need fork")
 def test_a_run_killed_again_and_again_ends_in_the_same_files(tmp_path):
-    command = [sys.executable, "-c", KILLED_RUNS, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert result.returncode == 0, result.stderr
-    exit_codes = result.stdout.split()
-    assert set(exit_codes) <= {"-9", "0"}
-    assert exit_codes[:2] == ["-9", "-9"]
+    exit_codes = call_in_fork(generate_with_kills, tmp_path / "whole", tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert set(exit_codes) <= {-9, 0}
+    assert exit_codes[:2] == [-9, -9]
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong

@@ -32,15 +32,17 @@ from typing import Any
 
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from tests.diffusers_suite.cases.pairs import CASES
 from tests.tiny import make_tokenizer
 
-CASES = Path(__file__).parent / "cases"
+OUR_FOLDER = Path(__file__).parent / "cases"
 TOKENIZER_REPOS = ("hf-internal-testing/tiny-random-clip", "peft-internal-testing/tiny-clip-text-2")
 TEXT_MODEL_REPO = "peft-internal-testing/tiny-clip-text-2"
-CASE_NAMES = sorted(path.stem for path in CASES.glob("*.py") if path.stem not in ("__init__", "judge"))
+CASE_NAMES = sorted([*CASES, "scheduler"])
 OUTCOMES = ("passed", "failed", "skipped")
 SIDES = ("Ours", "Stock")
 Outcomes = dict[str, dict[str, str]]  # class -> test -> one of OUTCOMES
+_TEST_FILE = "from .pairs import classes_of\n\nglobals().update(classes_of({name!r}))\n"
 
 
 def fill_cache(home: Path) -> None:
@@ -57,20 +59,12 @@ def fill_cache(home: Path) -> None:
 
 
 def text_model() -> CLIPTextModelWithProjection:
-    """Make the text encoder of the LoRA tests, 32 channels wide as their U-Nets want it; the weights do not matter."""
+    """Return the text encoder of the LoRA tests, 32 channels wide as their U-Nets expect, with any weights."""
     tokens = make_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=32,
-        projection_dim=32,
-        intermediate_size=37,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-    )
-    return CLIPTextModelWithProjection(config)
+    sizes = {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 37}
+    layers = {"num_hidden_layers": 5, "num_attention_heads": 4}
+    ids = {name: getattr(tokens, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokens), **sizes, **layers, **ids))
 
 
 def run_pytest(checkout: Path, work: Path, names: list[str], arguments: list[str]) -> Outcomes:
@@ -78,25 +72,17 @@ def run_pytest(checkout: Path, work: Path, names: list[str], arguments: list[str
     if not (checkout / "tests" / "testing_utils.py").is_file():
         raise ValueError(f"{checkout} has no tests/testing_utils.py: pass the root of a checkout of diffusers.")
     tests = shutil.copytree(checkout / "tests", work / "tests")
-    ours = shutil.copytree(CASES, tests / "rectified_flow", ignore=shutil.ignore_patterns("__pycache__"))
+    ours = shutil.copytree(OUR_FOLDER, tests / "rectified_flow", ignore=shutil.ignore_patterns("__pycache__"))
     for name in names:
-        (ours / f"{name}.py").rename(ours / f"test_{name}.py")
+        text = "from .scheduler import *\n" if name == "scheduler" else _TEST_FILE.format(name=name)
+        (ours / f"test_{name}.py").write_text(text)
     fill_cache(work / "home")
     report = work / "report.xml"
     # From `work`, the copied tests are the package `tests`; ours would hide it.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/rectified_flow",
-        "-q",
-        "--timeout=600",
-        "--disable-warnings",
-        "--tb=short",
-        f"--junit-xml={report}",
-    ]
+    command = [sys.executable, "-m", "pytest", "tests/rectified_flow", "-q", "--timeout=600", "--disable-warnings"]
+    command += ["--tb=short", f"--junit-xml={report}"]
     subprocess.run([*command, *arguments], cwd=work, env=environment, check=False)
     return read_report(report)
 

@@ -138,6 +138,7 @@ def tiny_pictures(monkeypatch, scripts, pooled):
     return counted
 
 
+@pytest.mark.slow
 def test_a_table_is_made_and_made_again_from_what_is_there(scripts, arguments, tiny_pictures, monkeypatch):
     rows = ["--rows", "teacher-8", "2rf-1", "--seeds", "0", "1"]
     found, _ = run(scripts[0], arguments, monkeypatch, *rows)
@@ -153,7 +154,7 @@ def test_a_table_is_made_and_made_again_from_what_is_there(scripts, arguments, t
     assert again["rows"] == found["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkeypatch):
     rows = ["--rows", "teacher-8", "2rf-1", "progressive-4", "stacked-distill", "--seeds", "0"]
     rows += ["--initialisation", "snr_matching"]
@@ -188,7 +189,7 @@ def test_real_pairs_take_their_share_of_the_triplets(scripts, arguments, monkeyp
     assert of_table.triplets(lines["real pairs: a quarter of the triplets"], (), 0) == folders
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_finish_is_run(scripts, arguments, tiny_pictures, monkeypatch):
     # From so near to the noise, an untrained flow, too, leads to white noise.
     kind = ["--kinds", "distribution-matching finish", "--inversion-time", "0.065"]
@@ -198,7 +199,7 @@ def test_a_finish_is_run(scripts, arguments, tiny_pictures, monkeypatch):
     assert "dmd {}" in text
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_an_ablation_is_run(scripts, arguments, tiny_pictures, monkeypatch):
     found, _ = run(scripts[1], arguments, monkeypatch, "--kinds", "prompt dropout", "EMA", "--seeds", "0")
     names = [row["name"] for row in found["rows"]]

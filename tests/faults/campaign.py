@@ -34,7 +34,7 @@ class Reference:
         while (code := command.wait(0.01)) is None:
             seconds = max(seconds, command.busy())
         if code != ENDED_WELL:
-            raise RuntimeError(f"{workload.name} fails without any fault: {command.said()}")
+            raise RuntimeError(f"{workload.name} fails without any fault: {command.error()}")
         files = digests(folder)
         return cls(files, workload.records(folder), seconds, sum((folder / name).stat().st_size for name in files))
 
@@ -184,7 +184,7 @@ def two_writers(case: Try) -> Verdict:
     """
     first = case.start()
     ended = first.work(case.chance.uniform(0, 0.5 * case.reference.seconds))
-    second = Command.start(case.workload.command(case.folder), case.folder.with_suffix(".second"))
+    second = Command(case.workload.command(case.folder), case.folder.with_suffix(".second"))
     codes = first.wait() if ended is None else ended, second.wait()
     for command, code in zip((first, second), codes, strict=True):
         if code not in (ENDED_WELL, REFUSED):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -45,6 +45,8 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
+from tests.faults import kept
+from tests.faults.kept import Found
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
@@ -160,17 +162,17 @@ def make_targets(folder: Path) -> dict[str, Target]:
     shard_path, manifest_path = triplets / "shard-00000.safetensors", triplets / MANIFEST_NAME
     shard, manifest = shard_path.read_bytes(), json.loads(manifest_path.read_text())
     module = torch.nn.Linear(3, 2)
-    delta = save({name: 0.1 * torch.ones_like(weight) for name, weight in module.state_dict().items()})
+    changes = {name: 0.1 * torch.ones_like(weight) for name, weight in module.state_dict().items()}
+    delta = save(changes)
     header = {"kind": "weight_delta", "format_version": 1, "dtype": "float32", "fine_tune": "a", "base": "b"}
-    described = save(
-        {name: 0.1 * torch.ones_like(weight) for name, weight in module.state_dict().items()},
-        {"format": "pt", "rectified_diffusers": json.dumps(header)},
-    )
+    described = save(changes, {"format": "pt", OURS: json.dumps(header)})
+
+    def written(name: str, content: bytes) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
 
     def read_shard(content: bytes) -> None:
-        path = folder / "shard.safetensors"
-        path.write_bytes(content)
-        opened = Shard.open(path)
+        opened = Shard.open(written("shard.safetensors", content))
         opened.layout()
         opened.verify()
 
@@ -184,20 +186,13 @@ def make_targets(folder: Path) -> dict[str, Target]:
         TripletDataset(triplets).rows([0])
 
     def apply_delta(content: bytes) -> None:
-        path = folder / "delta.safetensors"
-        path.write_bytes(content)
-        apply_weight_delta(module, load_weight_delta(path)).take_back()
+        apply_weight_delta(module, load_weight_delta(written("delta.safetensors", content))).take_back()
 
-    def read_text(suffix: str) -> Callable[[bytes], object]:
-        def read(content: bytes) -> None:
-            path = folder / f"prompts{suffix}"
-            path.write_bytes(content)
-            for _ in read_prompts(path):
-                pass
+    def read_txt(content: bytes) -> None:
+        list(read_prompts(written("prompts.txt", content)))
 
-        return read
-
-    read_txt, read_jsonl = read_text(".txt"), read_text(".jsonl")
+    def read_jsonl(content: bytes) -> None:
+        list(read_prompts(written("prompts.jsonl", content)))
 
     def open_checkpoint(value: Any) -> None:
         (checkpoint / STATE).write_text(sealed(value) if isinstance(value, dict) else json.dumps(value))
@@ -239,14 +234,12 @@ def _commands_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParse
 
 
 @dataclass
-class Count:
+class Count(Found):
     """How many inputs a target took and refused, and the numbers of those that it stumbled over."""
 
     taken: int = 0
     refused: int = 0
     crashes: dict[str, str] = field(default_factory=dict)
-    commits: list[str] = field(default_factory=list)
-    dates: list[str] = field(default_factory=list)
 
     @property
     def inputs(self) -> int:
@@ -271,29 +264,6 @@ def fuzz(name: str, target: Target, count: Count, examples: int) -> None:
             count.taken += 1
 
 
-def render(counts: dict[str, Count], command: str) -> str:
-    """Return the table, with its date and environment."""
-    made, total = provenance(), sum(count.inputs for count in counts.values())
-    dates = sorted(date for count in counts.values() for date in count.dates)
-    commits = sorted({commit for count in counts.values() for commit in count.commits})
-    rows = [f"| {name} | {c.inputs} | {c.taken} | {c.refused} | {len(c.crashes)} |" for name, c in counts.items()]
-    lines = [
-        "# Fuzzing",
-        "",
-        f"{total} damaged inputs: read without an error, refused with one of ours, or a crash, which is any other.",
-        "",
-        "| target | inputs | taken | refused | crashes |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        f"    {command}",
-        "",
-        f"commit {', '.join(commits)}; hardware {made['hardware']}; threads 1; date {dates[0]} to {dates[-1]}; "
-        f"versions {made['versions']}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--examples", type=int, default=10_000, help="inputs to each target (default: 10000)")
@@ -302,8 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeat", nargs=2, metavar=("TARGET", "NUMBER"), help="read one input, and say all of it")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    kept = options.output.with_suffix(".json") if options.output else None
-    found = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
+    found = kept.read(options.output) or {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
         targets = make_targets(Path(work))
         if options.repeat:
@@ -311,18 +280,19 @@ def main(argv: list[str] | None = None) -> int:
             print(value := input_of(name, targets[name], int(number)))
             targets[name].read(value)
             return 0
-        counts = {name: Count(**found.get(name, {})) for name in targets}
+        counts, commit = {name: Count(**found.get(name, {})) for name in targets}, provenance()["commit"]
         for name in options.targets or targets:
             count, left = counts[name], options.examples - counts[name].inputs
             for _ in tqdm(range(0, left, BATCH), desc=name, unit=f"{BATCH} inputs", mininterval=5):
                 fuzz(name, targets[name], count, min(BATCH, options.examples - count.inputs))
-                made = provenance()
-                count.commits = sorted({*count.commits, made["commit"]})
-                count.dates = [*count.dates[:1], made["date"]]
-                if kept:
-                    text = json.dumps({name: asdict(each) for name, each in counts.items()}, indent=1)
-                    kept.write_text(text + "\n", encoding="utf-8")
-    table = render(counts, f"python -m tests.faults.fuzz --examples {options.examples}")
+                count.note(commit)
+                kept.save(options.output, counts)
+    total = sum(count.inputs for count in counts.values())
+    text = f"{total} damaged inputs: read without an error, refused with one of ours, or a crash, which is any other."
+    rows = [f"| {name} | {c.inputs} | {c.taken} | {c.refused} | {len(c.crashes)} |" for name, c in counts.items()]
+    rows = ["| target | inputs | taken | refused | crashes |", *rows]
+    command = f"python -m tests.faults.fuzz --examples {options.examples}"
+    table = kept.render("Fuzzing", text, rows, command, counts.values())
     crashes = [(name, *crash) for name, count in counts.items() for crash in count.crashes.items()]
     print(table, *(f"{name} {number}: {error}" for name, number, error in crashes), sep="\n")
     if options.output:

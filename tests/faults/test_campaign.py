@@ -24,13 +24,13 @@ def failures(workloads: list[str], tries: int, folder: Path) -> list[object]:
     return [(str(row), failure) for row in rows for failure in row.failures]
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize("workloads", [["triplets"], ["reflow"]], ids=str)
 def test_nothing_is_lost(workloads: list[str], tmp_path: Path) -> None:
     assert failures(workloads, 1, tmp_path) == []
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_nothing_is_lost_in_the_other_commands(tmp_path: Path) -> None:
     assert failures([name for name in WORKLOADS if name not in ("triplets", "reflow")], 2, tmp_path) == []
 

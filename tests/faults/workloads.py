@@ -36,7 +36,7 @@ class Workload:
     processes: int = 1
 
     def start(self, output_dir: Path, prepare: Callable[[], object] = lambda: None) -> Command:
-        return Command.start(self.command(output_dir), output_dir.with_suffix(".stderr"), prepare, self.processes)
+        return Command(self.command(output_dir), output_dir.with_suffix(".stderr"), prepare, self.processes)
 
     def command(self, output_dir: Path) -> list[str]:
         return [*self.arguments, "--output-dir", str(output_dir)]

@@ -1,32 +1,22 @@
-"""What the tests let other processes do: use huggingface_hub and diffusers as a user's program does.
+"""A client of the Hub in another process: huggingface_hub and diffusers as a user's program uses them."""
 
-Both read their settings once, when they are imported, and the tests' own process has them set to offline. So a server
-process imports them with the settings that count, and each client is forked from it: the imports are paid for once.
-"""
-
-import atexit
 import importlib
 import logging
-import multiprocessing
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
-from unittest import mock
 
 import diffusers
 import huggingface_hub
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline  # noqa: F401 (warms up)
+from diffusers import DiffusionPipeline
 
-from tests.hub.server import Hub
+from tests.forks import TIMEOUT, fork_server
+from tests.hub.server import the_hub
 
 
 @dataclass(frozen=True)
@@ -69,13 +59,12 @@ def load(
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:
-        if scheduler is not None:
-            arguments["scheduler"] = getattr(diffusers, scheduler)()
-        pipeline = getattr(getattr(diffusers, loader), method)(source, **arguments)
-        theirs = type(pipeline.scheduler)
-        return Loaded(type(pipeline).__name__, theirs.__name__, theirs.__module__, sample(pipeline).tolist(), messages)
-    except Exception as error:  # noqa: BLE001 (whatever a loader raises goes back to the test)
-        raise _without_objects(error) from None
+        with portable_errors():
+            if scheduler is not None:
+                arguments["scheduler"] = getattr(diffusers, scheduler)()
+            pipeline = getattr(getattr(diffusers, loader), method)(source, **arguments)
+            name, its, latents = type(pipeline).__name__, type(pipeline.scheduler), sample(pipeline).tolist()
+            return Loaded(name, its.__name__, its.__module__, latents, messages)
     finally:
         logger.removeHandler(handler)
 
@@ -93,14 +82,18 @@ def can_import(name: str) -> bool:
     return True
 
 
-def _without_objects(error: BaseException) -> HubError:
-    """Return what can travel between processes of an error and its causes."""
-    types, texts, seen = [], [], error
-    while seen is not None:
-        types.append(type(seen).__name__)
-        texts.append(str(seen))
-        seen = seen.__cause__ or seen.__context__
-    return HubError(types, texts)
+@contextmanager
+def portable_errors() -> Iterator[None]:
+    """Raise what can be sent to another process of an error and its causes."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (whatever a loader raises goes back to the test)
+        types, texts, seen = [], [], error
+        while seen is not None:
+            types.append(type(seen).__name__)
+            texts.append(str(seen))
+            seen = seen.__cause__ or seen.__context__
+        raise HubError(types, texts) from None
 
 
 def _begin(with_us: bool) -> None:
@@ -119,46 +112,20 @@ class Client(NamedTuple):
     pool: ProcessPoolExecutor
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.pool.submit(function, *args, **kwargs).result(timeout=300)
+        return self.pool.submit(function, *args, **kwargs).result(TIMEOUT)
 
     def load(self, *args: Any, **kwargs: Any) -> Loaded:
         return self.call(load, *args, **kwargs)
 
 
-@cache
-def the_hub() -> Hub:
-    """Return the one Hub of this run of the tests; its clients know its address from their start."""
-    hub = Hub()
-    hub.__enter__()
-    return hub
-
-
 @contextmanager
 def start_client(with_us: bool) -> Iterator[Client]:
     """Start a process for which `the_hub()` is the Hub, and our package is installed or not."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    home = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    settings = {
-        "HF_ENDPOINT": the_hub().url,
-        "HF_HOME": home,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",  # our Hub takes uploads as git-lfs has them
-        "NO_PROXY": "127.0.0.1,localhost",
-        "no_proxy": "127.0.0.1,localhost",
-    }
-    without = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_TOKEN_PATH")
-    with mock.patch.dict(os.environ, settings), ProcessPoolExecutor(1, context, _begin, (with_us,)) as pool:
-        for name in without:
-            os.environ.pop(name, None)
-        # The first client starts the server that they are all forked from, with the settings of this moment.
-        endpoint = pool.submit(_endpoint).result(timeout=300)
-        if endpoint != the_hub().url:
+    with ProcessPoolExecutor(1, fork_server(), _begin, (with_us,)) as pool:
+        client = Client(pool)
+        if (endpoint := client.call(_endpoint)) != the_hub().url:
             raise RuntimeError(f"the processes' Hub is {endpoint}, not ours: something else uses the fork server")
-        yield Client(pool)
+        yield client
 
 
 def _endpoint() -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
-from tests.hub.client import Client, sample, start_client, the_hub
-from tests.hub.server import Hub, Repository, read_files
+from tests.hub.client import sample
+from tests.hub.server import Hub, Repository, read_files, the_hub
 from tests.tiny import make_components, make_feature_extractor, make_safety_checker, make_tiny_pipeline
 
 INSTAFLOW = "XCLiu/instaflow_0_9B_from_sd_1_5"
@@ -66,16 +66,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
 
 
 @pytest.fixture(scope="session")
-def client() -> Iterator[Client]:
-    """A process online, with our package imported."""
-    with start_client(with_us=True) as client:
-        yield client
-
-
-@pytest.fixture(scope="session")
 def expected() -> list[Any]:
     """The latents of the weights that InstaFlow's repository, version v1 of 2-Rectified Flow's, and ours hold."""
     return sample(make_tiny_pipeline("flow")).tolist()
+
+
+@pytest.fixture(autouse=True)
+def _recovery(hub: Hub) -> Iterator[None]:
+    yield
+    hub.recover()
 
 
 @pytest.fixture

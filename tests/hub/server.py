@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,14 @@ class Fault:
 
     Args:
         statuses: errors to answer with first, one for each request.
-        loop: redirect the content to itself, for ever.
-        damage: what comes of the content on its way; its metadata stays that of the whole file.
+        cuts: how many transfers of the content break off in the middle: its full length was announced.
+        loop: redirect the content to itself, without end.
+        damage: what the content becomes on its way; its metadata stays that of the whole file.
         pause: seconds between the quarters of the content.
     """
 
     statuses: list[int] = field(default_factory=list)
+    cuts: int = 0
     loop: bool = False
     damage: Callable[[bytes], bytes] = bytes
     pause: float = 0.0
@@ -85,11 +88,9 @@ def git_hash(content: bytes) -> str:
 
 
 class Hub(ThreadingHTTPServer):
-    """Serve `repositories` on a free port of this machine from `with` on; `requests` records what was asked for.
+    """Serve `repositories` on a free port of this machine; `requests` records the methods and paths of requests.
 
-    `cuts` counts, by the end of a file's path, how often its content shall break off in the middle. A break is not
-    clean: the length was announced, and the connection goes away. With `out_of_order` every answer is 503. `faults`
-    are by the end of a path, too, and `moved` has the new names of repositories.
+    `faults` are by the end of a path, so that "" is the whole Hub; `moved` has the new names of repositories.
     """
 
     daemon_threads = True
@@ -98,43 +99,26 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
-        self.cuts: dict[str, int] = {}
         self.faults: dict[str, Fault] = {}
         self.moved: dict[str, str] = {}
         self.uploads: dict[str, bytes] = {}
-        self.out_of_order = False
         self.lock = threading.Lock()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def __enter__(self) -> "Hub":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def take_cut(self, path: str) -> bool:
-        """Return whether this response must break off, and count it."""
-        with self.lock:
-            for name, count in self.cuts.items():
-                if path.endswith(name) and count > 0:
-                    self.cuts[name] = count - 1
-                    return True
-        return False
-
     def fault_of(self, path: str) -> Fault:
         return next((fault for name, fault in self.faults.items() if path.endswith(name)), Fault())
 
     def recover(self) -> None:
         """Remove all faults."""
-        self.cuts.clear()
         self.faults.clear()
         self.moved.clear()
-        self.out_of_order = False
+
+    def fail(self) -> None:
+        """Answer every request with 503."""
+        self.faults[""] = Fault(statuses=[503] * 1000)
 
     def downloads(self) -> list[str]:
         """Return the paths of the files that were requested; again for each further part of a broken download."""
@@ -143,19 +127,22 @@ class Hub(ThreadingHTTPServer):
         return sorted(match[1] for match in found if match)
 
 
+@cache
+def the_hub() -> Hub:
+    """Start the one Hub of this run of the tests; its clients know its address from their start."""
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    return hub
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Hub  # pyright: ignore[reportIncompatibleVariableOverride] (the base class knows no other)
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        with self.server.lock:
-            self.server.requests.append((self.command, path))
-        fault = self.server.fault_of(path)
+        path, fault = self._begin()
         moved = next((name for name in self.server.moved if f"/{name}/" in f"{path}/"), None)
-        if self.server.out_of_order:
-            self._refuse(503, None, "Service unavailable")
-        elif fault.statuses:
+        if fault.statuses:
             self._refuse(fault.statuses.pop(0), None, "Something went wrong on our side")
         elif moved is not None:
             self._send(307, {"Location": self.path.replace(moved, self.server.moved[moved], 1)})
@@ -175,12 +162,10 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """Take what an upload says: make a repository, which files are weights, where they go, the commit itself."""
-        path, body = unquote(urlsplit(self.path).path), self._read()
-        with self.server.lock:
-            self.server.requests.append((self.command, path))
-        if self.server.out_of_order:
-            self._refuse(503, None, "Service unavailable")
+        """Take the parts of an upload: a new repository, which files are weights, where they go, the commit."""
+        (path, fault), body = self._begin(), self._read()
+        if fault.statuses:
+            self._refuse(fault.statuses.pop(0), None, "Something went wrong on our side")
         elif path == "/api/validate-yaml":
             self._send_json({"errors": [], "warnings": []}, {})
         elif "Authorization" not in self.headers:
@@ -197,11 +182,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, None, "Not found")
 
     def do_PUT(self) -> None:
+        self._begin()
         content = self._read()
-        with self.server.lock:
-            self.server.requests.append((self.command, self.path))
-            self.server.uploads[hashlib.sha256(content).hexdigest()] = content
+        self.server.uploads[hashlib.sha256(content).hexdigest()] = content
         self._send(200, {})
+
+    def _begin(self) -> tuple[str, Fault]:
+        """Record the request and return its path and fault."""
+        path = unquote(urlsplit(self.path).path)
+        with self.server.lock:
+            self.server.requests.append((self.command, path))
+        return path, self.server.fault_of(path)
 
     def _read(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -258,20 +249,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_info(self, repo_id: str, revision: str) -> None:
         if found := self._find(repo_id, revision):
             repository, sha = found
-            info = {
-                "id": repo_id,
-                "modelId": repo_id,
-                "sha": sha,
-                "private": False,
-                "gated": "manual" if repository.token else False,
-                "disabled": False,
-                "downloads": 0,
-                "likes": 0,
-                "tags": ["diffusers"],
-                "lastModified": DATE,
-                "createdAt": DATE,
-                "siblings": [{"rfilename": path} for path in repository.commits[sha]],
-            }
+            info = {"id": repo_id, "modelId": repo_id, "sha": sha, "tags": ["diffusers"], "downloads": 0, "likes": 0}
+            info |= {"private": False, "disabled": False, "gated": "manual" if repository.token else False}
+            info |= {"lastModified": DATE, "createdAt": DATE}
+            info |= {"siblings": [{"rfilename": path} for path in repository.commits[sha]]}
             self._send_json(info, {"X-Repo-Commit": sha})
 
     def _send_tree(self, repo_id: str, revision: str) -> None:
@@ -292,32 +273,28 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": sha})
         elif path.endswith(WEIGHTS):
             content = repository.commits[sha][path]
-            self._send(
-                302,
-                {
-                    # Another host, as the Hub's storage is: the client does not ask this one for metadata.
-                    "Location": f"http://localhost:{self.server.server_port}/weights/{repo_id}/{sha}/{path}",
-                    "X-Repo-Commit": sha,
-                    "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"',
-                    "X-Linked-Size": str(len(content)),
-                },
-            )
+            digest = hashlib.sha256(content).hexdigest()
+            linked = {"X-Repo-Commit": sha, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            # Another host, as the Hub's storage is: the client requests no metadata from it.
+            location = f"http://localhost:{self.server.server_port}/weights/{repo_id}/{sha}/{path}"
+            self._send(302, {"Location": location, **linked})
         else:
             content = repository.commits[sha][path]
             self._send_content(content, path, {"X-Repo-Commit": sha, "ETag": f'"{git_hash(content)}"'})
 
     def _send_content(self, content: bytes, path: str, headers: Mapping[str, str] | None = None) -> None:
-        """Send a file, or what of it is asked for from a byte on."""
-        status, headers = 200, dict(headers or {})
+        """Send a file, or its part from the requested byte on."""
+        status, headers, fault = 200, dict(headers or {}), self.server.fault_of(path)
         if self.command == "GET":
-            content = self.server.fault_of(path).damage(content)
+            content = fault.damage(content)
         if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(match[1])
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
             status, content = 206, content[start:]
-        cut = self.command == "GET" and self.server.take_cut(path)
-        pause = self.server.fault_of(path).pause
-        self._send(status, headers, content, len(content) // 2 if cut else None, pause)
+        with self.server.lock:
+            cut = self.command == "GET" and fault.cuts > 0
+            fault.cuts -= cut
+        self._send(status, headers, content, len(content) // 2 if cut else None, fault.pause)
 
     def _send_json(self, value: Any, headers: Mapping[str, str]) -> None:
         self._send(200, {"Content-Type": "application/json", **headers}, json.dumps(value).encode())
@@ -327,28 +304,21 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, {**codes, "X-Error-Message": message, **(headers or {})}, message.encode())
 
     def _send(
-        self,
-        status: int,
-        headers: Mapping[str, str],
-        body: bytes = b"",
-        length: int | None = None,
-        pause: float = 0.0,
+        self, status: int, headers: Mapping[str, str], body: bytes = b"", length: int | None = None, pause: float = 0.0
     ) -> None:
-        """Answer; with `length`, go away after that many bytes of a body announced as longer."""
+        """Answer; with `length`, close the connection after that many bytes of a body announced as longer."""
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             body = body[:length]
-            quarter = len(body) // 4 + 1
-            for start in range(0, len(body), quarter) if pause else ():
-                self.wfile.write(body[start : start + quarter])
+            piece = len(body) // 4 + 1 if pause else len(body) + 1
+            for start in range(0, len(body), piece):
+                self.wfile.write(body[start : start + piece])
                 time.sleep(pause)
-            if not pause:
-                self.wfile.write(body)
         if length is not None:
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet: what was asked for is in `requests`."""
+        """Print nothing: `requests` has them."""

@@ -7,12 +7,19 @@ import json
 import os
 import time
 from pathlib import Path
+from unittest import mock
 
+import huggingface_hub.constants
 import pytest
 import torch
+from diffusers.utils import constants
 from safetensors.torch import save
 
-from tests.hub.client import HubError, Loaded, load, sample
+from rectified_diffusers.cli.shared import load_pipeline
+from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
+from rectified_diffusers.weights.components import swap_components
+from rectified_diffusers.weights.delta import load_weight_delta
+from tests.hub.client import HubError, Loaded, load, portable_errors, sample
 from tests.hub.conftest import INSTAFLOW
 from tests.hub.server import Fault, Repository
 from tests.tiny import make_tiny_pipeline
@@ -21,12 +28,6 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"
 CONFIG = "unet/config.json"
 INDEX = "model_index.json"
-
-
-@pytest.fixture(autouse=True)
-def _recovery(hub):
-    yield
-    hub.recover()
 
 
 def flipped(content: bytes) -> bytes:
@@ -63,23 +64,7 @@ def test_a_wrong_hash_of_what_the_commands_load(hub, client, cache, expected):
 
 
 def load_by_command(model: str, cache: str) -> object:
-    """Load as the commands do, into a cache of its own."""
-    from unittest import mock
-
-    import huggingface_hub.constants
-    from diffusers.utils import constants
-
-    from rectified_diffusers.cli.shared import load_pipeline
-    from tests.hub.client import _without_objects
-
-    with (
-        mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", cache),
-        mock.patch.object(constants, "HF_MODULES_CACHE", cache),
-    ):
-        try:
-            return sample(load_pipeline(model, "cpu", "float32")).tolist()
-        except Exception as error:  # noqa: BLE001 (whatever it raises goes back to the test)
-            raise _without_objects(error) from None
+    return in_a_cache(cache, lambda: sample(load_pipeline(model, "cpu", "float32")).tolist())
 
 
 @pytest.mark.parametrize(
@@ -138,10 +123,6 @@ def test_an_answer_that_stops_coming(hub, client, cache, expected):
 
 def load_hastily(source: str, cache_dir: str) -> Loaded:
     """Load with a client that waits a twentieth of a second for the next byte of a file."""
-    from unittest import mock
-
-    import huggingface_hub.constants
-
     with mock.patch.object(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.05):
         return load("RectifiedFlowPipeline", source, cache_dir=cache_dir)
 
@@ -158,7 +139,7 @@ def test_a_repository_of_pickles(hub, client, cache):
     published = hub.repositories[INSTAFLOW]
     files = dict(published.commits[published.names["main"]])
     files["unet/diffusion_pytorch_model.bin"] = files.pop(UNET)
-    hub.repositories["somebody/pickles"] = type(published)()
+    hub.repositories["somebody/pickles"] = Repository()
     hub.repositories["somebody/pickles"].commit(files)
     hub.requests.clear()
     words = r"somebody/pickles has weights as pickles \(unet/diffusion_pytorch_model.bin\).*Convert it once"
@@ -190,23 +171,16 @@ def damaged_once(hub, client, call, *given):
 
 
 def in_a_cache(cache: str, work):
-    """Do `work` as in a process whose cache is there, and return what can go back to the test."""
-    from unittest import mock
-
-    import huggingface_hub.constants
-
-    from tests.hub.client import _without_objects
-
-    with mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", cache):
-        try:
-            return work()
-        except Exception as error:  # noqa: BLE001 (whatever it raises goes back to the test)
-            raise _without_objects(error) from None
+    """Do `work` with another folder as the cache of the client's process."""
+    with (
+        mock.patch.object(huggingface_hub.constants, "HF_HUB_CACHE", cache),
+        mock.patch.object(constants, "HF_MODULES_CACHE", cache),
+        portable_errors(),
+    ):
+        return work()
 
 
 def delta_sum(source: str, cache: str) -> float:
-    from rectified_diffusers.weights.delta import load_weight_delta
-
     def work() -> float:
         weights = load_weight_delta(source).weights
         return sum(float(weights.read(name).double().sum()) for name in weights.shapes)
@@ -222,9 +196,6 @@ def test_a_delta_by_its_hub_id_is_compared_with_its_hash(hub, client, cache):
 
 
 def swapped(source: str, folder: str, cache: str) -> list[str]:
-    from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-    from rectified_diffusers.weights.components import swap_components
-
     pipeline = RectifiedFlowPipeline.from_pretrained(folder)
     return in_a_cache(cache, lambda: list(swap_components(pipeline, source).originals))
 
@@ -236,8 +207,6 @@ def test_parts_of_a_fine_tune_are_compared_with_their_hash(hub, client, cache, t
 
 
 def with_lora(source: str, folder: str, cache: str) -> list[str]:
-    from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-
     pipeline = RectifiedFlowPipeline.from_pretrained(folder)
 
     def work() -> list[str]:

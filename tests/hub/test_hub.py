@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.hub.client import HubError, load
 from tests.hub.conftest import INSTAFLOW, OURS, TWO_FLOW
-from tests.hub.server import Repository
+from tests.hub.server import Fault, Repository
 from tests.original_layout import original_layout
 from tests.tiny import make_tiny_pipeline
 
@@ -22,13 +22,6 @@ REPLACED = [
     "INFO: The checkpoint's PNDMScheduler is a diffusion scheduler; RectifiedFlowEulerScheduler takes its place."
 ]
 OUR_LOADERS = ["RectifiedFlowPipeline", "DiffusionPipeline", "AutoPipelineForText2Image"]
-
-
-@pytest.fixture(autouse=True)
-def _in_order(hub):
-    yield
-    hub.cuts.clear()
-    hub.out_of_order = False
 
 
 @pytest.fixture(scope="module")
@@ -140,28 +133,28 @@ def test_a_single_file_has_its_settings_from_the_repository_of_stable_diffusion(
 
 
 def test_a_connection_cut_once_is_taken_up_where_it_broke_off(hub, client, cache, expected):
-    hub.cuts = {UNET: 1}
+    hub.faults = {UNET: Fault(cuts=1)}
     hub.requests.clear()
     if int(huggingface_hub.__version__.split(".")[0]) < 1:  # which goes on only when it is asked again
         with pytest.raises(HubError, match="Connection broken"):
             client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache)
     assert client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache).latents == expected
-    assert hub.cuts == {UNET: 0}
+    assert hub.faults[UNET].cuts == 0
     assert hub.downloads().count(UNET) == 2
 
 
 def test_a_connection_cut_for_good_leaves_nothing_that_is_taken_for_whole(hub, client, cache, expected):
-    hub.cuts = {UNET: 1000}
+    hub.faults = {UNET: Fault(cuts=1000)}
     with pytest.raises(HubError, match=r"closed connection|IncompleteRead|Connection broken|Consistency check failed"):
         client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache)
     assert files_of(cache, UNET) == []
-    hub.cuts.clear()
+    hub.recover()
     assert client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache).latents == expected
     assert not files_of(cache, "*.incomplete")
 
 
 def test_a_half_filled_cache_says_offline_what_is_missing(hub, client, cache):
-    hub.cuts = {UNET: 1000}
+    hub.faults = {UNET: Fault(cuts=1000)}
     with pytest.raises(HubError):
         client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache)
     with pytest.raises(HubError) as error:
@@ -180,7 +173,7 @@ def test_an_empty_cache_offline(hub, client, cache):
 
 def test_a_hub_out_of_order_falls_back_to_the_cache(hub, client, shared_cache, cache, expected):
     client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=shared_cache)
-    hub.out_of_order = True
+    hub.fail()
     assert client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=shared_cache).latents == expected
     with pytest.raises(HubError, match="503"):
         client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache)

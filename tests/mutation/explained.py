@@ -2,29 +2,15 @@
 
 _REASONS: dict[str, tuple[str, ...]] = {
     "A device that is the CPU anyway where there is no GPU; it shows where there is one.": (
-        "flow/ode.py: _evaluate: torch.full(x.shape[:1], t, device=x.device, dtype=torch.promote_types(x.dtype, "
-        "torch.float32)) -> torch.full(x.shape[:1], t, dtype=torch.promote_types(x.dtype, torch.float32))",
-        "flow/time_density.py: LogitNormal.sample: torch.randn(count, generator=generator, device=generator.device, "
-        "dtype=torch.float32) -> torch.randn(count, generator=generator, dtype=torch.float32)",
-        "flow/time_density.py: FixedTime.sample: torch.full((count,), self.t, dtype=torch.float32, "
-        "device=generator.device) -> torch.full((count,), self.t, dtype=torch.float32)",
-        "flow/time_density.py: Grid.sample: torch.randint(self.steps, (count,), generator=generator, "
-        "device=generator.device) -> torch.randint(self.steps, (count,), generator=generator)",
-        "flow/time_density.py: _uniform: torch.rand(count, generator=generator, device=generator.device, "
-        "dtype=torch.float64) -> torch.rand(count, generator=generator, dtype=torch.float64)",
-        "pipelines/scheduler.py: RectifiedFlowEulerScheduler.set_timesteps: torch.as_tensor(given, "
-        "dtype=torch.float64, device='cpu') -> torch.as_tensor(given, dtype=torch.float64)",
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: torch.device(device).type == 'cuda' -> "
         "torch.device(device).type != 'cuda'",
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: 'cuda' -> 'cudaX'",
-        "pipelines/scheduler.py: RectifiedFlowEulerScheduler._set_grid: timesteps.to(torch.float32).to(device, "
-        "non_blocking=on_cuda) -> timesteps.to(torch.float32).to(device)",
     ),
     "The start of Newton's method, which ends at the same root from anywhere in the cell and has steps to spare.": (
         "flow/interpolation.py: VariancePreserving.timestep_at: (angle - angles[index]) / (angles[index + 1] - "
         "angles[index]) -> (angle - angles[index]) * (angles[index + 1] - angles[index])",
-        "flow/interpolation.py: VariancePreserving.timestep_at: angles[index + 1] - angles[index] -> "
-        "angles[index + 1] + angles[index]",
+        "flow/interpolation.py: VariancePreserving.timestep_at: angles[index + 1] - angles[index] -> angles[index "
+        "+ 1] + angles[index]",
         "flow/interpolation.py: VariancePreserving.timestep_at: 10 -> 11",
         "flow/interpolation.py: VariancePreserving.timestep_at: 1 -> 2 (5)",
     ),
@@ -43,8 +29,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "flow/prediction.py: DiffusionAsFlow.velocity: t >= 0.5 -> t > 0.5",
     ),
     "The bound of what counts as zero: anything between a rounding error and a real divisor would do.": (
-        "flow/prediction.py: _check_divisor: divisor.abs() <= 4 * torch.finfo(divisor.dtype).eps -> divisor.abs() < "
-        "4 * torch.finfo(divisor.dtype).eps",
+        "flow/prediction.py: _check_divisor: divisor.abs() <= 4 * torch.finfo(divisor.dtype).eps -> divisor.abs() "
+        "< 4 * torch.finfo(divisor.dtype).eps",
         "flow/prediction.py: _check_divisor: 4 -> 5",
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: distance[index] <= 1e-06 * "
         "self.config['num_train_timesteps'] -> distance[index] < 1e-06 * self.config['num_train_timesteps']",
@@ -61,8 +47,8 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: timestep.ndim == 0 -> "
         "timestep.ndim != 0",
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: 0 -> 1",
-        "pipelines/scheduler.py: _share_memory: return one.dtype == other.dtype and one.untyped_storage()._cdata == "
-        "other.untyped_storage()._cdata -> return None",
+        "pipelines/scheduler.py: _share_memory: return one.dtype == other.dtype and one.untyped_storage()._cdata "
+        "== other.untyped_storage()._cdata -> return None",
         "pipelines/scheduler.py: _share_memory: one.dtype == other.dtype -> one.dtype != other.dtype",
         "pipelines/scheduler.py: _share_memory: one.untyped_storage()._cdata == other.untyped_storage()._cdata -> "
         "one.untyped_storage()._cdata != other.untyped_storage()._cdata",
@@ -74,28 +60,13 @@ _REASONS: dict[str, tuple[str, ...]] = {
     "A shift of 1 warps by nothing, bit for bit.": (
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.set_timesteps: 1 -> 0 (3)",
     ),
-    "Lengths that are equal by construction; the check is for whoever changes that.": (
-        "data/dataset.py: JoinedTriplets.rows: zip(self.parts, self._starts, positions, strict=True) -> "
-        "zip(self.parts, self._starts, positions)",
-        "data/dataset.py: JoinedTriplets.rows: True -> False",
-        "data/dataset.py: JoinedTriplets.prompt_rows: zip(self.parts, self._starts, strict=True) -> "
-        "zip(self.parts, self._starts)",
-        "data/dataset.py: JoinedTriplets.prompt_rows: True -> False",
-        "data/generate.py: _check_finite: zip(prompts, values, strict=True) -> zip(prompts, values)",
-        "data/generate.py: _check_finite: True -> False",
-    ),
     "What is left out, or put in its place, is what Python does anyway.": (
         "data/manifest.py: first_difference: return None -> return None",
-        "data/prompts.py: LinePrompts._read: zip(found, range(count), strict=False) -> zip(found, range(count))",
-    ),
-    "An argument for systems whose own encoding is another; here it is UTF-8.": (
-        "data/manifest.py: Manifest.read: path.read_text(encoding='utf-8') -> path.read_text()",
     ),
     "`argsort` gives whole numbers whatever it sorts; only an empty list has no numbers to tell their type.": (
         "data/dataset.py: JoinedTriplets.rows: torch.tensor([position for own in positions for position in own], "
         "dtype=torch.long) -> torch.tensor([position for own in positions for position in own])",
     ),
-    "The first folder, compared with itself too.": ("data/dataset.py: _joined: 1 -> 0",),
     "Any number that no block has says that none is read yet; of row groups, the first is asked for first.": (
         "data/prompts.py: StoredPrompts._settle: 1 -> 2",
         "data/prompts.py: ParquetPrompts.__init__: -1 -> 1",

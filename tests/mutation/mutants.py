@@ -36,55 +36,70 @@ _OPERATORS: Mapping[type, tuple[type, ...]] = {
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
+# Keywords that no test on a CPU can miss, or that guard what is so by construction; neither left out nor changed.
+_KEYWORDS_LEFT = ("device", "encoding", "missing_ok", "non_blocking", "strict")
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One change: in which function of which file, from what to what, and where that is."""
 
     path: str
     function: str
-    before: str
-    after: str
     number: int  # among those that read alike
-    spot: "ast.expr | ast.stmt"
+    place: "_Place"
     change: "ast.expr | ast.stmt"
     source: ast.Module
 
     @property
     def name(self) -> str:
         again = f" ({self.number})" if self.number > 1 else ""
-        return f"{self.path}: {self.function}: {self.before} -> {self.after}{again}"
+        return f"{self.path}: {self.function}: {_short(self.place.node)} -> {_short(self.change)}{again}"
 
     @property
     def lines(self) -> range:
-        return range(self.spot.lineno, (self.spot.end_lineno or self.spot.lineno) + 1)
+        return range(self.place.node.lineno, (self.place.node.end_lineno or self.place.node.lineno) + 1)
 
-    @property
-    def tree(self) -> ast.Module:
-        """The whole file with the change."""
-        tree = copy.deepcopy(self.source)
-        replace = _Replace(self.spot, ast.copy_location(copy.deepcopy(self.change), self.spot))
-        replace.visit(tree)
-        if replace.count != 1:
-            raise ValueError(f"{self.before} was found {replace.count} times in line {self.spot.lineno}.")
-        return ast.fix_missing_locations(tree)
+    def compile(self, file: str) -> CodeType:
+        """Compile the whole file with the change."""
+        self.place.put(self.change)
+        try:
+            return compile(ast.fix_missing_locations(self.source), file, "exec")
+        finally:
+            self.place.put(self.place.node)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A node, and where its parent has it."""
+
+    node: "ast.expr | ast.stmt"
+    parent: ast.AST
+    field: str
+    index: int | None
+
+    def put(self, node: ast.AST) -> None:
+        if self.index is None:
+            setattr(self.parent, self.field, node)
+        else:
+            getattr(self.parent, self.field)[self.index] = node
 
 
 def mutants_of(source: str, path: str) -> Iterator[Mutant]:
     """Yield the mutants of all functions in a file, in the order of its text.
 
-    Comparisons, arithmetic, logic and numbers are changed, texts outside of errors too, conditions turned round,
-    keyword arguments, statements and raises left out, results replaced by None. Left as they are: annotations,
-    defaults, decorators, what an error says, and what only type checkers read.
+    Comparisons, arithmetic, logic and numbers are changed, texts outside of errors too, conditions negated, keyword
+    arguments, statements and raises left out, results replaced by None. Left as they are: annotations, defaults,
+    decorators, the texts of errors, `_KEYWORDS_LEFT`, and what only type checkers read.
     """
     seen: dict[str, int] = {}
     tree = ast.parse(source)
-    for function, place in _functions(tree, ""):
-        for node in function.body[1:] if ast.get_docstring(function) is not None else function.body:
-            for spot, change in _changes(node):
-                before, after = _short(spot), _short(ast.copy_location(change, spot))
-                text = f"{place}: {before} -> {after}"
-                seen[text] = seen.get(text, 0) + 1
-                yield Mutant(path, place, before, after, seen[text], spot, change, tree)
+    for function, name in _functions(tree, ""):
+        for place, change in _changes(function):
+            ast.copy_location(change, place.node)
+            text = f"{name}: {_short(place.node)} -> {_short(change)}"
+            seen[text] = seen.get(text, 0) + 1
+            yield Mutant(path, name, seen[text], place, change, tree)
 
 
 def _functions(node: ast.AST, place: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, str]]:
@@ -98,29 +113,29 @@ def _functions(node: ast.AST, place: str) -> Iterator[tuple[ast.FunctionDef | as
             yield from _functions(child, place)
 
 
-def _changes(node: ast.AST) -> Iterator[tuple["ast.expr | ast.stmt", "ast.expr | ast.stmt"]]:
-    """Yield a node and each thing that may stand in its place, for everything from this node on downwards."""
-    if isinstance(node, ast.Raise):
-        yield node, ast.Pass()
-        return
-    if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Call) and _is_error(node.func)):
-        return
-    if isinstance(node, (ast.expr, ast.stmt)):
-        for change in _of(node):
-            yield node, change
-    for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list", "args" if isinstance(node, _FUNCTIONS) else ""):
+def _changes(parent: ast.AST) -> "Iterator[tuple[_Place, ast.expr | ast.stmt]]":
+    """Yield every place below a node with each thing that may stand there instead."""
+    is_function = isinstance(parent, _FUNCTIONS)
+    left = ("annotation", "returns", "decorator_list", *(["args"] if is_function else []))
+    for name, value in ast.iter_fields(parent):
+        if name in left:
             continue
-        inner = value if isinstance(value, list) else [value]
-        if isinstance(node, _FUNCTIONS) and name == "body" and ast.get_docstring(node) is not None:
-            inner = inner[1:]
-        for child in inner:
-            if isinstance(child, ast.AST):
+        first = int(is_function and name == "body" and ast.get_docstring(parent) is not None)
+        children = list(enumerate(value))[first:] if isinstance(value, list) else [(None, value)]
+        for index, child in children:
+            if not isinstance(child, ast.AST) or _is_left(child):
+                continue
+            if isinstance(child, (ast.expr, ast.stmt)):
+                for change in _of(child):
+                    yield _Place(child, parent, name, index), change
+            if not isinstance(child, ast.Raise):
                 yield from _changes(child)
 
 
 def _of(node: "ast.expr | ast.stmt") -> "Iterator[ast.expr | ast.stmt]":
-    if isinstance(node, ast.Compare):
+    if isinstance(node, (ast.Raise, ast.Break, ast.Continue)):
+        yield ast.Pass()
+    elif isinstance(node, ast.Compare):
         for i, operator in enumerate(node.ops):
             for other in _OPERATORS[type(operator)]:
                 yield ast.Compare(node.left, [*node.ops[:i], other(), *node.ops[i + 1 :]], node.comparators)
@@ -135,7 +150,7 @@ def _of(node: "ast.expr | ast.stmt") -> "Iterator[ast.expr | ast.stmt]":
     elif isinstance(node, ast.Constant):
         yield from _constants(node.value)
     elif isinstance(node, ast.Call):
-        for i in range(len(node.keywords)):
+        for i in (i for i, keyword in enumerate(node.keywords) if not _is_left(keyword)):
             yield ast.Call(node.func, node.args, [*node.keywords[:i], *node.keywords[i + 1 :]])
     elif isinstance(node, (ast.IfExp, ast.If, ast.While)):
         changed = copy.copy(node)
@@ -148,8 +163,6 @@ def _of(node: "ast.expr | ast.stmt") -> "Iterator[ast.expr | ast.stmt]":
         yield ast.Pass()
     elif isinstance(node, ast.Return) and node.value is not None:
         yield ast.Return(ast.Constant(None))
-    elif isinstance(node, (ast.Break, ast.Continue)):
-        yield ast.Pass()
 
 
 def _constants(value: object) -> Iterator[ast.Constant]:
@@ -163,26 +176,11 @@ def _constants(value: object) -> Iterator[ast.Constant]:
         yield ast.Constant(f"{value}X")
 
 
-def _is_error(called: ast.expr) -> bool:
-    return isinstance(called, ast.Name) and called.id.endswith(("Error", "Warning"))
-
-
-class _Replace(ast.NodeTransformer):
-    """Replace the node that is at the same place and reads alike."""
-
-    def __init__(self, spot: ast.AST, change: ast.AST) -> None:
-        self.key, self.change, self.count = _key(spot), change, 0
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        if _key(node) == self.key:
-            self.count += 1
-            return self.change
-        return self.generic_visit(node)
-
-
-def _key(node: ast.AST) -> tuple[object, ...]:
-    places = (getattr(node, name, None) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset"))
-    return (type(node), *places)
+def _is_left(node: ast.AST) -> bool:
+    """Whether a node stays as it is: formatted texts, errors and their texts, and some keywords."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id.endswith(("Error", "Warning"))
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.keyword) and node.arg in _KEYWORDS_LEFT)
 
 
 def _short(node: ast.AST) -> str:
@@ -205,7 +203,7 @@ class Functions:
     def become(self, mutant: Mutant) -> None:
         """Replace the code of every function in the mutant's file with the mutant's code."""
         file = self.files[mutant.path]
-        for code in _codes(compile(mutant.tree, file, "exec")):
+        for code in _codes(mutant.compile(file)):
             for function in self.known.get((file, code.co_firstlineno, code.co_name), ()):
                 free = function.__code__.co_freevars
                 if set(code.co_freevars) <= set(free):  # fewer where a mutant has lost its `super()`

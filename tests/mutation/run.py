@@ -11,9 +11,9 @@ a survivor, until the tests do. Exit code 1 if a mutant survives that `explained
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +37,7 @@ TESTS = {
     "pipelines/scheduler.py": ["tests/test_schedulers.py"],  # more use it, and say less of what it does
     "data": ["tests/data"],
 }
+FORK = multiprocessing.get_context("fork")
 SURVIVED, KILLED, TIMED_OUT, NOT_REACHED = "survived", "killed", "timed out", "not reached"
 SECONDS, WAIT = 20, 120  # of the processor beyond ten times what the tests take; by the clock
 
@@ -120,28 +121,22 @@ def _outcome(mutant: Mutant, functions: Functions, items: list[pytest.Item], sec
     """Run tests in a fork that the mutant has taken over, and say what became of it."""
     if not items:
         return NOT_REACHED
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(1, 2)
-            limit = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime + 10 * seconds) + SECONDS
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-            functions.become(mutant)
-            code = int(not all(_passes(item, following) for item, following in zip_longest(items, items[1:])))
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + WAIT
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return TIMED_OUT if code < 0 else {0: SURVIVED}.get(code, KILLED)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return TIMED_OUT
+
+    def work() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        limit = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime + 10 * seconds) + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+        functions.become(mutant)
+        sys.exit(not all(_passes(item, following) for item, following in zip_longest(items, items[1:])))
+
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(WAIT)
+    process.kill()
+    process.join()
+    code = process.exitcode or 0
+    return TIMED_OUT if code < 0 else KILLED if code else SURVIVED
 
 
 def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:
@@ -150,25 +145,15 @@ def _passes(item: pytest.Item, following: pytest.Item | None) -> bool:
 
 
 def _in_a_fork(work: Any) -> Any:
-    """Do work in a fork and return its result, which has to be JSON."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            with os.fdopen(write, "w") as pipe:
-                json.dump(work(), pipe)
-            code = 0
-        finally:
-            if sys.exc_info()[1] is not None:
-                print(sys.exc_info()[1], file=sys.stderr, flush=True)
-            os._exit(code)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        raise RuntimeError("the tests do not pass without any mutant")
-    return json.loads(text)
+    """Return what `work` returns in a fork."""
+    read, write = FORK.Pipe(duplex=False)
+    process = FORK.Process(target=lambda: write.send(work()))
+    process.start()
+    write.close()
+    try:
+        return read.recv()
+    except EOFError:
+        raise RuntimeError("the tests do not pass without any mutant") from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Tiny runs for the tests of the trainers: a few triplets of 4x8x8 latents and the U-Net of `tests.tiny`."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -88,7 +88,7 @@ def make_trainer(
     """Build a trainer of 6 steps by default, from a fresh tiny pipeline with the same weights each time.
 
     The 6 steps of a progressive distillation are three rounds of two. The teacher of a distribution matching is a flow
-    with other weights in its network; its option `real` is an argument of the trainer.
+    with other weights in its network; its option `real_data` is an argument of the trainer.
     """
     trainer_class, config_class = TRAINERS[method]
     options = {**SHORT, **options}
@@ -98,7 +98,7 @@ def make_trainer(
     teacher: dict[str, Any] = {}
     if config_class is DistributionMatchingConfig:
         options = {"fake_updates": 2, **options}
-        teacher |= {"teacher": make_matching_teacher(), "real": options.pop("real", None)}
+        teacher |= {"teacher": make_matching_teacher(), "real_data": options.pop("real_data", None)}
     config = config_class(output_dir=output_dir, **options)
     return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
 
@@ -131,7 +131,7 @@ def record_unet_calls(trainer: Trainer[Any]) -> list[tuple[Tensor, Tensor, Tenso
     def before(module: Any, args: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
         calls.append((*args, kwargs["encoder_hidden_states"]))
 
-    trainer.student.register_forward_pre_hook(before, with_kwargs=True)
+    trainer.student.network.register_forward_pre_hook(before, with_kwargs=True)
     return calls
 
 
@@ -158,24 +158,19 @@ KILLED_RUN: dict[str, Any] = {
 }
 
 
-def main(triplets: str, *runs: str) -> None:
-    """Fork a process for each run, so that the imports cost once, and print the exit codes."""
+def train_to_kills(runs: list[tuple[Path, str, Path, str, int]]) -> list[int | None]:
+    """Train each run of (triplets, method, output, name, call) up to its kill, in a fork; return the exit codes."""
     torch.set_num_threads(1)
-    for run in runs:
-        child = os.fork()
-        if not child:
-            train_to_a_kill(triplets, *run.split(","))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=train_to_a_kill, args=run) for run in runs]
+    for process in processes:
+        process.start()
+        process.join()
+    return [process.exitcode for process in processes]
 
 
-def train_to_a_kill(triplets: str, method: str, output_dir: str, name: str, call: str) -> None:
+def train_to_a_kill(triplets: Path, method: str, output_dir: Path, name: str, call: int) -> None:
     """Train, and end this process by SIGKILL at one of its writes."""
     owner = Path if name == "replace" else checkpoint
-    fail_at(pytest.MonkeyPatch(), owner, name, int(call), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    make_trainer(method, TripletDataset(triplets), Path(output_dir), **KILLED_RUN).train()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    fail_at(pytest.MonkeyPatch(), owner, name, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    make_trainer(method, TripletDataset(triplets), output_dir, **KILLED_RUN).train()

@@ -33,14 +33,16 @@ def main(triplets: str, output: str, *runs: str) -> None:
         name, _, options = run.partition("=")
         given = {"method": "reflow", **json.loads(options or "{}")}
         if given["method"] == "dmd":
-            given["real"] = dataset
+            given["real_data"] = dataset
         trainer = make_trainer(dataset=dataset, output_dir=Path(output, name), **given)
         trainer.train()
         record = {
             "processes": trainer.accelerator.num_processes,
             "distributed_type": trainer.accelerator.distributed_type.value,
-            "sharded": any(hasattr(weight, "full_tensor") for weight in trainer.parameters),
-            "held": sum(getattr(weight, "to_local", lambda w=weight: w)().numel() for weight in trainer.parameters),
+            "sharded": any(hasattr(weight, "full_tensor") for weight in trainer.student.parameters),
+            "held": sum(
+                getattr(weight, "to_local", lambda w=weight: w)().numel() for weight in trainer.student.parameters
+            ),
         }
         Path(output, f"{name}-{trainer.accelerator.process_index}.json").write_text(json.dumps(record))
 

@@ -14,13 +14,14 @@ def test_the_unet_is_asked_at_the_noise_end_only(dataset: TripletDataset, output
     calls = record_unet_calls(trainer)
     for step in (1, 2):
         trainer.train_step(step)
-        rows, _, dropped = trainer.draw(step)
+        rows, _, dropped = trainer.sample_inputs(step)
         x_t, timestep, _ = calls[-1]
         assert torch.equal(timestep, torch.full((4,), 1000.0))
         assert torch.equal(x_t, dataset.rows(rows.tolist()).noise)
         assert not dropped.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["l2", "pseudo_huber"])
 def test_one_step_lands_near_the_data(loss: str, dataset: TripletDataset, output_dir: Path) -> None:
     error = one_step_error("distill", dataset, output_dir, max_steps=120, loss=loss)
@@ -30,11 +31,11 @@ def test_one_step_lands_near_the_data(loss: str, dataset: TripletDataset, output
 @pytest.mark.parametrize("loss", ["lpips", "lpips_huber"])
 def test_lpips_step(loss: str, backbone: Path, dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("distill", dataset, output_dir, loss=loss, lpips_weights=backbone)
-    before = [weight.detach().clone() for weight in trainer.parameters]
+    before = [weight.detach().clone() for weight in trainer.student.parameters]
     value, grad_norm = trainer.train_step(1)
     assert value > 0
     assert grad_norm > 0
-    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.student.parameters, strict=True))
     assert all(weight.grad is None for weight in trainer.pipeline.vae.parameters())
 
 

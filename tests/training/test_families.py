@@ -39,7 +39,8 @@ FINISHED: dict[str, type[Any]] = {
     "sd3": StableDiffusion3Pipeline,
     "flux": FluxPipeline,
 }
-FAST = ("diffusion", "xl", "sd3", "flux")  # one of each architecture
+# Of each kind but the very slow ones.
+MARKS: dict[str, Any] = {"diffusion": (), "sd3": (), "xl": pytest.mark.slow, "flux": pytest.mark.slow}
 FIT: dict[str, Any] = {
     "max_steps": 20,
     "batch_size": 8,
@@ -83,14 +84,14 @@ def one_step_error(pipeline: Any, dataset: TripletDataset, network: Any = None) 
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow) for kind in FINISHED]
+    "kind", [pytest.param(kind, marks=MARKS.get(kind, pytest.mark.very_slow)) for kind in FINISHED]
 )
 def test_reflow_straightens_and_the_folder_draws(kind: str, tmp_path: Path) -> None:
     teacher = make_teacher(kind)
     dataset = make_triplets(teacher, tmp_path / "triplets")
     assert dataset.manifest.latent_shape == (4, 8, 8)
     trainer = ReflowTrainer(teacher, dataset, ReflowConfig(output_dir=tmp_path / "run", prompt_dropout=0.0, **FIT))
-    error = one_step_error(teacher, dataset, trainer.student)
+    error = one_step_error(teacher, dataset, trainer.student.network)
     trainer.train()
     for pipeline_class in (DiffusionPipeline, FINISHED[kind]):
         pipeline: Any = pipeline_class.from_pretrained(tmp_path / "run")

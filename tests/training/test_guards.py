@@ -22,7 +22,7 @@ from tests.training.helpers import TRAINERS, digests, fail_at, make_ends, make_t
 
 def turn_round(trainer: Any, factor: float) -> None:
     """Let a tiny student answer a multiple of the noise at the noise end, as a trained model nearly does."""
-    student = trainer.student
+    student = trainer.student.network
     with torch.no_grad():
         student.conv_out.weight.zero_()
         student.conv_out.bias.zero_()
@@ -102,9 +102,9 @@ def test_a_shift_counts_and_its_absence_is_zero() -> None:
 
 def test_a_second_run_in_the_same_folder_is_refused(output_dir: Path) -> None:
     output = RunFolder(output_dir)
-    with output.held(), pytest.raises(OSError, match=r"Another process is training into .* another output_dir"):
-        output.held().__enter__()
-    with output.held():  # it is free again
+    with output.locked(), pytest.raises(OSError, match=r"Another process is training into .* another output_dir"):
+        output.locked().__enter__()
+    with output.locked():  # it is free again
         pass
 
 
@@ -163,7 +163,7 @@ def test_too_small_a_disk_is_found_before_the_first_step(
     dataset: TripletDataset, output_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer("reflow", dataset, output_dir)
-    size = 4 * sum(weight.nbytes for weight in trainer.parameters)
+    size = 4 * sum(weight.nbytes for weight in trainer.student.parameters)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 3 * size - 1))
     with pytest.raises(OSError, match=r"No space left in .* for the 2 checkpoints to keep and the one being written"):
         trainer.train()

@@ -13,23 +13,17 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.model_card import Card, base_model_of
-from tests.hub.client import Client, start_client, the_hub
-from tests.hub.server import Hub
+from tests.hub.client import Client
+from tests.hub.server import Hub, the_hub
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
-
-
-@pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
-    with start_client(with_us=True) as client:
-        yield client
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     hub = the_hub()
     yield hub
-    hub.out_of_order = False
+    hub.recover()
 
 
 def train_and_push(triplets: Path, output_dir: Path, token: str | None, **options: Any) -> str | None:
@@ -110,12 +104,12 @@ def test_an_upload_that_failed_is_made_by_the_same_command(
 ) -> None:
     repo_id = "somebody/later"
     make_trainer("distill", dataset, output_dir, max_steps=2).train()
-    hub.out_of_order = True
+    hub.fail()
     error = client.call(train_and_push, dataset.folder, output_dir, "hf_x", hub_model_id=repo_id)
     assert error is not None
     assert f"The finished model is in {output_dir}, but its upload to '{repo_id}' failed" in error
     assert "Run the same again to upload it" in error
-    hub.out_of_order = False
+    hub.recover()
     assert client.call(train_and_push, dataset.folder, output_dir, "hf_x", hub_model_id=repo_id) is None
     assert "model_index.json" in files_of(hub, repo_id)
 

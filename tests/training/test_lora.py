@@ -24,12 +24,14 @@ LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 1.0, "warmup_steps": 0}
 @pytest.mark.parametrize("method", TRAINERS)
 def test_a_step_changes_the_adapter_alone(method: str, dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer(method, dataset, output_dir, **LORA)
-    before = {name: weight.detach().clone() for name, weight in trainer.student.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in trainer.student.network.named_parameters()}
     for step in (1, 2):  # the first matrices only learn once the second ones are not zero any more
         trainer.train_step(step)
-    changed = {name for name, weight in trainer.student.named_parameters() if not torch.equal(weight, before[name])}
+    changed = {
+        name for name, weight in trainer.student.network.named_parameters() if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if ".lora_" in name}
-    assert len(changed) == len(trainer.parameters) == len(trainer.ema.shadow_params) == 64
+    assert len(changed) == len(trainer.student.parameters) == len(trainer.student.ema.shadow_params) == 64
 
 
 def test_before_the_first_step_the_model_answers_as_it_did(dataset: TripletDataset, output_dir: Path) -> None:
@@ -109,7 +111,7 @@ def test_gradient_checkpointing_reaches_the_adapter(dataset: TripletDataset, tmp
 
 def test_other_layers_may_be_chosen(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, lora_target_modules=("conv1", "attn2.to_k"), **LORA)
-    layers = {name.split(".lora_")[0] for name in trainer.named(trainer.parameters)}
+    layers = {name.split(".lora_")[0] for name in trainer.student.named(trainer.student.parameters)}
     assert layers
     assert all(layer.endswith((".conv1", ".attn2.to_k")) for layer in layers)
 

@@ -15,7 +15,7 @@ from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
-from rectified_diffusers.training.dmd import DistributionMatchingTrainer, matching_gradient
+from rectified_diffusers.training.dmd import DistributionMatchingTrainer, MatchingBatch, matching_gradient
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, digests, make_dataset, make_matching_teacher, make_trainer
 
@@ -109,9 +109,10 @@ def test_the_students_gradient_is_that_of_its_data(dataset: TripletDataset, outp
     """The loss says nothing of how the two velocities would change with the data."""
     trainer = make_gaussian(dataset, output_dir)
     with torch.no_grad():
-        trainer.fake.mean.zero_()
-    batch, t = dataset.rows(range(4)), torch.full((4,), 0.5)
-    new_noise = torch.randn(batch.noise.shape)
+        trainer.fake_score.network.mean.zero_()
+    triplets, t = dataset.rows(range(4)), torch.full((4,), 0.5)
+    new_noise = torch.randn(triplets.noise.shape)
+    batch = MatchingBatch(triplets.prompts, triplets.noise, triplets.data, new_noise=new_noise)
     made: list[Tensor] = []
     velocity_of = trainer.one_step_velocity
 
@@ -121,7 +122,7 @@ def test_the_students_gradient_is_that_of_its_data(dataset: TripletDataset, outp
         return made[0]
 
     trainer.one_step_velocity = kept
-    losses = trainer.compute_loss(batch, t, new_noise)
+    losses = trainer.compute_loss(batch, t)
     losses.sum().backward()
     data = (batch.noise + made[0]).detach()
     x_t = (data + new_noise) / 2
@@ -131,14 +132,14 @@ def test_the_students_gradient_is_that_of_its_data(dataset: TripletDataset, outp
     assert made[0].grad is not None
     torch.testing.assert_close(made[0].grad, expected / data[0].numel())
     torch.testing.assert_close(losses.detach(), expected.square().mean((1, 2, 3)) / 2)
-    assert trainer.fake.mean.grad is None
+    assert trainer.fake_score.network.mean.grad is None
     assert trainer.teacher.mean.grad is None
 
 
 def test_the_guided_teacher_is_asked_once(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_matching(dataset, output_dir, teacher_guidance_scale=3.0)
     batch, t = dataset.rows(range(4)), torch.tensor([0.1, 0.4, 0.6, 0.9])
-    text, null = (trainer.ask_teacher(batch.noise, t, prompts) for prompts in (batch.prompts, [""] * 4))
+    text, null = (trainer.predict_teacher(batch.noise, t, prompts) for prompts in (batch.prompts, [""] * 4))
     sizes: list[int] = []
     trainer.teacher.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     found = trainer.teacher_velocity(batch.noise, t, trainer.prompt_encoder(batch.prompts))
@@ -152,12 +153,13 @@ def test_the_guided_teacher_is_asked_once(dataset: TripletDataset, output_dir: P
 # ------------------------------------------------------------------------------------------------ what is learnt
 
 
+@pytest.mark.slow
 def test_the_student_moves_to_the_teachers_distribution(dataset: TripletDataset, output_dir: Path) -> None:
     options: dict[str, Any] = {"max_steps": 100, "learning_rate": 5e-2, "fake_learning_rate": 1e-1, "fake_updates": 2}
     options |= {"warmup_steps": 0, "lr_schedule": "cosine", "weight_decay": 0.0, "batch_size": 8}
     trainer = make_gaussian(dataset, output_dir, **options)
     losses = [trainer.train_step(step)[0] for step in range(1, 101)]
-    for network in (trainer.student, trainer.fake):
+    for network in (trainer.student.network, trainer.fake_score.network):
         torch.testing.assert_close(network.mean.detach().flatten(), MEANS, rtol=0, atol=0.1)
     assert torch.equal(trainer.teacher.mean.flatten(), MEANS)
     assert sum(losses[-10:]) < sum(losses[5:15]) / 10
@@ -168,52 +170,56 @@ def test_the_fake_velocity_follows_the_student(dataset: TripletDataset, output_d
     options: dict[str, Any] = {"learning_rate": 1e-12, "fake_learning_rate": 5e-2, "weight_decay": 0.0}
     trainer = make_gaussian(dataset, output_dir, first_fake_updates=80, warmup_steps=0, batch_size=8, **options)
     with torch.no_grad():
-        trainer.student.mean.fill_(-0.5)
+        trainer.student.network.mean.fill_(-0.5)
     trainer.train_step(1)
-    torch.testing.assert_close(trainer.fake.mean.detach(), torch.full((4, 1, 1), -0.5), rtol=0, atol=0.15)
+    torch.testing.assert_close(
+        trainer.fake_score.network.mean.detach(), torch.full((4, 1, 1), -0.5), rtol=0, atol=0.15
+    )
 
 
 def test_a_step_is_some_updates_of_the_fake_and_one_of_the_student(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_matching(dataset, output_dir, fake_updates=3, first_fake_updates=2)
     teacher, fake, student = (
         [weight.detach().clone() for weight in network.parameters()]
-        for network in (trainer.teacher, trainer.fake, trainer.student)
+        for network in (trainer.teacher, trainer.fake_score.network, trainer.student.network)
     )
     assert all(torch.equal(a, b) for a, b in zip(teacher, fake, strict=True))
     calls: list[str] = []
-    for name, update in (("fake", trainer.fake_optimizer), ("student", trainer.optimizer)):
+    for name, update in (("fake", trainer.fake_score.optimizer), ("student", trainer.student.optimizer)):
         update.optimizer.register_step_post_hook(lambda *_, name=name: calls.append(name))
     figures = trainer.train_step(1)
-    assert len(figures) == len(trainer.figures)
+    assert len(figures) == len(trainer.metrics)
     assert all(math.isfinite(figure) and figure > 0 for figure in figures)
     trainer.train_step(2)
     assert calls == ["fake"] * 5 + ["student"] + ["fake"] * 3 + ["student"]
     assert all(torch.equal(a, b) for a, b in zip(teacher, trainer.teacher.parameters(), strict=True))
-    for before, network in ((fake, trainer.fake), (student, trainer.student)):
+    for before, network in ((fake, trainer.fake_score.network), (student, trainer.student.network)):
         assert not any(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def test_the_fake_velocity_has_its_own_learning_rate(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_matching(dataset, output_dir, warmup_steps=4, learning_rate=1e-3, fake_learning_rate=2e-3)
     trainer.train_step(2)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in (trainer.optimizer, trainer.fake_optimizer)]
+    rates = [
+        optimizer.param_groups[0]["lr"] for optimizer in (trainer.student.optimizer, trainer.fake_score.optimizer)
+    ]
     assert rates == pytest.approx([5e-4, 1e-3])
 
 
 def test_noise_is_new_or_that_of_the_triplets(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_matching(dataset, output_dir)
-    drawn = trainer.draw(1)
+    drawn = trainer.sample_inputs(1)
     rows, t, noise, new_noise = drawn
-    assert torch.equal(trainer.on_device(*drawn)[0].noise, noise)
+    assert torch.equal(trainer.load_inputs(*drawn)[0].noise, noise)
     assert not torch.equal(noise, new_noise)
-    assert not torch.equal(trainer.draw(1, "/fake-0")[2], noise)
-    assert all(torch.equal(a, b) for a, b in zip(trainer.draw(1), drawn, strict=True))
+    assert not torch.equal(trainer.sample_inputs(1, "/fake-0")[2], noise)
+    assert all(torch.equal(a, b) for a, b in zip(trainer.sample_inputs(1), drawn, strict=True))
     assert 0.02 <= t.min() <= t.max() <= 0.98
     coupled = make_matching(dataset, output_dir, regression_weight=0.5)
-    batch = coupled.on_device(*drawn)[0]
+    batch = coupled.load_inputs(*drawn)[0]
     assert torch.equal(batch.noise, dataset.rows(rows).noise)
-    whole = coupled.compute_loss(batch, t, new_noise)
-    matching = trainer.compute_loss(batch, t, new_noise)
+    whole = coupled.compute_loss(batch, t)
+    matching = trainer.compute_loss(batch, t)
     velocity = trainer.predict_velocity(batch.noise, torch.zeros(len(t)), batch.prompts)
     distance = (batch.noise + velocity - batch.data).square().mean((1, 2, 3))
     torch.testing.assert_close(whole, matching + 0.5 * distance)
@@ -246,7 +252,7 @@ def test_other_teachers(kind: Any, dataset: TripletDataset, output_dir: Path, tm
             expected = scheduler.step(answer, 500, alpha * data + sigma * noise)
             t = alpha / (alpha + sigma)
             x_t = t * data + (1 - t) * noise
-            found = x_t + (1 - t) * trainer.ask(trainer.real, trainer.teacher, x_t, t[None], told)
+            found = x_t + (1 - t) * trainer.predict(trainer.teacher_denoiser, trainer.teacher, x_t, t[None], told)
         scheduler_expected = expected.pred_original_sample
         torch.testing.assert_close(found, scheduler_expected, rtol=1e-3, atol=1e-3)
     trainer.train()
@@ -263,7 +269,8 @@ def test_a_batch_may_be_cut_into_micro_batches(dataset: TripletDataset, tmp_path
         trainer = make_matching(dataset, tmp_path / str(size), micro_batch_size=size, **options)
         figures = torch.tensor([trainer.train_step(step) for step in (1, 2)])
         weights = [
-            torch.cat([w.detach().flatten() for w in net.parameters()]) for net in (trainer.student, trainer.fake)
+            torch.cat([w.detach().flatten() for w in net.parameters()])
+            for net in (trainer.student.network, trainer.fake_score.network)
         ]
         results.append((figures, *weights))
     whole, cut = results
@@ -352,7 +359,7 @@ def test_a_checkpoint_needs_room_for_the_fake_velocity(dataset: TripletDataset, 
 
 
 def test_a_student_has_to_predict_a_velocity(dataset: TripletDataset, output_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs a student that predicts a velocity, got StableDiffusionPipeline"):
+    with pytest.raises(ValueError, match=r"needs a pipeline that predicts a velocity, got StableDiffusionPipeline"):
         make_matching(dataset, output_dir, kind="diffusion")
     make_matching(dataset, output_dir, kind="diffusion", initialisation="snr_matching")
 
@@ -381,7 +388,7 @@ def test_sharded_weights_are_refused(
     dataset: TripletDataset, output_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rectified_diffusers.training.trainer.is_sharded", lambda accelerator: True)
-    with pytest.raises(ValueError, match=r"two networks in turn, which FSDP is not told of"):
+    with pytest.raises(ValueError, match=r"two networks in turn, which FSDP does not support"):
         make_matching(dataset, output_dir)
 
 

@@ -21,7 +21,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.checkpoint import read_checkpoint
-from rectified_diffusers.training.sharding import is_sharded, shared_out, whole
+from rectified_diffusers.training.sharding import full, is_sharded, shard_like
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, digests, make_trainer
 
@@ -90,7 +90,7 @@ def test_the_command_line_is_the_python_api(dataset: TripletDataset, alone: Path
     assert digests(tmp_path / "run")[weights] == digests(alone)[weights]
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, alone: Path, tmp_path: Path) -> None:
     make_tiny_pipeline().save_pretrained(tmp_path / "model")
     words = ["accelerate", "launch", "--config_file", str(CONFIGS / "cpu_2.yaml"), "--main_process_port", "PORT"]
@@ -105,11 +105,11 @@ def test_accelerate_launch_with_two_processes_is_one(dataset: TripletDataset, al
     assert isinstance(RectifiedFlowPipeline.from_pretrained(tmp_path / "run"), RectifiedFlowPipeline)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletDataset, tmp_path: Path) -> None:
     """Student, fake velocity and discriminator: two networks in turn, each with its own gradients to share."""
     options = {"max_steps": 2, "fake_updates": 2, "first_fake_updates": 1}
-    make_trainer("dmd", dataset, tmp_path / "alone", real=dataset, **options).train()
+    make_trainer("dmd", dataset, tmp_path / "alone", real_data=dataset, **options).train()
     run = f"two={json.dumps({'method': 'dmd', **options})}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
     words = ["-m", "tests.training.processes", str(dataset.folder), str(tmp_path), run]
@@ -118,7 +118,7 @@ def test_distribution_matching_on_two_processes_is_that_on_one(dataset: TripletD
     check_that_they_agree(tensors(tmp_path / "two", 2), tensors(tmp_path / "alone", 2))
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_weights_shared_out_by_fsdp_are_those_of_one_process(
     dataset: TripletDataset, alone: Path, tmp_path: Path
 ) -> None:
@@ -200,7 +200,7 @@ def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_of_one_process_is_whole() -> None:
     weight = torch.nn.Parameter(torch.randn(3))
-    assert whole(weight).data_ptr() == weight.data_ptr()
-    assert not whole(weight).requires_grad
+    assert full(weight).data_ptr() == weight.data_ptr()
+    assert not full(weight).requires_grad
     value = torch.randn(3)
-    assert shared_out(value, weight) is value
+    assert shard_like(value, weight) is value

@@ -32,7 +32,7 @@ def test_steps_are_halved_round_by_round(dataset: TripletDataset, output_dir: Pa
     assert trainer.config.max_steps == 6
     assert [trainer.steps_of(step) for step in range(1, 7)] == [4, 4, 2, 2, 1, 1]
     for step, times in ((1, [0.0, 0.25, 0.5, 0.75]), (3, [0.0, 0.5]), (5, [0.0])):
-        assert sorted(set(trainer.draw(step)[1].tolist())) == times
+        assert sorted(set(trainer.sample_inputs(step)[1].tolist())) == times
 
 
 def test_the_target_is_where_two_steps_of_the_teacher_lead(dataset: TripletDataset, output_dir: Path) -> None:
@@ -55,10 +55,10 @@ def test_the_first_teacher_is_guided(dataset: TripletDataset, output_dir: Path) 
     text, null = (
         trainer.predict_velocity(batch.noise, t, prompts, trainer.teacher) for prompts in (batch.prompts, [""] * 4)
     )
-    found = trainer.ask_teacher(batch.noise, t, batch.prompts)
+    found = trainer.predict_teacher(batch.noise, t, batch.prompts)
     torch.testing.assert_close(found, (null + 3 * (text - null)).detach())
     trainer.step = 3  # of the second round, whose teacher has learnt it
-    torch.testing.assert_close(trainer.ask_teacher(batch.noise, t, batch.prompts), text.detach())
+    torch.testing.assert_close(trainer.predict_teacher(batch.noise, t, batch.prompts), text.detach())
 
 
 def test_a_round_begins_with_the_average_of_the_last(dataset: TripletDataset, output_dir: Path) -> None:
@@ -67,13 +67,15 @@ def test_a_round_begins_with_the_average_of_the_last(dataset: TripletDataset, ou
     for step in (1, 2):
         trainer.train_step(step)
     assert all(torch.equal(weight, first[name]) for name, weight in trainer.teacher.named_parameters())
-    average = {name: weight.clone() for name, weight in trainer.named(trainer.ema.shadow_params).items()}
+    average = {
+        name: weight.clone() for name, weight in trainer.student.named(trainer.student.ema.shadow_params).items()
+    }
     trainer.step = 3
     trainer.begin_round()
-    for network in (trainer.teacher, trainer.student):
+    for network in (trainer.teacher, trainer.student.network):
         assert all(torch.equal(weight, average[name]) for name, weight in network.named_parameters())
-    assert not trainer.optimizer.optimizer.state
-    assert trainer.ema.optimization_step == 0
+    assert not trainer.student.optimizer.optimizer.state
+    assert trainer.student.ema.optimization_step == 0
     assert not any(torch.equal(weight, first[name]) for name, weight in trainer.teacher.named_parameters())
 
 
@@ -98,6 +100,7 @@ def test_noise_is_new_at_every_step_or_that_of_the_triplets(dataset: TripletData
     assert torch.equal(coupled.noise, stored.noise)
 
 
+@pytest.mark.slow
 def test_a_student_of_one_step_ends_near_its_teacher_of_four(dataset: TripletDataset, output_dir: Path) -> None:
     options: dict[str, Any] = {"teacher_steps": 4, "steps_per_round": 60, "prompt_dropout": 0.0, "ema_decay": 0.8}
     trainer = make_progressive(
@@ -105,9 +108,9 @@ def test_a_student_of_one_step_ends_near_its_teacher_of_four(dataset: TripletDat
     )
     batch = dataset.rows(range(4))
     with torch.no_grad():  # a random U-Net hardly moves anything, and along straight lines
-        for network in (trainer.student, trainer.teacher):
+        for network in (trainer.student.network, trainer.teacher):
             network.conv_out.weight.mul_(30)
-        trainer.ema = trainer.make_ema()
+        trainer.student.start_average()
     expected = ends_of(trainer, trainer.teacher, batch.noise, batch.prompts, 4)
     before = ends_of(trainer, trainer.teacher, batch.noise, batch.prompts, 1)
     student = trainer.train()
@@ -156,7 +159,7 @@ def test_a_run_may_go_on_to_fewer_steps(whole: Path, dataset: TripletDataset, ou
 
 
 def test_a_teacher_has_to_predict_a_velocity(dataset: TripletDataset, output_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs a teacher that predicts a velocity, got Stable"):
+    with pytest.raises(ValueError, match=r"needs a pipeline that predicts a velocity, got Stable"):
         ProgressiveTrainer(make_tiny_pipeline("diffusion"), dataset, ProgressiveConfig(output_dir=output_dir))
 
 

@@ -1,8 +1,7 @@
 """A run that was stopped, killed or damaged ends in the files of a run that was not, bit for bit."""
 
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,17 @@ from rectified_diffusers import files as files_module
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import checkpoint
 from rectified_diffusers.training.trainer import Trainer
-from tests.training.helpers import KILLED_RUN, TRAINERS, digests, fail_at, make_ends, make_trainer, write_dataset
+from tests.forks import call_in_fork
+from tests.training.helpers import (
+    KILLED_RUN,
+    TRAINERS,
+    digests,
+    fail_at,
+    make_ends,
+    make_trainer,
+    train_to_kills,
+    write_dataset,
+)
 
 
 class Stop(BaseException):
@@ -28,10 +37,10 @@ def stop() -> None:
 # checkpoint after the third step, the first one of the second round, with its teacher. A checkpoint of distribution
 # matching has five files.
 KILLS = {
-    "reflow": ("save_file", "5"),
-    "distill": ("replace", "9"),
-    "progressive": ("save_file", "7"),
-    "dmd": ("save_file", "9"),
+    "reflow": ("save_file", 5),
+    "distill": ("replace", 9),
+    "progressive": ("save_file", 7),
+    "dmd": ("save_file", 9),
 }
 
 
@@ -39,10 +48,8 @@ KILLS = {
 def killed(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Let a run of each method, in a process of its own, be ended by SIGKILL."""
     folders = {method: tmp_path_factory.mktemp(method) for method in KILLS}
-    runs = [",".join([method, str(folders[method]), *KILLS[method]]) for method in KILLS]
-    command = [sys.executable, "-m", "tests.training.helpers", str(dataset.folder), *runs]
-    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert ended.stdout.split() == ["-9"] * len(KILLS), ended.stderr
+    runs = [(dataset.folder, method, folders[method], *KILLS[method]) for method in KILLS]
+    assert call_in_fork(train_to_kills, runs) == [-signal.SIGKILL] * len(KILLS)
     return folders
 
 
@@ -172,7 +179,7 @@ def test_dropout_resumes(dataset: TripletDataset, tmp_path: Path) -> None:
 
     def run(folder: Path, max_steps: int) -> torch.nn.Module:
         trainer = make_trainer("reflow", dataset, folder, max_steps=max_steps)
-        for module in trainer.student.modules():
+        for module in trainer.student.network.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.5
         return trainer.train()

@@ -33,9 +33,9 @@ def test_a_step_changes_every_trainable_parameter_and_no_frozen_one(
         name: part.state_dict() for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
     }
     frozen = {name: {key: value.clone() for key, value in part.items()} for name, part in teacher.items()}
-    before = [weight.detach().clone() for weight in trainer.parameters]
+    before = [weight.detach().clone() for weight in trainer.student.parameters]
     trainer.train_step(1)
-    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True)]
+    changed = [not torch.equal(a, b) for a, b in zip(before, trainer.student.parameters, strict=True)]
     assert all(changed)
     assert frozen.keys() == {"unet", "vae", "text_encoder"}
     for name, part in teacher.items():
@@ -44,7 +44,7 @@ def test_a_step_changes_every_trainable_parameter_and_no_frozen_one(
 
 def losses_and_weights(trainer: Trainer[Any], steps: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     losses = torch.tensor([trainer.train_step(step) for step in range(1, steps + 1)])
-    return losses, torch.cat([weight.detach().flatten() for weight in trainer.parameters])
+    return losses, torch.cat([weight.detach().flatten() for weight in trainer.student.parameters])
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 3])
@@ -68,10 +68,13 @@ def test_gradient_checkpointing_changes_nothing(dataset: TripletDataset, tmp_pat
 
 def test_what_a_step_sees_is_a_function_of_seed_and_step(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, batch_size=64)
-    first = trainer.draw(1)
+    first = trainer.sample_inputs(1)
     torch.rand(3)  # the global state has no part in it
-    assert all(torch.equal(a, b) for a, b in zip(first, trainer.draw(1), strict=True))
-    others = [trainer.draw(2), make_trainer("reflow", dataset, output_dir, batch_size=64, seed=1).draw(1)]
+    assert all(torch.equal(a, b) for a, b in zip(first, trainer.sample_inputs(1), strict=True))
+    others = [
+        trainer.sample_inputs(2),
+        make_trainer("reflow", dataset, output_dir, batch_size=64, seed=1).sample_inputs(1),
+    ]
     assert all(not torch.equal(first[i], other[i]) for i in (0, 1) for other in others)
     assert set(first[0].tolist()) == set(range(len(dataset)))
 
@@ -82,30 +85,30 @@ def test_warmup_and_schedule(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, warmup_steps=0, max_steps=10, lr_schedule="linear")
     assert trainer.learning_rate(10) == 0
     trainer.train_step(5)
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert trainer.student.optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
 
 
 def test_ema_starts_from_the_teacher_and_averages(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, warmup_steps=0)
-    for shadow, weight in zip(trainer.ema.shadow_params, trainer.pipeline.unet.parameters(), strict=True):
+    for shadow, weight in zip(trainer.student.ema.shadow_params, trainer.pipeline.unet.parameters(), strict=True):
         assert torch.equal(shadow, weight)
-    visited = [trainer.parameters[0].detach().clone()]
+    visited = [trainer.student.parameters[0].detach().clone()]
     for step in (1, 2, 3):
         trainer.train_step(step)
-        visited.append(trainer.parameters[0].detach().clone())
+        visited.append(trainer.student.parameters[0].detach().clone())
     # The decay begins with 2/11, 3/12, ... and rises to ema_decay, so that the initial weights are soon forgotten.
     expected = visited[0]
     for decay, weight in zip((2 / 11, 3 / 12, 4 / 13), visited[1:], strict=True):
         expected = decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(trainer.ema.shadow_params[0], expected)
+    torch.testing.assert_close(trainer.student.ema.shadow_params[0], expected)
 
 
 def test_the_output_is_a_whole_pipeline_with_ema_weights(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("distill", dataset, output_dir, "diffusion", max_steps=2)
     unet = trainer.train()
     assert not unet.training
-    assert unet is not trainer.student
-    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), trainer.ema.shadow_params, strict=True))
+    assert unet is not trainer.student.network
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), trainer.student.ema.shadow_params, strict=True))
     for pipeline_class in (RectifiedFlowPipeline, DiffusionPipeline):
         pipeline = pipeline_class.from_pretrained(output_dir)
         assert isinstance(pipeline, RectifiedFlowPipeline)
@@ -138,7 +141,7 @@ def test_validation_pictures(method: str, rows: int, dataset: TripletDataset, ou
     with Image.open(output_dir / "validation" / names[0]) as sheet:
         assert sheet.size == (3 * 32, rows * 32)
         sheet.load()
-    assert trainer.student.training
+    assert trainer.student.network.training
 
 
 def test_validation_leaves_the_training_alone(dataset: TripletDataset, tmp_path: Path) -> None:
@@ -158,17 +161,17 @@ def test_nan_loss_stops_before_it_is_written(
     poisoned = False
     trainer.train_step(1)
     trainer.save(1)
-    weights = [weight.detach().clone() for weight in trainer.parameters]
+    weights = [weight.detach().clone() for weight in trainer.student.parameters]
     poisoned = True
     with pytest.raises(FloatingPointError, match=r"Step 2 has loss inf .*step-00000001.*Lower learning_rate"):
         trainer.train_step(2)
-    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.student.parameters, strict=True))
 
 
 def test_nan_loss_before_the_first_checkpoint(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("distill", dataset, output_dir)
     with torch.no_grad():
-        trainer.parameters[0].fill_(torch.nan)
+        trainer.student.parameters[0].fill_(torch.nan)
     with pytest.raises(FloatingPointError, match=r"Step 1 has loss nan .*checkpoint: none yet"):
         trainer.train()
     assert not (output_dir / "checkpoints").exists()
@@ -208,7 +211,7 @@ def test_processes_share_the_batch(dataset: TripletDataset, tmp_path: Path, monk
     for index in (0, 1):
         monkeypatch.setattr(Accelerator, "process_index", index)
         trainer.train_step(1)
-    rows, _, dropped = trainer.draw(1)
+    rows, _, dropped = trainer.sample_inputs(1)
     assert torch.equal(torch.cat([part[0] for part in seen]), rows)
     assert torch.equal(torch.cat([part[1] for part in seen]), dropped)
 

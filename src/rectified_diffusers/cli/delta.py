@@ -50,7 +50,7 @@ def _add_make(actions: Any) -> argparse.ArgumentParser:
 
 
 def _add_apply(actions: Any) -> argparse.ArgumentParser:
-    text = "Add differences to the U-Net of a pipeline, and save it as a new pipeline."
+    text = "Add differences or LyCORIS files to a pipeline, and save it as a new pipeline."
     parser = actions.add_parser("apply", help=text, description=text)
     parser.add_argument(
         "--model", type=expanduser, required=True, help="Pipeline folder or Hub id that they are added to (required)"
@@ -106,7 +106,7 @@ def run_apply(arguments: argparse.Namespace) -> None:
         load_weight_delta(name, variant=None if Path(name).is_file() else arguments.variant) for name, _ in named
     ]
     pipeline = load_pipeline(arguments.model, "cpu", arguments.dtype)
-    apply_weight_delta(pipeline.unet, deltas, [scale for _, scale in named], keep_undo=False)
+    apply_weight_delta(pipeline, deltas, [scale for _, scale in named], keep_undo=False)
     if arguments.components_from is not None:
         swap_components(pipeline, arguments.components_from)
     with without_bars_of_libraries():

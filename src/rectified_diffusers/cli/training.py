@@ -115,7 +115,7 @@ def run_training(arguments: argparse.Namespace) -> None:
     own: dict[str, Any] = {}
     if "teacher" in arguments:
         own["teacher"] = load_pipeline(arguments.teacher, "cpu", "float32")
-        own["real"] = open_triplets(real) if real else None
+        own["real_data"] = open_triplets(real) if real else None
     try:
         trainer = trainers[arguments.config_class](pipeline, open_triplets(arguments.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not support

@@ -125,7 +125,7 @@ def _noise(
             f"inversion_time must be above {velocity.start:.3f}, where the teacher's noise schedule begins, got "
             f"{begin}."
         )
-    state = (begin * data.float() + (1 - begin) * new_noise).to(teacher.denoiser.device)
+    state = (begin * data.float() + (1 - begin) * new_noise).to(teacher.network.device)
     with teacher.autocast():
         state = heun(velocity, state, config.num_inference_steps, begin, velocity.start)
     return teacher.round(velocity.noise_at_start(state)).cpu()

@@ -31,14 +31,14 @@ class Teacher:
     """
 
     pipeline: Any
-    denoiser: Any
+    network: Any
     config: StoredTripletConfig
     latent_shape: tuple[int, int, int]
 
     @classmethod
     def of(cls, pipeline: Any, config: TripletConfig) -> "Teacher":
         """Return a teacher with the solver and the latent shape that the options specify."""
-        _denoiser(pipeline)  # raises for unsupported pipelines
+        _network_of(pipeline)  # raises for unsupported pipelines
         shape = latent_shape(pipeline, config.height, config.width)
         return cls.adapt(pipeline, config, make_solver(pipeline.scheduler, config.solver), shape)
 
@@ -47,29 +47,29 @@ class Teacher:
         cls, pipeline: Any, config: StoredTripletConfig, scheduler: Any, shape: tuple[int, int, int]
     ) -> "Teacher":
         """Return a teacher with this scheduler and without a progress bar."""
-        denoiser = _denoiser(pipeline)
+        network = _network_of(pipeline)
         for name, model in _models(pipeline).items():
             if model.training:
                 raise ValueError(
-                    f"The teacher's {name} is in training mode, where dropout makes its answers random; "
+                    f"The teacher's {name} is in training mode, where dropout makes its outputs random; "
                     f"call pipeline.{name}.eval() first."
                 )
         adapted = copy.copy(pipeline)
         adapted.scheduler = scheduler
         adapted.set_progress_bar_config(disable=True)
-        return cls(adapted, denoiser, config, shape)
+        return cls(adapted, network, config, shape)
 
     def autocast(self) -> torch.autocast:
         """Return the context manager that runs forward passes in the precision of the options."""
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
-        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
+        return torch.autocast(self.network.device.type, dtype, enabled=dtype is not None)
 
     def round(self, noise: Tensor) -> Tensor:
         """Round noise to the storage dtype so that the teacher's dtype can also represent every value exactly.
 
         Rounding to the teacher's dtype first ensures this for any pair of float16, bfloat16 and float32.
         """
-        return noise.to(self.denoiser.dtype).to(getattr(torch, self.config.storage_dtype))
+        return noise.to(self.network.dtype).to(getattr(torch, self.config.storage_dtype))
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], noise: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Teacher:
                 width=self.latent_shape[2] * factor,
                 num_inference_steps=self.config.num_inference_steps,
                 guidance_scale=self.config.guidance_scale,
-                latents=(pack(noise) if packed else noise).to(self.denoiser.dtype),
+                latents=(pack(noise) if packed else noise).to(self.network.dtype),
                 output_type="latent",
                 return_dict=False,
             )[0]
@@ -95,8 +95,8 @@ class Teacher:
             data = unpack(data, *noise.shape[-2:])
         if data.shape != noise.shape:
             raise ValueError(
-                f"{type(self.pipeline).__name__} answered latents of shape {tuple(data.shape)} to noise of shape "
-                f"{tuple(noise.shape)}; triplets need a pipeline whose latents are (B, C, H, W) throughout."
+                f"{type(self.pipeline).__name__} returned latents of shape {tuple(data.shape)} for noise of shape "
+                f"{tuple(noise.shape)}. Triplets need a pipeline whose latents are (B, C, H, W) throughout."
             )
         return data.to("cpu", noise.dtype)
 
@@ -111,7 +111,7 @@ class Teacher:
         vae = self.pipeline.vae.config
         return {
             "pipeline": type(self.pipeline).__name__,
-            "teacher_dtype": str(self.denoiser.dtype).removeprefix("torch."),
+            "teacher_dtype": str(self.network.dtype).removeprefix("torch."),
             "mixed_precision": self.config.mixed_precision,
             "teacher_sha256": fingerprint(_models(self.pipeline)),
             "solver": type(self.pipeline.scheduler).__name__,
@@ -125,7 +125,7 @@ class Teacher:
 
     def provenance(self) -> dict[str, Any]:
         """Return information that helps a user find the teacher again. It may change for the same teacher."""
-        origin = str(self.denoiser.config.get("_name_or_path", ""))
+        origin = str(self.network.config.get("_name_or_path", ""))
         revision = re.search(r"snapshots[/\\]([0-9a-f]{40})", origin)  # paths in the Hub's cache contain it
         return {
             "teacher": str(self.pipeline.name_or_path or "") or None,
@@ -134,7 +134,7 @@ class Teacher:
         }
 
 
-def _denoiser(pipeline: Any) -> Any:
+def _network_of(pipeline: Any) -> Any:
     """Return the network that is evaluated at every step."""
     for name in ("unet", "transformer"):
         if getattr(pipeline, name, None) is not None and getattr(pipeline, "vae", None) is not None:

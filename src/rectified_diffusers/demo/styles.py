@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from rectified_diffusers.demo.requests import Style
 from rectified_diffusers.loading.lora import check_factor
+from rectified_diffusers.loading.lora_layers import is_lycoris
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
 
 MAX_LOADED = 8  # LoRAs that stay attached, active or not, so that moving a slider needs no loading
@@ -34,7 +35,7 @@ def style_kind(path: Path) -> StyleKind:
         raise ValueError(f"{path.name} cannot be read any more ({error}). Upload it again.") from error
     if "rectified_diffusers" in metadata:
         return "delta"
-    return "lora" if any("lora" in name for name in names) else "delta"
+    return "lora" if any("lora" in name for name in names) and not is_lycoris(names) else "delta"
 
 
 class Styles:
@@ -88,7 +89,7 @@ class Styles:
         self._take_deltas_back()
         if deltas:
             opened = [load_weight_delta(path) for path in deltas]
-            self._applied = apply_weight_delta(self._pipeline.unet, opened, list(deltas.values()))
+            self._applied = apply_weight_delta(self._pipeline, opened, list(deltas.values()))
             self._deltas = deltas
 
     def _change_loras(self, loras: dict[Path, float]) -> None:

@@ -1,6 +1,5 @@
 """Export a U-Net with the weight names of the original Stable Diffusion checkpoints, for ComfyUI and others."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,29 +14,10 @@ from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import fold_sign
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.loading.original_names import original_names
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 
 PREFIX = "model.diffusion_model."
-
-# diffusers' names of the parts, and those of CompVis' latent-diffusion.
-_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_IN_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_MIDDLE = re.compile(r"mid_block\.(?:(resnets)\.([01])|(attentions)\.0)\.(.+)")
-_UP_ATTENTION = re.compile(r"up_blocks\.(\d+)\.attentions\.")
 
 
 def original_unet_layout(weights: Mapping[str, Tensor], layers_per_block: int) -> dict[str, Tensor]:
@@ -52,44 +32,14 @@ def original_unet_layout(weights: Mapping[str, Tensor], layers_per_block: int) -
         layers_per_block: resnets per resolution in the down blocks, from the U-Net's config; the up blocks have one
             more.
     """
-    attentive = {match[1] for name in weights if (match := _UP_ATTENTION.match(name))}
-    return {PREFIX + _original(name, layers_per_block, attentive): tensor for name, tensor in weights.items()}
-
-
-def _original(name: str, layers: int, attentive: set[str]) -> str:
-    """Return the original name of one weight; `attentive` are the up blocks that have attention."""
-    part, _, rest = name.rpartition(".")
-    if part in _ENDS:
-        return f"{_ENDS[part]}.{rest}"
-    if match := _MIDDLE.fullmatch(name):
-        resnets, layer, _, rest = match.groups()
-        return f"middle_block.{2 * int(layer)}.{_in_resnet(name, rest)}" if resnets else f"middle_block.1.{rest}"
-    if match := _BLOCK.fullmatch(name):
-        way, block, kind, layer, rest = match.groups()
-        first = int(block) * (layers + 1)
-        place = f"input_blocks.{first + 1 + int(layer)}" if way == "down" else f"output_blocks.{first + int(layer)}"
-        if kind == "resnets":
-            return f"{place}.0.{_in_resnet(name, rest)}"
-        if kind == "attentions":
-            return f"{place}.1.{rest}"
-        if kind == "downsamplers":
-            return f"input_blocks.{first + 1 + layers}.0.{rest.replace('conv.', 'op.', 1)}"
-        return f"output_blocks.{first + layers}.{2 if block in attentive else 1}.{rest}"
-    raise _no_place(name)
-
-
-def _in_resnet(name: str, rest: str) -> str:
-    part, _, kind = rest.partition(".")
-    if part not in _IN_RESNET:
-        raise _no_place(name)
-    return f"{_IN_RESNET[part]}.{kind}"
-
-
-def _no_place(name: str) -> ValueError:
-    return ValueError(
-        f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got one with a weight {name!r}, which has no place in "
-        "the original layout. Save it for diffusers instead, with export_diffusers or save_pretrained."
-    )
+    originals = original_names(weights, layers_per_block)
+    if None in originals.values():
+        name = next(name for name, original in originals.items() if original is None)
+        raise ValueError(
+            f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got one with a weight {name!r}, which has no place "
+            "in the original layout. Save it for diffusers instead, with export_diffusers or save_pretrained."
+        )
+    return {f"{PREFIX}{originals[name]}": tensor for name, tensor in weights.items()}
 
 
 UNetFormat = Literal["comfyui", "ldm"]

@@ -1,8 +1,9 @@
 """LoRA fixes and checks for diffusers: models with a LoRA attached, and files in the layout of kohya and CivitAI."""
 
+import copy
 import math
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -81,7 +82,13 @@ def check_lora(
     """
     if not weights:
         raise ValueError("A LoRA without weights: expected pairs of lora_down and lora_up, or lora_A and lora_B.")
+    alphas = dict(alphas or {})
     for name, tensor in weights.items():
+        if name.endswith(".alpha") and isinstance(tensor, Tensor):
+            if tensor.numel() != 1:
+                raise ValueError(f"{name!r} holds {tensor.numel()} elements, expected one number. {_AGAIN}")
+            alphas[name] = tensor
+            continue
         check_factor(name, tensor)
         found = _FACTOR.fullmatch(name)
         if found is None:
@@ -94,7 +101,7 @@ def check_lora(
                 f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} are of "
                 f"different ranks. {_AGAIN}"
             )
-    numbers = {**(alphas or {}), **dict(_numbers(metadata or {}))}
+    numbers = {**alphas, **dict(_numbers(metadata or {}))}
     for name, number in numbers.items():
         if isinstance(number, Tensor):
             number = number.item() if number.numel() == 1 else math.nan
@@ -149,31 +156,52 @@ def check_fits(weights: Mapping[str, Tensor], prefix: str, model: nn.Module) -> 
 
 @contextmanager
 def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
-    """Restore the pipeline if the LoRA loaded inside does not fit it, and refuse a LoRA that applies to no component.
+    """Leave the pipeline exactly as it was if the LoRA loaded inside is refused.
 
     Raises:
         ValueError: instead of whatever diffusers and PEFT raise for weights that do not fit.
     """
-    before = _adapters(pipeline)
     try:
-        yield
-        if _adapters(pipeline) == before and not hotswap:
-            raise ValueError("none of its layers is in this model; it was made for another architecture")
+        with unchanged_if_refused(pipeline, hotswap):
+            yield
     except _UNFIT as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        if added := {name for _, name in _adapters(pipeline) - before}:
-            pipeline.delete_adapters(sorted(added))
-        if not before:
-            pipeline.unload_lora_weights()
         is_key = isinstance(error, (KeyError, IndexError))  # whose text is only the key
         reason = repr(error) if is_key else " ".join(str(error).split())
         raise ValueError(f"The LoRA cannot be loaded into {type(pipeline).__name__}: {reason}") from error
 
 
-def _adapters(pipeline: Any) -> set[tuple[str, str]]:
-    """Return the component and the name of each attached adapter."""
-    return {(part, name) for part, names in pipeline.get_list_adapters().items() for name in names}
+@contextmanager
+def unchanged_if_refused(pipeline: Any, hotswap: bool) -> Iterator[None]:
+    """Restore every module, adapter, scale and hook of a pipeline if the block raises.
+
+    The dictionaries, lists and sets of all modules are copied, but no weights. Only a hotswap writes into tensors: for
+    one, those of the adapters are copied too.
+    """
+    models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    owners = [pipeline, *(module for model in models for module in model.modules())]
+    containers: list[Any] = [vars(owner) for owner in owners]
+    kinds = (dict, list, set, OrderedDict)  # no subclasses: a diffusers config refuses changes
+    containers += [value for holder in list(containers) for value in holder.values() if type(value) in kinds]
+    before = [(container, copy.copy(container)) for container in containers]
+    parameters = [item for model in models for item in model.named_parameters()]
+    trained = [(parameter, parameter.requires_grad) for _, parameter in parameters]
+    written = [parameter for name, parameter in parameters if hotswap and "lora_" in name]
+    scalings = [vars(owner).get("scaling") for owner in owners]
+    written += [scale for each in scalings if type(each) is dict for scale in each.values() if torch.is_tensor(scale)]
+    values = [(tensor, tensor.detach().clone()) for tensor in written]
+    try:
+        yield
+    except BaseException:
+        for container, entries in before:
+            container.clear()
+            container.extend(entries) if isinstance(container, list) else container.update(entries)
+        for tensor, value in values:
+            tensor.data = value
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:

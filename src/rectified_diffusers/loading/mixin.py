@@ -1,17 +1,25 @@
 """Load third-party files safely (LoRAs, single files, textual inversions, IP-Adapters): only safetensors, checked."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import _fetch_state_dict
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from rectified_diffusers.loading.complete import require_weights
 from rectified_diffusers.loading.downloads import checked_downloads
 from rectified_diffusers.loading.lora import attaching, check_fits, check_lora, mend_kohya
+from rectified_diffusers.loading.lora_attach import (
+    as_diffusers_reads_it,
+    plan_attachment,
+    require_attached,
+    require_hotswap,
+)
 from rectified_diffusers.loading.safety import refuse_folder_of_pickles, refuse_pickle, safetensors_only
 
 _TENSORS = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"
@@ -21,6 +29,9 @@ _ADAPTER = (
     "safetensors.torch.save_file of its two dictionaries, as image_proj.* and ip_adapter.*; h94/IP-Adapter has a "
     ".safetensors file of each"
 )
+_FETCH_OPTIONS = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies")
+_FETCH_OPTIONS += ("token", "revision", "subfolder")
+_USER_AGENT = {"file_type": "attn_procs_weights", "framework": "pytorch"}
 _ENCODER = "transformers.CLIPVisionModelWithProjection.from_pretrained(folder).save_pretrained(new_folder)"
 
 
@@ -52,22 +63,33 @@ class SafetensorsLoaders(DiffusionPipeline):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA as diffusers does; an unfit or damaged one raises a ValueError and changes nothing."""
+        """Load a LoRA as diffusers does, in any spelling; each of its tensors is attached, or a ValueError is raised.
+
+        A refused LoRA changes nothing in the pipeline. LyCORIS files other than LoCon and DoRA are refused: merge them
+        with `apply_weight_delta(pipeline, file, scale)`.
+        """
         stock: Any = super()
         load = stock.load_lora_weights
+        options = {name: kwargs.pop(name) for name in _FETCH_OPTIONS if name in kwargs}
+        models = {name: getattr(self, name, None) for name in self._lora_loadable_modules}
+        models = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         with attaching(self, hotswap):
-            load(pretrained_model_name_or_path_or_dict, adapter_name=adapter_name, hotswap=hotswap, **kwargs)
+            weights, settings = _fetch(pretrained_model_name_or_path_or_dict, options)
+            check_lora(weights, None, settings)
+            plan = plan_attachment(weights, settings, models)
+            if hotswap:
+                require_hotswap(plan, adapter_name, models)
+            weights, settings = as_diffusers_reads_it(plan, settings)
+            load(weights, adapter_name=adapter_name, hotswap=hotswap, lora_settings=settings, **kwargs)
+            require_attached(plan, adapter_name, models)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> tuple[Any, ...]:
         """Read a LoRA as diffusers does, check its values, and fix the conversion of a file in kohya's layout."""
-        source, name = pretrained_model_name_or_path_or_dict, kwargs.get("weight_name")
-        kwargs = safetensors_only(kwargs)
-        refuse_pickle(name, _TENSORS)
-        if isinstance(source, (str, os.PathLike)) and name is None:
-            if os.path.isfile(source):
-                refuse_pickle(source, _TENSORS)
-            refuse_folder_of_pickles(Path(source, kwargs.get("subfolder") or ""), _TENSORS)
+        source = pretrained_model_name_or_path_or_dict
+        if "lora_settings" in kwargs:  # from our load_lora_weights, which has read and checked the file
+            return source, None, kwargs["lora_settings"]
+        kwargs = _refuse_pickles(source, kwargs)
         stock: Any = super()
         with checked_downloads(source, kwargs.get("cache_dir")):
             weights, alphas, *metadata = stock.lora_state_dict(source, **kwargs)
@@ -135,6 +157,24 @@ class SafetensorsLoaders(DiffusionPipeline):
             stock.load_ip_adapter(
                 pretrained_model_name_or_path_or_dict, subfolder, weight_name, image_encoder_folder, **kwargs
             )
+
+
+def _refuse_pickles(source: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which diffusers reads a LoRA from safetensors; refuse a source that is a pickle."""
+    options, name = safetensors_only(options), options.get("weight_name")
+    refuse_pickle(name, _TENSORS)
+    if isinstance(source, (str, os.PathLike)) and name is None:
+        if os.path.isfile(source):
+            refuse_pickle(source, _TENSORS)
+        refuse_folder_of_pickles(Path(source, options.get("subfolder") or ""), _TENSORS)
+    return options
+
+
+def _fetch(source: Any, options: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return the tensors of a LoRA file under its own names, and PEFT's settings if the file has them."""
+    options = {**dict.fromkeys(_FETCH_OPTIONS), **_refuse_pickles(source, options)}
+    with checked_downloads(source, options["cache_dir"]):
+        return _fetch_state_dict(source, user_agent=_USER_AGENT, allow_pickle=False, **options)
 
 
 @contextmanager

@@ -30,15 +30,11 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     """
 
     validation_steps = (1, 2, 4)
+    needs_flow = True
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
         super().__init__(pipeline, dataset, config)
         require_straight(pipeline.scheduler, "Progressive distillation")
-        if not self.starts_as_flow:
-            raise ValueError(
-                f"Progressive distillation needs a teacher that predicts a velocity, got {type(pipeline).__name__} "
-                f"with {type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
-            )
         self.prompt_dropout = config.prompt_dropout
         self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
         self.teacher = self.make_network().requires_grad_(False).eval()
@@ -64,10 +60,10 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         """Return the learning rate of a step; the schedule restarts with each round."""
         return super().learning_rate((step - 1) % self.config.steps_per_round + 1)
 
-    def draw(self, step: int) -> tuple[Tensor, ...]:
+    def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
         """Sample rows, times on the student's grid and dropped prompts."""
         self.time_density = Grid(self.steps_of(step))
-        return super().draw(step)
+        return super().sample_inputs(step, use)
 
     def train_step(self, step: int) -> tuple[float, ...]:
         """Do one update; the first update of a round makes the student the teacher."""
@@ -78,12 +74,10 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
 
     def begin_round(self) -> None:
         """Set teacher and student to the averaged weights of the student, and reset the optimizer and the average."""
-        self.ema.copy_to(self.parameters)
-        self.put_into_teacher(self.named(self.parameters))
-        self.optimizer.optimizer.state.clear()
-        self.ema = self.make_ema()
+        self.student.restart()
+        self.load_teacher(self.student.named(self.student.parameters))
 
-    def put_into_teacher(self, weights: dict[str, Tensor]) -> None:
+    def load_teacher(self, weights: dict[str, Tensor]) -> None:
         """Copy weights by name into the teacher; only those of the LoRA, if a LoRA is trained."""
         with torch.no_grad():
             for name, weight in self.teacher.named_parameters():
@@ -109,11 +103,11 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     def teacher_velocity(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
         """Return the velocity that moves x_t in one step to the end point of the teacher's two steps."""
         half = 0.5 / self.steps_of(self.step)
-        first = self.ask_teacher(x_t, t, prompts)
-        second = self.ask_teacher(x_t + half * first, t + half, prompts)
+        first = self.predict_teacher(x_t, t, prompts)
+        second = self.predict_teacher(x_t + half * first, t + half, prompts)
         return (first + second) / 2
 
-    def ask_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+    def predict_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
         """Return the teacher's velocity; the first teacher is guided, later teachers have learned the guidance."""
         velocity = self.predict_velocity(x_t, t, prompts, self.teacher)
         weight = self.config.teacher_guidance_scale
@@ -126,12 +120,13 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         """Return the tensors of a checkpoint, without the first teacher, which is the pipeline's own network."""
         if self.round_of(self.step) == 0:
             return super().tensors()
-        names = self.named(self.parameters)
+        tensors = super().tensors()
+        names = tensors[self.student.weights_file]
         teacher = {name: weight for name, weight in self.teacher.named_parameters() if name in names}
-        return {**super().tensors(), "teacher.safetensors": teacher}
+        return {**tensors, "teacher.safetensors": teacher}
 
     def load(self, checkpoint: Checkpoint) -> None:
         super().load(checkpoint)
         self.step = checkpoint.step
         if "teacher.safetensors" in checkpoint.tensors:
-            self.put_into_teacher(checkpoint.tensors["teacher.safetensors"])
+            self.load_teacher(checkpoint.tensors["teacher.safetensors"])

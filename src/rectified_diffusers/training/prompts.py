@@ -18,8 +18,8 @@ class PromptEncoder:
 
     The last bits of an embedding depend on the other prompts in its batch. A step must not depend on earlier steps of
     the process, so nothing is cached during training: the table is built once, in one order, and prompts that it does
-    not contain are encoded again with their micro-batch. Embeddings stored with the triplets, which `lend` sets, take
-    precedence over both.
+    not contain are encoded again with their micro-batch. Embeddings stored with the triplets, set by `use_stored`,
+    take precedence over both.
     """
 
     def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class PromptEncoder:
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 part.to(device).eval()
         self.table: dict[str, Conditioning] = {}
-        self.lent: dict[str, Conditioning] = {}
+        self.stored: dict[str, Conditioning] = {}
 
     def remember(self, dataset: TripletDataset) -> None:
         """Build the table of a dataset's prompts and the empty prompt, or leave it empty if it would be too large."""
@@ -62,16 +62,16 @@ class PromptEncoder:
                     "triplets again without store_text_embeddings."
                 )
 
-    def lend(self, batch: Triplets) -> None:
+    def use_stored(self, batch: Triplets) -> None:
         """Use the text embeddings that are stored with a batch, if any, until the next batch."""
         rows = {name: part.unbind() for name, part in batch.text_embeddings.items()}
-        self.lent = {
+        self.stored = {
             prompt: {name: parts[i] for name, parts in rows.items()} for i, prompt in enumerate(batch.prompts) if rows
         }
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Return the conditioning of the network for the prompts: tensors `(B, ...)` in float32 on the device."""
-        known = ChainMap(self.lent, self.table)
+        known = ChainMap(self.stored, self.table)
         if not all(prompt in known for prompt in prompts):
             return self.encode(prompts)
         rows = [known[prompt] for prompt in prompts]

@@ -69,4 +69,4 @@ def interpolation_of(config: ReflowConfig, denoiser: Denoiser) -> Interpolation:
             "interpolation='variance_preserving' follows the noise schedule of a diffusion model, and "
             f"{type(denoiser.pipeline.scheduler).__name__} has none. Set interpolation to 'cosine' or 'straight'."
         )
-    return diffusion[0].schedule.with_pure_ends()
+    return diffusion.schedule.with_pure_ends()

@@ -42,7 +42,7 @@ class RunFolder:
         self.log = path / "log.jsonl"
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder against other runs until the end of the block or of the process."""
         self.path.mkdir(parents=True, exist_ok=True)
         with lock(self.path) as held:
@@ -83,7 +83,7 @@ class RunFolder:
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return json.loads(lines[-1]) if lines else {}
 
-    def holds(self, record: dict[str, Any]) -> bool:
+    def contains(self, record: dict[str, Any]) -> bool:
         """Return whether the folder holds a complete pipeline with this record."""
         path = self.path / RECORD
         return (self.path / INDEX).exists() and path.exists() and path.read_text() == _text_of(record)
@@ -99,7 +99,7 @@ class RunFolder:
         (self.path / INDEX).unlink(missing_ok=True)
         staging = self.path / f"{TEMPORARY}pipeline"
         remove(staging)
-        _forget_last_call(pipeline)
+        _reset_tokenizers(pipeline)
         with system_errors():
             save_pipeline(pipeline, staging)
             if adapter is not None:
@@ -116,7 +116,7 @@ class RunFolder:
         flush(self.path, recursive=False)
 
 
-def _forget_last_call(pipeline: Any) -> None:
+def _reset_tokenizers(pipeline: Any) -> None:
     """Remove the padding and truncation settings of the tokenizers' last call, so that they are not saved.
 
     The saved files would otherwise depend on whether this process encoded a prompt, which it does not always do when
@@ -133,7 +133,7 @@ def _text_of(record: dict[str, Any]) -> str:
     return json.dumps(record, indent=2) + "\n"
 
 
-def save_contact_sheet(
+def save_validation_images(
     path: Path, pipeline: Any, config: TrainerConfig, steps: tuple[int, ...], size: tuple[int, int]
 ) -> None:
     """Generate an image per validation prompt from fixed noise: a column per prompt, a row per number of steps.
@@ -157,5 +157,5 @@ def save_contact_sheet(
                     generator=torch.Generator().manual_seed(config.seed + i),
                 )
                 images += result.images
-    sheet = make_image_grid(images, rows=len(steps), cols=len(prompts))
-    write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"))
+    grid = make_image_grid(images, rows=len(steps), cols=len(prompts))
+    write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))

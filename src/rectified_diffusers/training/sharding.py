@@ -28,13 +28,13 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in network.parameters() if weight.requires_grad]
 
 
-def whole(weight: Tensor) -> Tensor:
+def full(weight: Tensor) -> Tensor:
     """Return a full weight or average without gradient; if sharded, on the CPU, and every process must call this."""
-    found: Any = weight.detach()
-    return found.full_tensor().cpu() if hasattr(found, "full_tensor") else found
+    tensor: Any = weight.detach()
+    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shared_out(value: Tensor, weight: Tensor) -> Tensor:
+def shard_like(value: Tensor, weight: Tensor) -> Tensor:
     """Return a full tensor on the device of a weight and, if the weight is sharded, with the same sharding."""
     value = value.to(weight.device)
     if not hasattr(weight, "full_tensor"):
@@ -49,4 +49,4 @@ def shared_out(value: Tensor, weight: Tensor) -> Tensor:
 def copy_weights(source: Iterable[Tensor], target: Iterable[Tensor]) -> None:
     """Copy weights; source and target may be sharded."""
     for value, weight in zip(source, target, strict=True):
-        weight.copy_(shared_out(whole(value), weight))
+        weight.copy_(shard_like(full(value), weight))

@@ -47,12 +47,12 @@ def start_trackers(accelerator: Accelerator, config: TrainerConfig, step: int) -
     accelerator.init_trackers(PROJECT, config=None if step else _options(config), init_kwargs=start)
 
 
-def report_picture(accelerator: Accelerator, path: Path, step: int) -> None:
-    """Send a validation sheet to the tracker."""
+def report_image(accelerator: Accelerator, path: Path, step: int) -> None:
+    """Send a grid of validation images to the tracker."""
     if not accelerator.trackers:
         return
-    with Image.open(path) as sheet:
-        pixels = np.asarray(sheet.convert("RGB"))[None]  # (1, H, W, 3), uint8
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3), uint8
     for tracker in accelerator.trackers:
         layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         tracker.log_images({"validation": pixels}, step=step, **layout)

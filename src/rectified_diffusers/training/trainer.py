@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -43,11 +42,11 @@ from rectified_diffusers.training.model_card import (
 )
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.report import REPORT, render_report
-from rectified_diffusers.training.run_folder import RunFolder, save_contact_sheet
-from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable, whole
+from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
+from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
-from rectified_diffusers.training.tracking import report_picture, start_trackers, tracker_arguments
-from rectified_diffusers.training.trained import Update, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
+from rectified_diffusers.training.trained import Trained
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -67,8 +66,10 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: tuple[int, ...]
-    figures: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
+    metrics: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
+    needs_flow: ClassVar[bool] = False
+    """Whether the network must predict a velocity before the first step."""
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
         require_config(type(self), config)
@@ -76,6 +77,11 @@ class Trainer(ABC, Generic[Config]):
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
             require_pairs(dataset.manifest)
+        if self.needs_flow and not self.starts_as_flow:
+            raise ValueError(
+                f"{type(self).__name__} needs a pipeline that predicts a velocity, got {type(pipeline).__name__} with "
+                f"{type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
+            )
         # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
         # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
         precision = "fp16" if config.mixed_precision == "fp16" else "no"
@@ -89,18 +95,15 @@ class Trainer(ABC, Generic[Config]):
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         pipeline.vae.to(self.device).requires_grad_(False).eval()
-        self.student = self.make_network().train()
-        if config.gradient_checkpointing:
-            self.student.enable_gradient_checkpointing()
-        optimizer = make_optimizer(trainable(self.student), config, self.device)
+        folder, name = self.output.checkpoints, self.denoiser.component
+        self.student = Trained(self.make_network(), self.accelerator, config, folder, name)
         schedule = get_scheduler(
-            config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=self.schedule_steps
+            config.lr_schedule,
+            self.student.optimizer.optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=self.schedule_steps,
         )
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
-        self.model, self.optimizer = self.accelerator.prepare(self.student, optimizer)
-        self.parameters = trainable(self.student)  # after prepare, which may shard them
-        self.update = Update(self.accelerator, self.model, self.optimizer, self.parameters, config, self.output)
-        self.ema = self.make_ema()
         self.since_line: list[tuple[float, ...]] = []
 
     @property
@@ -120,10 +123,6 @@ class Trainer(ABC, Generic[Config]):
             add_lora(network, self.config)
         return network
 
-    def make_ema(self) -> EMAModel:
-        """Return an average that starts from the current weights, which diffusers' default drops at the first step."""
-        return EMAModel(self.parameters, decay=self.config.ema_decay, update_after_step=-1, foreach=True)
-
     @abstractmethod
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         """Return the loss of each example, `(B,)`; the loop takes the mean over the batch.
@@ -142,9 +141,9 @@ class Trainer(ABC, Generic[Config]):
 
         The result is `(B, C, H, W)` in float32, for times t `(B,)`.
         """
-        return self.ask(self.denoiser, network or self.model, x_t, t, self.prompt_encoder(prompts))
+        return self.predict(self.denoiser, network or self.student.model, x_t, t, self.prompt_encoder(prompts))
 
-    def ask(self, denoiser: Denoiser, network: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, denoiser: Denoiser, network: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of a network of any pipeline, computed in the precision of the config, as float32."""
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
@@ -156,7 +155,7 @@ class Trainer(ABC, Generic[Config]):
 
         The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded.
         """
-        with self.output.held() if self.accelerator.is_main_process else nullcontext():
+        with self.output.locked() if self.accelerator.is_main_process else nullcontext():
             self.run_steps(self.resume())
             return self.finish()
 
@@ -169,8 +168,8 @@ class Trainer(ABC, Generic[Config]):
         with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
             while step < config.max_steps:
                 step += 1
-                figures = self.train_step(step)
-                self.since_line.append(figures)
+                metrics = self.train_step(step)
+                self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)
                 due = config.validate_every_steps and step % config.validate_every_steps == 0
@@ -180,9 +179,8 @@ class Trainer(ABC, Generic[Config]):
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
-                bar.set_postfix(
-                    loss=f"{figures[0]:.4g}", images_per_s=f"{rate * config.batch_size:.3g}", refresh=False
-                )
+                images = f"{rate * config.batch_size:.3g}"
+                bar.set_postfix(loss=f"{metrics[0]:.4g}", images_per_s=images, refresh=False)
 
     def begin(self, step: int) -> None:
         """Check for anything that would stop training later, and prepare for the steps after `step`."""
@@ -193,14 +191,18 @@ class Trainer(ABC, Generic[Config]):
                 require_repository(config.hub_model_id)
         self.prompt_encoder.remember(self.dataset)
         if step == 0 and self.starts_as_flow:
-            rows = torch.arange(min(ROWS, config.micro_batch_size or ROWS, len(self.dataset)))
-            require_direction(self.predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
+            self.check_direction(self.predict_velocity)
         start_trackers(self.accelerator, config, step)
+
+    def check_direction(self, predict_velocity: Callable[[Tensor, Tensor, list[str]], Tensor]) -> None:
+        """Raise if v(x_t, t, prompts) points away from the data of the first triplets."""
+        rows = torch.arange(min(ROWS, self.config.micro_batch_size or ROWS, len(self.dataset)))
+        require_direction(predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint in bytes: weights, their average and the optimizer's two moments."""
-        return 4 * sum(weight.nbytes for weight in self.parameters)
+        """Size of a checkpoint in bytes."""
+        return self.student.nbytes
 
     @property
     def starts_as_flow(self) -> bool:
@@ -211,36 +213,37 @@ class Trainer(ABC, Generic[Config]):
         """Return the CPU generator for one use in an optimizer step, equal on every process and after a resume."""
         return generator_of(self.config.seed, f"{step}{use}")
 
-    def draw(self, step: int) -> tuple[Tensor, ...]:
-        """Sample the inputs of a step for the full batch: rows of the data, flow times, which prompts are dropped."""
-        generator, count = self.generator_for(step), self.config.batch_size
+    def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
+        """Sample the inputs of an update for the full batch: rows, flow times, which prompts are dropped."""
+        generator, count = self.generator_for(step, use), self.config.batch_size
         rows = torch.randint(len(self.dataset), (count,), generator=generator)
         t = self.time_density.sample(count, generator)
         return rows, t, torch.rand(count, generator=generator) < self.prompt_dropout
 
     def train_step(self, step: int) -> tuple[float, ...]:
         """Update the weights and their average once; return the loss and the norm of its gradient."""
-        seed = self.generator_for(step).initial_seed()
-        figures = self.update(step, self.draw(step), self.example_losses, self.learning_rate(step), seed)
-        self.average()
-        return figures
+        return self.update(self.student, step, self.losses, self.learning_rate(step))
 
-    def example_losses(self, *drawn: Tensor) -> Tensor:
-        """Return the losses `(B,)` of a micro-batch, from its part of the tensors that `draw` returned."""
-        rows, t, dropped = drawn
-        return self.compute_loss(self.read(rows, dropped), t.to(self.device))
+    def update(
+        self, trained: Trained, step: int, losses_of: Callable[..., Tensor], learning_rate: float, use: str = ""
+    ) -> tuple[float, float]:
+        """Update one network with the inputs for `use`; return the loss and the norm of its gradient."""
+        seed = self.generator_for(step, use).initial_seed()
+        return trained.update(step, self.sample_inputs(step, use), losses_of, learning_rate, seed)
 
-    def average(self) -> None:
-        """Move the averaged weights by 1 - decay toward the weights: `EMAModel.step` without a copy of all weights."""
-        self.ema.optimization_step += 1
-        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
-        weights = [weight.detach() for weight in self.parameters]
-        torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
+    def losses(self, *inputs: Tensor) -> Tensor:
+        """Return the losses `(B,)` of a micro-batch, from its part of the tensors that `sample_inputs` returned."""
+        return self.compute_loss(*self.load_inputs(*inputs))
+
+    def load_inputs(self, *inputs: Tensor) -> tuple[Any, Tensor]:
+        """Return the batch and the times of a micro-batch, on the device."""
+        rows, t, dropped = inputs
+        return self.read(rows, dropped), t.to(self.device)
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
         """Load triplets to the device, with dropped prompts replaced by the empty prompt."""
         batch = self.dataset.rows(rows.tolist())
-        self.prompt_encoder.lend(batch)
+        self.prompt_encoder.use_stored(batch)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
         return replace(batch, prompts=prompts, noise=batch.noise.to(self.device), data=batch.data.to(self.device))
 
@@ -250,46 +253,31 @@ class Trainer(ABC, Generic[Config]):
 
     def log(self, step: int) -> None:
         """Write a log line with the means since the previous line; no timings, so equal runs have equal files."""
-        figures = zip(self.figures, zip(*self.since_line, strict=True), strict=True)
-        means = {name: math.fsum(values) / len(values) for name, values in figures}
+        metrics = zip(self.metrics, zip(*self.since_line, strict=True), strict=True)
+        means = {name: math.fsum(values) / len(values) for name, values in metrics}
         self.since_line = []
         line = {"step": step, **means, "learning_rate": self.learning_rate(step)}
         if self.accelerator.is_main_process:
             self.output.append_log(line)
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
 
-    @property
-    def picture_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the triplets' images."""
-        _, height, width = self.dataset.manifest.latent_shape
-        factor = self.pipeline.vae_scale_factor
-        return height * factor, width * factor
-
     def validate(self, step: int) -> None:
-        """Generate the validation images with the EMA weights, one row per number of steps."""
-        if self.sharded:  # no process holds all weights
-            self.draw_sheet(self.averaged(), step)
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        self.student.eval()
-        try:
-            self.draw_sheet(self.student, step)
-        finally:
-            self.student.train()
-            self.ema.restore(self.parameters)
+        """Generate the validation images with the averaged weights, one row per number of steps.
 
-    def draw_sheet(self, network: Any, step: int) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        path, pipeline = self.output.validation / f"step-{step:08d}.png", self.make_pipeline(network)
-        save_contact_sheet(path, pipeline, self.config, self.validation_steps, self.picture_size)
-        report_picture(self.accelerator, path, step)
+        If the weights are sharded, every process must call this, because none holds all of them.
+        """
+        _, height, width = self.dataset.manifest.latent_shape
+        factor, path = self.pipeline.vae_scale_factor, self.output.validation / f"step-{step:08d}.png"
+        with nullcontext(self.averaged()) if self.sharded else self.student.average() as network:
+            if self.accelerator.is_main_process:
+                pipeline, size = self.make_pipeline(network), (height * factor, width * factor)
+                save_validation_images(path, pipeline, self.config, self.validation_steps, size)
+                report_image(self.accelerator, path, step)
 
     def averaged(self) -> Any:
         """Return a new network with the full averaged weights; if they are sharded, every process must call this."""
         network = self.make_network().eval()
-        copy_weights(self.ema.shadow_params, trainable(network))
+        copy_weights(self.student.ema.shadow_params, trainable(network))
         return network
 
     def identity(self) -> dict[str, Any]:
@@ -301,18 +289,9 @@ class Trainer(ABC, Generic[Config]):
             **config_to_json(self.config),
         }
 
-    def named(self, weights: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return full tensors by parameter name; `weights` has the order of `parameters`."""
-        names = [name for name, weight in self.student.named_parameters() if weight.requires_grad]
-        return dict(zip(names, map(whole, weights), strict=True))
-
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name; every process must call this."""
-        return {
-            f"{self.denoiser.component}.safetensors": self.named(self.parameters),
-            "ema.safetensors": self.named(self.ema.shadow_params),
-            "optimizer.safetensors": optimizer_tensors(self.model, self.optimizer.optimizer),
-        }
+        return self.student.tensors()
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every process must call this, and the main process writes."""
@@ -320,15 +299,13 @@ class Trainer(ABC, Generic[Config]):
         scaler = self.accelerator.scaler
         state = {
             "run": self.identity(),
-            "ema_steps": self.ema.optimization_step,
+            "ema_steps": self.student.ema.optimization_step,
             "since_line": self.since_line,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         if self.accelerator.is_main_process:
             self.output.flush_log()
-            write_checkpoint(
-                self.output.checkpoints, Checkpoint(step, tensors, state), keep=self.config.keep_checkpoints
-            )
+            write_checkpoint(self.output.checkpoints, Checkpoint(step, tensors, state), self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
@@ -351,14 +328,9 @@ class Trainer(ABC, Generic[Config]):
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore what `tensors` returned and the rest of the checkpoint's state."""
-        tensors, state = checkpoint.tensors, checkpoint.state
-        load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors["optimizer.safetensors"])
-        weights, averaged = tensors[f"{self.denoiser.component}.safetensors"], tensors["ema.safetensors"]
-        names = list(self.named(self.parameters))
-        copy_weights((weights[name] for name in names), self.parameters)
-        copy_weights((averaged[name] for name in names), self.ema.shadow_params)
-        self.ema.optimization_step = state["ema_steps"]
-        self.since_line = [tuple(figures) for figures in state["since_line"]]
+        state = checkpoint.state
+        self.student.load(checkpoint.tensors, state["ema_steps"])
+        self.since_line = [tuple(metrics) for metrics in state["since_line"]]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -379,7 +351,7 @@ class Trainer(ABC, Generic[Config]):
             fuse_lora(network)
         if self.accelerator.is_main_process:
             record = {"steps": config.max_steps, **self.identity()}
-            if not self.output.holds(record):
+            if not self.output.contains(record):
                 pipeline, paths = self.make_pipeline(network), config.straightness_paths
                 straight = measure_straightness(pipeline, self.dataset, paths) if paths else None
                 base, last_line = base_model_of(self.pipeline), self.output.last_line()

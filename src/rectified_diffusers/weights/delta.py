@@ -4,6 +4,8 @@ InstaFlow's authors give their model the style of a fine-tune of Stable Diffusio
 U-Net(fine-tune) - U-Net(SD 1.5) and replace the VAE and the text encoder with those of the fine-tune (their scripts;
 arXiv:2309.06380). PeRFlow (arXiv:2405.07510) is published as such differences.
 
+A LyCORIS file (LoHa, LoKr, full difference and others) describes such differences by factors; see weights/lycoris.py.
+
 Weights are read one tensor at a time, subtracted and added in float32, and then cast. Besides the U-Net, memory holds
 a few copies of one tensor. All computation is on the CPU, wherever the U-Net is, so results are bit-identical
 everywhere.
@@ -11,17 +13,20 @@ everywhere.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rectified_diffusers.checks import require_plain_weights, require_type
 from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.loading.lora_layers import part_of
+from rectified_diffusers.weights.lycoris import open_lycoris
 from rectified_diffusers.weights.weight_files import (
     StorageDtype,
     StoredWeights,
@@ -32,6 +37,7 @@ from rectified_diffusers.weights.weight_files import (
 )
 
 FORMAT_VERSION = 1
+_LYCORIS = "lycoris"
 _METADATA_KEY = "rectified_diffusers"  # one JSON text, as in triplet shards
 _MODEL_COSINE = 0.5  # cosine of a U-Net and a file's tensors: about 0 for a difference, about 1 for a related model
 
@@ -41,9 +47,9 @@ class WeightDelta:
     """A weight difference to apply. Its tensors stay in their file until they are read.
 
     Args:
-        weights: the differences, under the names of the U-Net's weights.
+        weights: the differences, under the names of the U-Net's weights, or the factors of a LyCORIS file.
         metadata: what `compute_weight_delta` recorded: kind, format_version, fine_tune, base and dtype. Empty for a
-            plain file such as PeRFlow's.
+            plain file such as PeRFlow's; {"kind": "lycoris"} for a LyCORIS file.
     """
 
     weights: StoredWeights
@@ -91,16 +97,20 @@ def compute_weight_delta(
 
 
 def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> WeightDelta:
-    """Open a weight delta: a file from `compute_weight_delta`, or a plain one such as PeRFlow's.
+    """Open a weight delta: a file from `compute_weight_delta`, a plain one such as PeRFlow's, or a LyCORIS file.
 
     Args:
         source: safetensors file, folder or Hub id of a U-Net whose weights are differences, or a dict of tensors.
+            A LyCORIS file has layers of LoRA, LoCon, LoHa, LoKr, full differences or norms, with or without DoRA.
         variant: part of the file name in a folder or on the Hub; PeRFlow's are "v0-0" and "v0-1".
     """
     weights = open_weights(source, variant)
     text = weights.metadata.get(_METADATA_KEY)
     if text is None:
         foreign = sorted(weights.metadata.keys() - {"format"})
+        # The alphas of a LoRA that diffusers wrote are in its metadata: only load_lora_weights reads those.
+        if "lora_adapter_metadata" not in foreign and any(part_of(name) for name in weights.shapes):
+            return WeightDelta(weights, {"kind": _LYCORIS})
         if foreign:
             raise ValueError(
                 f"{weights.name} is no weight delta: expected our metadata or none, got another program's "
@@ -122,13 +132,23 @@ def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> We
     return WeightDelta(weights, header)
 
 
+@dataclass(frozen=True)
+class _Term:
+    """A delta at a scale: `names` has the weights that it changes, `difference` its values for one of them."""
+
+    delta: WeightDelta
+    scale: float
+    names: Mapping[str, Any]
+    difference: Callable[[str, Tensor], Tensor]
+
+
 class AppliedDelta:
-    """Record of what `apply_weight_delta` did to a U-Net, used to undo it."""
+    """Record of what `apply_weight_delta` did to a U-Net or a pipeline, used to undo it."""
 
     def __init__(
-        self, unet: nn.Module, terms: Sequence[tuple[WeightDelta, float]], undo: dict[str, Tensor] | None
+        self, models: Mapping[str, nn.Module], terms: Sequence[_Term], undo: dict[str, Tensor] | None
     ) -> None:
-        self._unet = unet
+        self._models = models
         self._terms = terms
         self._undo = undo
 
@@ -144,7 +164,7 @@ class AppliedDelta:
                 "There is no copy of the weights: the delta was taken back already, or applied with keep_undo=False. "
                 "Load the model again."
             )
-        weights = _weights_of(self._unet)
+        weights = _weights_of(self._models, self._undo)
         for name, before in self._undo.items():
             now = weights[name].to("cpu")
             if now.dtype != before.dtype or not torch.equal(now, _sum(before, self._terms, name)):
@@ -160,40 +180,61 @@ class AppliedDelta:
 
 @torch.no_grad()
 def apply_weight_delta(
-    unet: nn.Module,
+    unet: nn.Module | DiffusionPipeline,
     delta: AnyDelta | Sequence[AnyDelta],
     scale: float | Sequence[float] = 1.0,
     *,
     keep_undo: bool = True,
 ) -> AppliedDelta:
-    """Add scale * delta (for several deltas, the sum) to a U-Net's weights in place, in float32, cast once at the end.
+    """Add scale * delta (for several deltas, the sum) to a model's weights in place, in float32, cast once at the end.
 
     Before any change, it checks that keys and shapes match and that the deltas and the results are finite.
 
     Args:
-        unet: without a LoRA attached and not offloaded; it stays on its device and in its dtype.
+        unet: without a LoRA attached and not offloaded; it stays on its device and in its dtype. Give the pipeline
+            instead for a LyCORIS file that has layers of the text encoders too.
         delta: what `load_weight_delta` returns or accepts, or a list of them.
         scale: one for all deltas, or one for each.
-        keep_undo: keep a copy of the previous weights on the CPU for `take_back()`, which needs as much memory as the
-            U-Net. Without it, a delta costs a few copies of one tensor, and the only way to undo it is to load the
-            model again.
+        keep_undo: keep a copy of the changed weights on the CPU for `take_back()`, which for a full delta needs as
+            much memory as the U-Net. Without it, a delta costs a few copies of one tensor, and the only way to undo it
+            is to load the model again.
     """
-    require_type("unet", unet, nn.Module, "Give the model itself: pipeline.unet.")
-    terms = _terms(delta, scale)
-    weights = _weights_of(unet)
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-    for term, _ in terms:
-        check_same_shapes(term.weights.shapes, shapes, f"the delta ({term.weights.name})", type(unet).__name__)
+    models = _models_of(unet)
+    opened = _scaled(delta, scale)
+    weights = _weights_of(models)
+    terms = [_term(delta, scale, models) for delta, scale in opened]
+    weights = _weights_of(models, {name: None for term in terms for name in term.names})
     _check_values(weights, terms)
     undo: dict[str, Tensor] | None = {} if keep_undo else None
     for name, weight in weights.items():
         if undo is not None:
             undo[name] = weight.to("cpu", copy=True)
         weight.copy_(_sum(weight, terms, name))
-    return AppliedDelta(unet, terms, undo)
+    return AppliedDelta(models, terms, undo)
 
 
-def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float]) -> list[tuple[WeightDelta, float]]:
+def _models_of(target: Any) -> dict[str, nn.Module]:
+    """Return the U-Net, and for a pipeline its text encoders, by component."""
+    if isinstance(target, DiffusionPipeline):
+        components = target.components
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return {name: components[name] for name in names if isinstance(components.get(name), nn.Module)}
+    require_type("unet", target, nn.Module, "Give the model itself: pipeline.unet.")
+    return {"unet": target}
+
+
+def _term(delta: WeightDelta, scale: float, models: Mapping[str, nn.Module]) -> _Term:
+    """Find what a delta changes in the models; a delta of complete weights must have all those of the U-Net."""
+    if delta.metadata.get("kind") == _LYCORIS:
+        layers = open_lycoris(delta.weights, models)
+        return _Term(delta, scale, layers.names, layers.difference)
+    unet = models["unet"]
+    shapes = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+    check_same_shapes(delta.weights.shapes, shapes, f"the delta ({delta.weights.name})", type(unet).__name__)
+    return _Term(delta, scale, shapes, lambda name, weight: delta.weights.read(name).to(weight.dtype))
+
+
+def _scaled(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float]) -> list[tuple[WeightDelta, float]]:
     many = (str, Path, Mapping, WeightDelta, Sequence)
     require_type("delta", delta, many, "Give what load_weight_delta gives or takes, or a list of them.")
     for value in scale if isinstance(scale, Sequence) else [scale]:
@@ -213,49 +254,60 @@ def _terms(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float])
     return list(zip(opened, scales, strict=True))
 
 
-def _weights_of(unet: nn.Module) -> dict[str, Tensor]:
-    """Return the weights themselves, not copies; refuse a LoRA (it renames weights) and weights not in memory."""
-    require_plain_weights("a weight delta", {type(unet).__name__: unet})
-    weights = unet.state_dict()
-    refuse_lora(weights, type(unet).__name__)
-    for name, weight in weights.items():
+def _weights_of(models: Mapping[str, nn.Module], names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Return weights themselves, not copies: those of these names, or all of the U-Net.
+
+    A LoRA is refused, because it renames weights, and so are weights that are not in memory or not in floating point.
+    """
+    weights: dict[str, Tensor] = {}
+    for component, model in models.items():
+        prefix = "" if component == "unet" else f"{component}."
+        if not prefix or any(name.startswith(prefix) for name in names or ()):
+            require_plain_weights("a weight delta", {type(model).__name__: model})
+            own = model.state_dict(prefix=prefix)
+            refuse_lora(own, type(model).__name__)
+            weights |= own
+    wanted = weights if names is None else names
+    for name in wanted:
+        weight = weights[name]
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(
-                f"Expected the weights of {type(unet).__name__} in memory and in floating point, got {name!r} on "
-                f"{weight.device} in {weight.dtype}. Do it before offloading or quantizing the model."
+                f"Expected the weights of {type(models['unet']).__name__} in memory and in floating point, got "
+                f"{name!r} on {weight.device} in {weight.dtype}. Do it before offloading or quantizing the model."
             )
-    return weights
+    return {name: weights[name] for name in wanted}
 
 
-def _sum(weight: Tensor, terms: Sequence[tuple[WeightDelta, float]], name: str) -> Tensor:
+def _sum(weight: Tensor, terms: Sequence[_Term], name: str) -> Tensor:
     """Return weight + sum of scale * delta, in the weight's dtype, on the CPU."""
-    work = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to("cpu", work)
-    for delta, scale in terms:
-        term = delta.weights.read(name).to(work) * scale
-        total = term.add_(total)
+    total = before = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32))
+    for term in terms:
+        if name in term.names:
+            total = (term.difference(name, before) * term.scale).add_(total)
     return total.to(weight.dtype)
 
 
-def _check_values(weights: Mapping[str, Tensor], terms: Sequence[tuple[WeightDelta, float]]) -> None:
-    for delta, _ in terms:
+def _check_values(weights: Mapping[str, Tensor], terms: Sequence[_Term]) -> None:
+    for term in terms:
         # A file without metadata may hold a complete model, which would silently be added to the other one.
         inner = mine = theirs = 0.0
-        for name, weight in weights.items():
-            values = delta.weights.read(name).float()
+        whose = term.delta.weights.name
+        for name in term.names:
+            weight = weights[name].to("cpu", torch.float32)
+            values = term.difference(name, weight).float()
             if not values.isfinite().all():
                 raise ValueError(
-                    f"The delta {delta.weights.name} holds NaN or infinity in {name!r}, expected finite numbers. It "
+                    f"The delta {whose} holds NaN or infinity in {name!r}, expected finite numbers. It "
                     "is damaged: download it again, or make it with compute_weight_delta(fine_tune, base, output)."
                 )
-            if not delta.metadata:
-                flat, other = weight.to("cpu", torch.float32).flatten(), values.flatten()
+            if not term.delta.metadata:
+                flat, other = weight.flatten(), values.flatten()
                 inner += float(flat @ other)
                 mine += float(flat @ flat)
                 theirs += float(other @ other)
         if inner > _MODEL_COSINE * math.sqrt(mine * theirs) > 0:
             raise ValueError(
-                f"{delta.weights.name} holds the weights of a model, expected a difference of two: their cosine with "
+                f"{whose} holds the weights of a model, expected a difference of two: their cosine with "
                 f"the model's own is {inner / math.sqrt(mine * theirs):.2f}. Make the difference with "
                 "compute_weight_delta(fine_tune, base, output)."
             )
