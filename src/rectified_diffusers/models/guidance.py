@@ -1,15 +1,16 @@
 """Find out how a stock call guides: by an input of the network, by two passes, or in a way that cannot be repeated."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
 from rectified_diffusers.models.calibration import PROMPTS, STEPS, Calibration, first
 from rectified_diffusers.models.conditioning import equal, map_leaves, split_rows
 from rectified_diffusers.models.stock_call import (
-    NetworkCall,
     StockCall,
     Stop,
     Trace,
@@ -80,15 +81,16 @@ def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
     inputs = tuple(name for name in call.scales if name not in off and _reaches_network(call, off, name))
     for name in (*(name for name in call.scales if name not in inputs), *_guiders(call)):
         is_guider = name not in call.scales
+        guider = call.pipeline.components[name] if is_guider else None
         scaled = {} if is_guider else {name: _SCALE}
         # Without a negative prompt the unconditional is the pipeline's own; some guide only if there is one.
         for negative in ({}, {call.negative: ""} if call.negative else {}):
             options = {**off, **scaled, **negative}
             trace = call.run(PROMPTS[:1], STEPS, options, guided=is_guider)
             calls = [one for one in trace.calls_of(0) if one.component == calibration.component]
-            answers = [row for one in calls for row in _rows_of(one, calibration)]
+            answers = _passes(trace, calibration, 0)
             if len(answers) == 2:
-                two_passes = _fit(answers, trace, calibration, name, options, batched=len(calls) == 1)
+                two_passes = _fit(answers, trace, calibration, name, options, guider, batched=len(calls) == 1)
                 if two_passes is None:
                     unknown[name] = "neither of two passes is the one without guidance"
                     break
@@ -109,13 +111,21 @@ def _reaches_network(call: StockCall, off: dict[str, Any], name: str) -> bool:
     return not equal(one, two)
 
 
-def _rows_of(call: NetworkCall, calibration: Calibration) -> list[Tensor]:
-    answer = calibration.answer.read(first(call.answer), calibration.latent_shape)
-    return list(answer)
+def _passes(trace: Trace, calibration: Calibration, step: int) -> list[Tensor]:
+    """Return the answers of a step, one for each row that the network evaluates."""
+    calls = [call for call in trace.calls_of(step) if call.component == calibration.component]
+    return [row for call in calls for row in calibration.answer.read(first(call.answer), calibration.latent_shape)]
 
 
 def _fit(
-    answers: list[Tensor], trace: Trace, calibration: Calibration, name: str, options: dict[str, Any], *, batched: bool
+    answers: list[Tensor],
+    trace: Trace,
+    calibration: Calibration,
+    name: str,
+    options: dict[str, Any],
+    guider: Any,
+    *,
+    batched: bool,
 ) -> TwoPasses | None:
     """Fit w in target = u + w (c - u); c is the answer that equals the one without guidance. None if there is none."""
     unguided = calibration.trace.steps[0].answer[0].float()
@@ -126,10 +136,20 @@ def _fit(
     if not finite or not min(distances) <= max(_LINEAR, 64 * eps):
         return None
     cond_first = distances[0] <= distances[1]
-    cond, uncond = answers if cond_first else reversed(answers)
-    target, apart = trace.steps[0].answer[0].float(), (cond - uncond).flatten()
-    weight = float((target - uncond).flatten() @ apart / (apart @ apart)) if bool(apart.any()) else 0.0
-    error = float((torch.lerp(uncond, cond, weight) - target).abs().max() / target.abs().max())
+    weight, errors = 0.0, []
+    for i, step in enumerate(trace.steps):  # some guide in a part of the steps only
+        passes = _passes(trace, calibration, i)
+        if len(passes) != 2:
+            errors.append(math.inf)
+            continue
+        cond, uncond = passes if cond_first else reversed(passes)
+        target, apart = step.answer[0].float(), (cond - uncond).flatten()
+        if i == 0 and bool(apart.any()):
+            weight = float((target - uncond).flatten() @ apart / (apart @ apart))
+        errors.append(float((torch.lerp(uncond, cond, weight) - target).abs().max() / target.abs().max()))
+    # Other guiders change their formula in later steps than those that are recorded.
+    plain = name in options or type(guider) is ClassifierFreeGuidance
+    error = max(errors) if plain else math.inf
     offset = None if name not in options else weight - options[name]
     # The weight of a small difference is imprecise.
     if offset is not None and abs(offset - round(offset)) < (0.05 if eps < 1e-4 else 0.3):
