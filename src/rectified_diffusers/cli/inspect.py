@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import MISSING, dataclass
+from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
-from rectified_diffusers.cli.shared import CommandError, add_device, add_json, load_pipeline, print_result
+from rectified_diffusers.cli.shared import CommandError, DeviceOptions, add_command, load_pipeline, print_result
+from rectified_diffusers.options import option, options_from
 
 if TYPE_CHECKING:
     from rectified_diffusers.models.inspection import Inspection
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions(DeviceOptions):
+    model: str = option(
+        MISSING, "Folder or Hub id of any diffusers pipeline.", flags=["model"], type=expanduser, metavar="MODEL"
+    )
+    height: int | None = option(None, "In pixels.", shown="the pipeline's")
+    width: int | None = option(None, "In pixels.", shown="the pipeline's")
+    num_frames: int | None = option(None, "Of a video.", shown="the pipeline's")
+    lora_rank: int = option(16, "Rank of the LoRA whose memory is counted.")
+
+    def __post_init__(self) -> None:
+        for name, value in {**self.size, "lora_rank": self.lora_rank}.items():
+            if value < 1:
+                raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Return the arguments of the pipeline's call that are set."""
+        sizes = {"height": self.height, "width": self.width, "num_frames": self.num_frames}
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
 def add_inspect(commands: Any) -> argparse.ArgumentParser:
     text = "Say whether a pipeline can be teacher and student, and what training it needs."
-    parser = commands.add_parser("inspect", help=text, description=text)
-    parser.add_argument("model", metavar="MODEL", help="Pipeline folder or Hub id of any diffusers pipeline")
-    for name in ("height", "width"):
-        parser.add_argument(f"--{name}", type=int, metavar="INT", help="In pixels (default: the pipeline's)")
-    parser.add_argument("--num-frames", type=int, metavar="INT", help="Of a video (default: the pipeline's)")
-    parser.add_argument(
-        "--lora-rank", type=int, default=16, metavar="INT", help="For the memory of a LoRA (default: 16)"
-    )
-    add_device(parser)
-    add_json(parser)
-    parser.set_defaults(run=run_inspect, resumable=False)
-    return parser
+    return add_command(commands, "inspect", text, run_inspect, InspectOptions)
 
 
 def run_inspect(arguments: argparse.Namespace) -> None:
     """Load the pipeline, calibrate an adapter on it and print what it found."""
-    options = {name: getattr(arguments, name) for name in ("height", "width", "num_frames")}
-    options = {name: value for name, value in options.items() if value is not None}
-    for name, value in [*options.items(), ("lora_rank", arguments.lora_rank)]:
-        if value < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    pipeline = load_pipeline(arguments.model, arguments.device, arguments.dtype)
+    options = options_from(arguments, InspectOptions)
+    pipeline = load_pipeline(options.model, options.device, options.dtype)
     from rectified_diffusers.models.inspection import inspect_pipeline
     from rectified_diffusers.training.config import TrainerConfig
 
     layers = TrainerConfig.__dataclass_fields__["lora_target_modules"].default
-    found = inspect_pipeline(pipeline, options, arguments.lora_rank, layers)
-    print_result(
-        arguments, describe(arguments.model, found, arguments.lora_rank), model=arguments.model, **found.to_dict()
-    )
+    found = inspect_pipeline(pipeline, options.size, options.lora_rank, layers)
+    text = describe(options.model, found, options.lora_rank)
+    print_result(options, text, model=options.model, **found.to_dict())
 
 
 def describe(model: str, found: Inspection, lora_rank: int) -> str:

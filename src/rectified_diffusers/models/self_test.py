@@ -74,7 +74,7 @@ def self_test(denoiser: PipelineDenoiser) -> SelfTest:
             **_sensitivity(denoiser, noise),
             batched=denoiser.axes is not None,
         )
-    failures = result.failures(max(_TOLERANCE, 16 * torch.finfo(denoiser.dtype).eps))
+    failures = result.failures(max(_TOLERANCE, 2 * torch.finfo(denoiser.dtype).eps))
     if failures:
         raise UnsupportedPipelineError(failures[0])
     return result
