@@ -50,14 +50,15 @@ def test_a_flow_passes_the_self_test(name: str, adapted: Any) -> None:
     assert result.batched
 
 
-@pytest.mark.parametrize("name", ["flux", "cogview4", "wan", "ltx_video", "z_image"])
-def test_a_pipeline_in_half_precision_passes_within_its_rounding(name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["flux", "ovis_image", "cogview4", "wan", "ltx_video", "z_image"])
+def test_a_pipeline_in_half_precision_passes_within_its_rounding(name: str, dtype: torch.dtype) -> None:
     pipeline, options = build(name)
-    denoiser = PipelineDenoiser(pipeline.to(torch.bfloat16), options=options)
+    denoiser = PipelineDenoiser(pipeline.to(dtype), options=options)
     result = self_test(denoiser)
     assert (result.prediction, result.noise_exact, result.decoding_exact) == (0, True, True)
     assert result.euler is not None
-    assert result.euler <= torch.finfo(torch.bfloat16).eps
+    assert result.euler <= torch.finfo(dtype).eps
     two_passes = denoiser.guidance_found.two_passes
     assert two_passes is not None
     assert two_passes.linear

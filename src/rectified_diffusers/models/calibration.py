@@ -58,7 +58,10 @@ class TimeForm:
 
     def of(self, timestep: Tensor, dtype: torch.dtype) -> Any:
         """Return the argument for timesteps `(B,)` of the scheduler, as a tensor of this dtype."""
-        time = (self.slope * timestep.double() + self.offset).to(dtype)
+        if self.rounded:  # as pipelines do: convert, then divide
+            time = timestep.to(dtype) / (1 / self.slope) + self.offset
+        else:
+            time = (self.slope * timestep.double() + self.offset).to(dtype)
         if self.tail is not None:
             return time.reshape(-1, *[1] * len(self.tail)).expand(-1, *self.tail)
         if self.dtype is not None:
