@@ -45,8 +45,8 @@ def test_people_can_read_a_manifest(tmp_path):
         ("triplets_per_shard", True, "a number of at least 1"),
         ("num_prompts", 1.5, "a number of at least 1"),
         ("storage_dtype", "int8", "one of float16, bfloat16, float32"),
-        ("latent_shape", [4, 8, 0], "three numbers of at least 1"),
-        ("latent_shape", [8, 8], "three numbers of at least 1"),
+        ("latent_shape", [4, 8, 0], "one to four numbers of at least 1"),
+        ("latent_shape", [2, 4, 8, 8, 8], "one to four numbers of at least 1"),
         ("text_embeddings", {"hidden_states": [0]}, "shapes by name, or nothing"),
     ],
 )

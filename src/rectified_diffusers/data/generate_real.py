@@ -18,6 +18,7 @@ that a rectified flow requires (arXiv:2209.03003). Data detail finer than (1 - s
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,20 @@ def generate_real_triplets(
         pictures: a folder of captioned images, see `read_pictures`. Images are read on demand.
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
-    Denoiser.of(teacher)  # raises for unsupported pipelines
+    sizes = {} if config.size is None else {"height": config.size, "width": config.size}
+    denoiser = Denoiser.of(teacher, config.guidance_scale, sizes)  # raises for unsupported pipelines
     if config.num_inference_steps and config.inversion_time < 1:
         require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
     shape = latent_shape(teacher, config.size, config.size)
     if shape[1] != shape[2]:
         raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
+    if denoiser.latent_shape != shape:
+        raise TypeError(
+            f"Real pictures become latents {shape}, and the scheduler of {type(teacher).__name__} sees latents of "
+            f"shape {denoiser.latent_shape}. Give a teacher whose latents are those of its VAE."
+        )
     adapted = Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape)
+    adapted = replace(adapted, denoiser=denoiser)
     real = read_pictures(pictures, shape[1] * teacher.vae_scale_factor, config.split)
     numbers = real.numbers(config.split)
     if not numbers:
@@ -118,7 +126,7 @@ def _noise(
     """
     if config.num_inference_steps == 0:
         return teacher.round(new_noise)
-    velocity = PipelineVelocity.of(teacher.pipeline, prompts, config.guidance_scale)
+    velocity = PipelineVelocity.bind(teacher.denoiser or Denoiser.of(teacher.pipeline), prompts)
     begin = config.inversion_time
     if begin <= velocity.start:
         raise ValueError(

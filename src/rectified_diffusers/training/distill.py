@@ -23,7 +23,7 @@ class DistillTrainer(Trainer[DistillConfig]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: DistillConfig) -> None:
         super().__init__(pipeline, dataset, config)
-        self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
 
     def make_network(self) -> Any:
         network = super().make_network()
