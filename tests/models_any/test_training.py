@@ -183,7 +183,7 @@ def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_pat
 
 def test_conditioning_of_varying_length_is_not_stored(tmp_path: Path) -> None:
     pipeline, options = build("z_image")
-    with pytest.raises(ValueError, match="another shape for each prompt.*leave out store_text_embeddings"):
+    with pytest.raises(ValueError, match=r"another shape for each prompt.*leave out store_text_embeddings"):
         make_triplets(pipeline, tmp_path / "triplets", options, store_text_embeddings=True)
     assert not (tmp_path / "triplets").exists()
 
