@@ -38,7 +38,7 @@ from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models.latents import latent_shape
 from rectified_diffusers.models.stacked_unet import StackedUNet

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import interval_of
 
 
 def test_three_values_have_the_interval_of_student():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.plots import (
     plot_grid,
     plot_quality,
