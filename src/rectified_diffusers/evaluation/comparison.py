@@ -24,7 +24,7 @@ def evaluate_beside(
 ) -> Evaluation:
     """Evaluate a pipeline, its repeats and the reference model in one folder, and return the evaluation.
 
-    Every model has its own rows. With repeats, there is also a row per number of steps with the mean over the trainings
+    Every model has its own rows. With repeats, there is also a row per number of steps with the mean over trainings
     and the interval over them. With a reference model, the report has the ratio of every metric.
 
     Args:

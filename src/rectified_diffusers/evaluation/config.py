@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
@@ -52,9 +53,7 @@ class EvaluationConfig:
     straightness_prompts: int = option(32, "Paths per seed for S(Z), with more than one step; 0 turns it off.")
     straightness_steps: int = option(100, "Euler steps of S(Z), a multiple of straightness_bins.")
     straightness_bins: int = option(10, "Number of bins of t for S(Z).")
-    transport_pairs: int = option(
-        2048, "Triplets for the transport cost, where the data are triplets; 0 turns it off."
-    )
+    transport_pairs: int = option(2048, "Triplets for the transport cost, with --triplets; 0 turns it off.")
     batch_size: int = option(16, "Images generated at once; their noise does not depend on it.")
 
     def __post_init__(self) -> None:
@@ -81,12 +80,16 @@ class ComparisonConfig:
     """Options of `evaluate` for models beside the evaluated one."""
 
     reference_model: str | None = option(
-        None, "Folder or Hub id of a model to compare with, such as the teacher: adds the ratio of every metric."
+        None,
+        "Folder or Hub id of a model to compare with, such as the teacher: adds the ratio of every metric.",
+        type=expanduser,
     )
     reference_steps: int = option(25, "Sampling steps of the reference model.")
     reference_guidance_scale: float = option(5.0, "Guidance scale of the reference model.")
     repeats: tuple[str, ...] = option(
-        (), "Models of the same recipe trained with other seeds: adds a row with the interval over trainings."
+        (),
+        "Models of the same recipe trained with other seeds: adds a row with the interval over trainings.",
+        type=expanduser,
     )
 
     def __post_init__(self) -> None:

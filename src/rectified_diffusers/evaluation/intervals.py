@@ -68,9 +68,9 @@ def jackknife(statistic: Callable[[Tensor], float], groups: Tensor) -> Interval:
 
     The delete-m_j jackknife (Busing, Meijer and van der Leeden 1999, doi:10.1023/A:1008800423698). With group j a
     share 1 / h_j of the items, the pseudo-value of the group is p_j = h_j s - (h_j - 1) s_j, where s is the statistic
-    of all items and s_j that without the group. With p the mean of p_j weighted by 1 / h_j, and G groups, the deviation
-    is d_j = (p_j - p) / sqrt(G (h_j - 1)). A bias in proportion to 1 / n, as the Frechet distance has, moves all p_j
-    alike and does not widen the interval.
+    of all items and s_j that without the group. With p the mean of p_j weighted by 1 / h_j, and G groups, the
+    deviation is d_j = (p_j - p) / sqrt(G (h_j - 1)). A bias in proportion to 1 / n, as the Frechet distance has, moves
+    all p_j alike and does not widen the interval.
 
     Args:
         statistic: a function of the items that are kept, a mask `(N,)`.

@@ -114,8 +114,8 @@ def frechet_interval(first: Tensor, second: Tensor, groups: Tensor) -> Interval:
 def kernel_interval(first: Tensor, second: Tensor, groups: Tensor) -> Interval:
     """Return the kernel distance with its interval over images; image i of both sets belongs to group `groups[i]`.
 
-    The mean is that of `kernel_distance`. The interval is that of `squared_discrepancy` of the full sets, computed from
-    the sums of the kernel over pairs of groups.
+    The mean is that of `kernel_distance`. The interval is that of `squared_discrepancy` of the full sets, computed
+    from the sums of the kernel over pairs of groups.
     """
     x, y = first.double(), second.double()
     x_x, y_y, x_y = (_sums_over_groups(*pair, groups) for pair in ((x, x), (y, y), (x, y)))
@@ -130,7 +130,7 @@ def kernel_interval(first: Tensor, second: Tensor, groups: Tensor) -> Interval:
 
 
 def _sums_over_groups(x: Tensor, y: Tensor, groups: Tensor, chunk: int = 1024) -> Tensor:
-    """Return the sums of the kernel over pairs of groups `(GROUPS, GROUPS)`, without pairs of a feature with itself."""
+    """Return the sums of the kernel over pairs of groups `(GROUPS, GROUPS)`, without pairs of one feature."""
     members = F.one_hot(groups, GROUPS).double()
     sums = torch.zeros(GROUPS, GROUPS, dtype=torch.float64)
     for first in range(0, len(x), chunk):

@@ -140,15 +140,13 @@ def _notes(report: "Evaluation") -> list[str]:
     settings, made = report.settings, report.provenance
     seeds = ", ".join(map(str, settings["seeds"]))
     notes = [
-        f"{settings['num_pictures']} images per seed compared with as many real images, seeds {seeds}. Features of the "
-        f"distances: {settings['features']}. The row of real pictures is the floor: the values of as many other real "
-        "images. The kernel distance is unbiased; its floor can be below 0, because both sets of real images show the "
-        "same captions."
+        f"{settings['num_pictures']} images per seed compared with as many real images, seeds {seeds}. Features of "
+        f"the distances: {settings['features']}. The row of real pictures is the floor: the values of as many other "
+        "real images. The kernel distance is unbiased. Its floor can be below 0, because both sets of real images "
+        "show the same captions."
     ]
-    over_images = any(
-        figure.over_images is not None for figures in _all_figures(report) for figure in figures.values()
-    )
-    notes += [_INTERVALS_OVER_IMAGES if over_images else _INTERVALS_OVER_SEEDS]
+    measured = [figure for figures in _all_figures(report) for figure in figures.values()]
+    notes.append(_OVER_IMAGES if any(figure.over_images for figure in measured) else _OVER_SEEDS)
     if any(row.trainings > 1 for row in report.rows):
         notes[-1] += " 'trainings ±' is the interval over models trained with different seeds."
     if settings.get("alignment"):
@@ -158,11 +156,11 @@ def _notes(report: "Evaluation") -> list[str]:
     return notes
 
 
-_INTERVALS_OVER_IMAGES = (
-    f"± is the {CONFIDENCE:.0%} confidence interval over images (jackknife over {GROUPS} groups of captions); over seeds "
-    "where images were not measured one by one, as for S(Z)."
+_OVER_IMAGES = (
+    f"± is the {CONFIDENCE:.0%} confidence interval over images (jackknife over {GROUPS} groups of captions); where "
+    "images were not measured one by one, as for S(Z), over seeds."
 )
-_INTERVALS_OVER_SEEDS = f"± is the {CONFIDENCE:.0%} confidence interval of the mean over seeds."
+_OVER_SEEDS = f"± is the {CONFIDENCE:.0%} confidence interval of the mean over seeds."
 
 
 def _all_figures(report: "Evaluation") -> list[dict[str, Interval]]:
