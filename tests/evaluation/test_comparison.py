@@ -60,7 +60,8 @@ def test_ratios_to_a_reference_model_are_printed(models, data, pooled, tmp_path,
     for key in ("kernel_distance_held_out", "frechet_distance_seen"):
         own, other, floor = (figures[key].mean for figures in (student.figures, teacher.figures, report.real))
         plain, corrected = found[key]
-        assert plain is not None and corrected is not None
+        assert plain is not None
+        assert corrected is not None
         assert plain.mean == pytest.approx(own / other)
         assert corrected.mean == pytest.approx((own - floor) / (other - floor))
     assert found["diversity"][1] is None  # real images are no floor of it

@@ -98,13 +98,17 @@ class Evaluation:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"Expected the folder of an evaluation, but there is no {path}.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls.of(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Evaluation":
+        """Return the evaluation that a JSON file holds, also one of an earlier version."""
         rows = [{**row, "figures": _intervals(row["figures"])} for row in content["rows"]]
         rows = [Row(**{**row, **{key: tuple(row[key]) for key in ("per_bin", "edges")}}) for row in rows]
-        content |= {"real": _intervals(content["real"]), "prompts": tuple(content["prompts"]), "rows": tuple(rows)}
-        content["reference"] = tuple(content.get("reference", ()))  # not in files of earlier versions
-        content["coupling"] = _intervals(content.get("coupling", {}))
-        return cls(**content)
+        changes = {"real": _intervals(content["real"]), "prompts": tuple(content["prompts"]), "rows": tuple(rows)}
+        changes["reference"] = tuple(content.get("reference", ()))  # not in files of earlier versions
+        changes["coupling"] = _intervals(content.get("coupling", {}))
+        return cls(**(content | changes))
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> "Evaluation":

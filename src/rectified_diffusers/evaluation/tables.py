@@ -146,7 +146,10 @@ def _notes(report: "Evaluation") -> list[str]:
         "show the same captions."
     ]
     measured = [figure for figures in _all_figures(report) for figure in figures.values()]
-    notes.append(_OVER_IMAGES if any(figure.over_images for figure in measured) else _OVER_SEEDS)
+    if any(figure.over_images is not None for figure in measured):
+        notes.append(_OVER_IMAGES)
+    elif any(figure.half_width is not None for figure in measured):
+        notes.append(_OVER_SEEDS)
     if any(row.trainings > 1 for row in report.rows):
         notes[-1] += " 'trainings ±' is the interval over models trained with different seeds."
     if settings.get("alignment"):
