@@ -87,6 +87,23 @@ def test_the_ratios_of_the_readme():
         assert cells == [*expected, *[""] * (2 - len(expected))], name
 
 
+def test_the_bundled_model_measured_again_has_the_same_metrics_now_with_intervals():
+    again, before = report_of("emoji_bundled"), report_of("emoji_one_step")
+    row = next(row for row in before.rows if row.name == BUNDLED)
+    assert again.settings["features"] == before.settings["features"]
+    for found, expected in ((again.rows[0].figures, row.figures), (again.real, before.real)):
+        for key, figure in expected.items():
+            assert found[key].mean == pytest.approx(figure.mean, rel=1e-4), key
+            assert found[key].over_images is not None
+    figures = again.rows[0].figures
+    known, new = (f"{figures[f'alignment_held_out_{words}']:.3f}" for words in ("known", "new"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sentence = (
+        f"the R-precision of the bundled model is {known} if all words of the caption occur in training, and {new} if"
+    )
+    assert sentence in text
+
+
 def test_the_table_and_the_ratios_of_the_papers_page():
     report = report_of("emoji_one_step")
     start = "| | steps | kernel distance, seen | held out | Fréchet distance, seen | held out "
