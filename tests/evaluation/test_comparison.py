@@ -77,6 +77,14 @@ def test_ratios_to_a_reference_model_are_printed(models, data, pooled, tmp_path,
     assert run(models, data, tmp_path).reference == teacher.key  # a later model is compared with it too
 
 
+def test_a_reference_of_the_same_name_is_refused_before_any_work(models, data, tmp_path, capsys):
+    reference = ["--reference-model", str(models / "teacher"), "--reference-steps", "1", "--name", "teacher"]
+    model = ["--model", str(models / "student"), "--data", str(data), "--output-dir", str(tmp_path)]
+    assert cli.main(["evaluate", *model, *ARGUMENTS, *reference, "--reference-guidance-scale", "1"]) != 0
+    assert "The reference model would replace the row 'teacher'" in capsys.readouterr().err
+    assert not (tmp_path / CACHE).exists()
+
+
 def test_several_trainings_are_one_row(models, data, pooled, tmp_path, capsys):
     report = run(models, data, tmp_path, "--repeats", str(models / "again"), "--name", "one-step")
     first, second, mean = report.rows

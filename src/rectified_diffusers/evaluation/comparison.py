@@ -31,24 +31,28 @@ def evaluate_beside(
         load: returns the pipeline of a folder or Hub id, for the further models.
         name: name of the pipeline in the table. Repeats are numbered after it, the reference is named by its folder.
     """
+    names = [name, *(f"{name}, training {number}" for number in range(2, len(comparison.repeats) + 2))]
+    teacher = comparison.reference_model
+    key = model_name(teacher or ""), comparison.reference_steps, comparison.reference_guidance_scale
+    if teacher is not None and key in [(own, steps, config.guidance_scale) for own in names for steps in config.steps]:
+        raise ValueError(
+            f"The reference model would replace the row {key[0]!r}, which has its name, steps and guidance. Pass "
+            "another name for the evaluated model, for example --name one-step."
+        )
     report = evaluate(pipeline, pictures, output_dir, config, name, progress)
-    names = [name]
-    for number, model in enumerate(comparison.repeats, start=2):
-        names.append(f"{name}, training {number}")
-        report = evaluate(load(model), pictures, output_dir, config, names[-1], progress)
+    for model, own in zip(comparison.repeats, names[1:], strict=True):
+        report = evaluate(load(model), pictures, output_dir, config, own, progress)
     if comparison.repeats:
         for steps in config.steps:
             keys = [(own, steps, config.guidance_scale) for own in names]
-            rows = [next(row for row in report.rows if row.key == key) for key in keys]
+            rows = [next(row for row in report.rows if row.key == own) for own in keys]
             report = report.with_row(mean_of_trainings(rows, f"{name}, {len(rows)} trainings"))
-    if comparison.reference_model is not None:
-        key = model_name(comparison.reference_model), comparison.reference_steps, comparison.reference_guidance_scale
         report.write(output_dir)
-        of_reference = replace(config, steps=key[1:2], guidance_scale=key[2])
-        reference = load(comparison.reference_model)
-        report = evaluate(reference, pictures, output_dir, of_reference, key[0], progress)
+    if teacher is not None:
+        of_teacher = replace(config, steps=key[1:2], guidance_scale=key[2])
+        report = evaluate(load(teacher), pictures, output_dir, of_teacher, key[0], progress)
         report = replace(report, reference=key)
-    report.write(output_dir)
+        report.write(output_dir)
     return report
 
 
