@@ -27,7 +27,15 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit."""
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
+
+    Example:
+        ```python
+        with optimize(pipeline) as optimized:
+            print(optimized.switches)
+            image = pipeline("a red apple").images[0]
+        ```
+    """
 
     pipeline: Any
     switches: dict[str, Any]
@@ -91,6 +99,13 @@ def optimize(
         cache_prompts: keep the embeddings of the last 64 prompts.
         cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
         keep_memory: of the entire process: return none to the system before `restore`; auto is on for CPUs with glibc.
+
+    Example:
+        ```python
+        optimized = optimize(pipeline)
+        image = pipeline("a red apple").images[0]
+        optimized.restore()
+        ```
     """
     pipe = _checked(pipeline)
     requested = {
