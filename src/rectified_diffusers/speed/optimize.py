@@ -131,7 +131,7 @@ def optimize(
 
 def is_optimized(pipeline: Any) -> bool:
     """Return whether a pipeline is optimized; its weights may be rounded then, until `restore`."""
-    return vars(pipeline).get(_MARK) is not None
+    return getattr(pipeline, _MARK, None) is not None
 
 
 def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[str, Any]:
