@@ -99,13 +99,6 @@ def optimize(
         cache_prompts: keep the embeddings of the last 64 prompts.
         cache_times: keep the embeddings of the timesteps; auto is on for CPUs, unless compiled.
         keep_memory: of the entire process: return none to the system before `restore`; auto is on for CPUs with glibc.
-
-    Example:
-        ```python
-        optimized = optimize(pipeline)
-        image = pipeline("a red apple").images[0]
-        optimized.restore()
-        ```
     """
     pipe = _checked(pipeline)
     requested = {
