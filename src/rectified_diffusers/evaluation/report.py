@@ -70,6 +70,12 @@ class Evaluation:
         reference: name, steps and guidance of the row that the others are compared with; empty without one.
         captions: number of distinct held-out captions, by whether all of their words occur in training.
         coupling: transport cost of the triplets, see `metrics.transport_cost`; empty if the data are no triplets.
+
+    Example:
+        ```python
+        evaluation = Evaluation.read("metrics")  # the output folder of `evaluate`
+        print(evaluation.as_markdown())
+        ```
     """
 
     settings: dict[str, Any]
