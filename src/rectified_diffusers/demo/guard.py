@@ -115,7 +115,7 @@ def _size(folder: Path) -> int:
     total = 0
     for file in folder.rglob("*"):
         try:
-            total += file.stat().st_size
+            total += file.stat().st_size if file.is_file() else 0
         except FileNotFoundError:  # removed by gradio in the meantime
             continue
     return total
