@@ -1,5 +1,6 @@
 """The teacher for pipelines other than Stable Diffusion's: the stock call from given noise, with its own guidance."""
 
+import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -53,8 +54,9 @@ class StockTeacher(Teacher):
                 f"{type(pipeline).__name__} takes no guidance scale, got guidance_scale={config.guidance_scale}. "
                 "Leave it out."
             )
-        teacher = cls.adapt(pipeline, config, solver, denoiser.latent_shape)
-        teacher = cls(teacher.pipeline, denoiser.network, config, denoiser.latent_shape, denoiser)
+        adapted = copy.copy(pipeline)
+        adapted.scheduler = solver
+        teacher = cls(adapted, denoiser.network, config, denoiser.latent_shape, denoiser)
         if config.store_text_embeddings:
             teacher.encode(list(PROMPTS))  # raises for embeddings that cannot be stored
         return teacher
