@@ -87,7 +87,7 @@ def test_two_passes_of_our_own_repeat_linear_guidance(name: str, adapted: Any) -
     denoiser = adapted(name)
     two_passes = denoiser.guidance_found.two_passes
     noise = torch.randn(1, *denoiser.latent_shape)
-    trace = denoiser.solve(PROMPTS[:1], noise, 2, **two_passes.options)
+    trace = denoiser.solve(PROMPTS[:1], noise, 2, record=True, **two_passes.options)
     text, null = denoiser.encode(PROMPTS[:1], "cpu"), denoiser.encode([""], "cpu")
     weight = two_passes.options[two_passes.argument] + two_passes.offset
     guided = PipelineDenoiser(denoiser.pipeline, two_passes.options[two_passes.argument], denoiser.call.options)

@@ -218,3 +218,14 @@ def test_lpips_has_a_gradient_through_the_pipelines_own_decoding() -> None:
     assert pixels.shape == (2, 3, 16, 16)
     (gradient,) = torch.autograd.grad(pixels.sum(), latents)
     assert bool(gradient.any())
+
+
+def test_a_folder_is_held_to_its_call_options(tmp_path: Path) -> None:
+    pipeline, options = build("sana")
+    make_triplets(pipeline, tmp_path / "triplets", options)
+    with pytest.raises(ValueError, match=r"expected call_options\.height = 32, got 64"):
+        make_triplets(pipeline, tmp_path / "triplets", {**options, "height": 64})
+    with pytest.raises(ValueError, match="StableDiffusionPipeline takes no call_options"):
+        make_triplets(build("sd")[0], tmp_path / "other", {"height": 32})
+    with pytest.raises(ValueError, match="call_options must be a JSON object of arguments by name"):
+        TripletConfig(num_triplets=1, call_options="[1]")

@@ -62,11 +62,9 @@ def generate_real_triplets(
         raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
     if denoiser.latent_shape != shape:
         raise TypeError(
-            f"Real pictures become latents {shape}, and the scheduler of {type(teacher).__name__} sees latents of "
-            f"shape {denoiser.latent_shape}. Give a teacher whose latents are those of its VAE."
+            f"Expected a teacher whose scheduler sees the latents of its VAE, {shape}, got {type(teacher).__name__}."
         )
-    adapted = Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape)
-    adapted = replace(adapted, denoiser=denoiser)
+    adapted = replace(Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape), denoiser=denoiser)
     real = read_pictures(pictures, shape[1] * teacher.vae_scale_factor, config.split)
     numbers = real.numbers(config.split)
     if not numbers:

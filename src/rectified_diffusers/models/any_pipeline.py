@@ -221,11 +221,18 @@ class PipelineDenoiser(Denoiser):
         return torch.cat(answers)[back]
 
     def solve(
-        self, prompts: Sequence[str], noise: Tensor, num_inference_steps: int, scheduler: Any = None, **options: Any
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        num_inference_steps: int,
+        scheduler: Any = None,
+        record: bool = False,
+        **options: Any,
     ) -> Trace:
         """Run the stock call from noise `(B, ...)`, with its own guidance; the data are the last step's result.
 
         Args:
+            record: keep all steps, not only the last.
             options: arguments of the stock call, such as guidance_scale.
         """
         return self.call.run(
@@ -235,7 +242,7 @@ class PipelineDenoiser(Denoiser):
             noise=(noise, self.calibration.noise_place),
             guided=True,
             scheduler=scheduler,
-            record=False,
+            record=record,
         )
 
     @property

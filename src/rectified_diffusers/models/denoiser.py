@@ -73,6 +73,8 @@ class Denoiser(ABC):
         for pipeline_class, denoiser_class in _FAMILIES.items():
             if isinstance(pipeline, pipeline_class):
                 return denoiser_class(pipeline, 1.0 if guidance is None else guidance, options)
+        if not hasattr(pipeline, "components"):
+            raise TypeError(f"Expected a text-to-image pipeline of diffusers, got {type(pipeline).__name__}.")
         from rectified_diffusers.models.any_pipeline import PipelineDenoiser
         from rectified_diffusers.models.stock_call import UnsupportedPipelineError
 

@@ -197,8 +197,8 @@ class StockCall:
         if "generator" in self.parameters:
             arguments["generator"] = torch.Generator().manual_seed(seed)
         call = type(self.pipeline).__call__
-        if gradient:
-            call = inspect.unwrap(call)
+        while gradient and call.__code__.co_name == "decorate_context":  # torch.no_grad
+            call = call.__wrapped__
         devices = {part.device for part in self.networks.values() if part.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=devices), suppress(Stop), torch.set_grad_enabled(gradient):

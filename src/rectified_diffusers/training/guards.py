@@ -38,9 +38,9 @@ def require_own_weights(pipeline: Any) -> None:
         )
 
 
-def require_same_latents(pipeline: Any, manifest: Manifest) -> None:
+def require_same_latents(vae: Any, manifest: Manifest) -> None:
     """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
-    config = getattr(getattr(pipeline, "vae", None), "config", {})
+    config = getattr(vae, "config", {})
     for name, made in manifest.vae_scaling.items():
         here = config.get(name)
         if made != (here or 0.0):

@@ -37,7 +37,7 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
                 f"The {denoiser.component} takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
                 "Make the triplets with a teacher that shares the VAE of this pipeline."
             )
-    require_same_latents(pipeline, manifest)
+    require_same_latents(getattr(pipeline, "vae", None), manifest)
     guidances = {part.guidance_scale for part in manifest.parts}
     if len(guidances) > 1 and denoiser.takes_guidance:
         raise ValueError(
