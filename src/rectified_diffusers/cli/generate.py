@@ -21,6 +21,7 @@ from rectified_diffusers.cli.shared import (
     default_model,
     load_pipeline,
     print_result,
+    set_steps,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     check_picture_file(arguments.output)
     model = default_model() if arguments.model is None else arguments.model
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    set_steps(arguments, pipeline)
     if arguments.fast:
         _make_fast(pipeline, arguments)
     refiner = None if arguments.refine is None else _load_refiner(arguments)

@@ -21,6 +21,7 @@ from rectified_diffusers.cli.shared import (
     default_model,
     load_pipeline,
     print_result,
+    set_steps,
 )
 
 
@@ -73,6 +74,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
             check_picture_file(output)
     model = default_model() if arguments.model is None else arguments.model
     pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    set_steps(arguments, pipeline)
     began = time.perf_counter()
     images = interpolate(
         pipeline,

@@ -73,7 +73,12 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the sampling options: steps, guidance and size."""
-    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="INT",
+        help="Euler steps of the flow (default: those of a model distilled to a few steps, else 1)",
+    )
     parser.add_argument(
         "--guidance-scale",
         type=float,
@@ -98,6 +103,14 @@ def check_sampling(arguments: argparse.Namespace, counts: Sequence[str]) -> None
         raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
     if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
         raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
+
+
+def set_steps(arguments: argparse.Namespace, pipeline: Any) -> None:
+    """Set the sampling steps, if they are not given, to those that the model was distilled to."""
+    from rectified_diffusers.pipelines.scheduler import student_steps
+
+    if arguments.steps is None:
+        arguments.steps = student_steps(pipeline.scheduler)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def add_reflow(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_distill(commands: Any) -> argparse.ArgumentParser:
-    text = "Distill a rectified flow into one step, on triplets that it drew itself."
+    text = "Distill a rectified flow into one step, or a few, on triplets that it drew itself."
     return _add_training(commands, "distill", text, DistillConfig)
 
 
@@ -43,8 +43,8 @@ def add_progressive(commands: Any) -> argparse.ArgumentParser:
 
 def add_dmd(commands: Any) -> argparse.ArgumentParser:
     text = (
-        "Finish a one-step model by distribution matching (DMD2): its pictures become like the teacher's as a whole, "
-        "not each like the one that the teacher draws from the same noise."
+        "Finish a model of one step, or a few, by distribution matching (DMD2): its pictures become like the "
+        "teacher's as a whole, not each like the one that the teacher draws from the same noise."
     )
     parser = _add_training(commands, "dmd", text, DistributionMatchingConfig)
     parser.add_argument(

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_count, require_number, require_pipeline, require_texts, require_type
+from rectified_diffusers.pipelines.scheduler import student_steps
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -89,7 +90,7 @@ def interpolate(
     frames: int = 15,
     *,
     loop: bool = False,
-    num_inference_steps: int = 1,
+    num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
     height: int | None = None,
@@ -106,11 +107,14 @@ def interpolate(
         frames: images from one keyframe (included) to the next (excluded): K keyframes produce
             (K - 1) * frames + 1 images, or K * frames with `loop`.
         loop: return from the last keyframe to the first, for a seamless animation.
+        num_inference_steps: those of a model distilled to a few steps by default, else 1.
         height, width: in pixels; the model's size by default.
     """
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
     require_count("frames", frames)
+    if num_inference_steps is None:
+        num_inference_steps = student_steps(pipeline.scheduler)
     require_count("num_inference_steps", num_inference_steps)
     require_number("guidance_scale", guidance_scale)
     size = _picture_size(pipeline, height, width)
