@@ -79,8 +79,9 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     pipeline = denoiser.pipeline
     parts = {**pipeline.components, denoiser.component: network}
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        grid = {"shift_terminal": 1 / steps} if isinstance(pipeline, StableDiffusion3Pipeline) and steps > 1 else {}
-        scheduler: Any = FlowMatchEulerDiscreteScheduler(denoiser.num_train_timesteps, shift=1.0, **grid)
+        ends = isinstance(pipeline, StableDiffusion3Pipeline) and steps > 1
+        grid: dict[str, Any] = {"shift_terminal": 1 / steps} if ends else {}
+        scheduler = FlowMatchEulerDiscreteScheduler(denoiser.num_train_timesteps, shift=1.0, **grid)
         record_student_steps(scheduler, steps)
         return type(pipeline)(**{**parts, "scheduler": scheduler})
     parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
