@@ -23,8 +23,8 @@ from rectified_diffusers.options import add_options, expanded_path, flag, option
 
 if TYPE_CHECKING:
     import torch
-    from typing_extensions import Self
     from PIL.Image import Image
+    from typing_extensions import Self
 
 PROG = "rectified-diffusers"
 ON_PROCESSES = "On several processes: accelerate launch -m rectified_diffusers.cli COMMAND ..."
