@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.evaluation.metrics import frechet_distance
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig
 from rectified_diffusers.training.distill import DistillTrainer
@@ -17,19 +18,19 @@ from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, make_matching_teacher, write_dataset
 
-MODES, STD = 1.2 * torch.randn(16, 2, generator=torch.Generator().manual_seed(4)), 0.1
+MODES, STD = torch.randn(64, 8, generator=torch.Generator().manual_seed(4)), 0.1
 DRAWN = {**SHORT, "warmup_steps": 0, "lr_schedule": "cosine", "weight_decay": 0.0, "ema_decay": 0.9}
 
 
 def points(latents: Tensor) -> Tensor:
-    """Return latents `(B, 4, 8, 8)` as points in two dimensions, 128 each."""
-    return latents.flatten(1).unflatten(1, (128, 2))
+    """Return latents `(B, 4, 8, 8)` as points in eight dimensions, 32 each."""
+    return latents.flatten(1).unflatten(1, (32, 8))
 
 
 def draw(count: int, seed: int) -> Tensor:
-    """Sample latents of `count` times 128 points of the mixture."""
+    """Sample latents of `count` times 32 points of the mixture."""
     generator = torch.Generator().manual_seed(seed)
-    modes = MODES[torch.randint(len(MODES), (count, 128), generator=generator)]
+    modes = MODES[torch.randint(len(MODES), (count, 32), generator=generator)]
     return (modes + STD * torch.randn(modes.shape, generator=generator)).reshape(-1, 4, 8, 8)
 
 
@@ -55,14 +56,14 @@ class Network(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            widths = (9, 64, 64, 64, 2)
+            widths = (15, 64, 64, 64, 8)
             layers = [nn.Linear(*pair) for pair in pairwise(widths)]
         self.layers = nn.Sequential(layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2], nn.SiLU(), layers[3])
 
     def forward(self, sample: Tensor, timestep: Tensor, **others: Any) -> tuple[Tensor]:
         x, t = points(sample), 1 - timestep.reshape(-1, 1, 1) / 1000
         angles = torch.pi * t * torch.tensor([1.0, 2.0, 4.0])
-        times = torch.cat([t, angles.sin(), angles.cos()], -1).expand(-1, 128, -1)
+        times = torch.cat([t, angles.sin(), angles.cos()], -1).expand(-1, 32, -1)
         return (self.layers(torch.cat([x, times], -1)).reshape(sample.shape),)
 
 
@@ -75,8 +76,8 @@ def flow() -> Network:
     """A network trained as the mixture's flow: the first student, and the first fake score."""
     network, generator = Network(), torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
-    for step in range(1500):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    for step in range(1000):
         data = draw(16, step)
         noise, t = torch.randn(data.shape, generator=generator), torch.rand(len(data), generator=generator)
         column = t[:, None, None, None]
@@ -90,21 +91,18 @@ def flow() -> Network:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> TripletDataset:
-    noise = torch.randn(128, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    noise = torch.randn(512, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
         data = euler(velocity(Exact()), noise, 50)
     return write_dataset(tmp_path_factory.mktemp("pairs"), noise, data, ["a point"] * len(noise))
 
 
-def errors(network: nn.Module, steps: int) -> tuple[float, float]:
-    """Return the sliced distance of the student's samples to the mixture, and their mean distance to a mode."""
-    noise = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+def distance(network: nn.Module, steps: int) -> float:
+    """Return the Frechet distance of the student's samples to the mixture."""
+    noise = torch.randn(256, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         made = points(euler(velocity(network), noise, steps)).flatten(0, 1)
-    angles = torch.linspace(0, torch.pi, 33)[:-1]
-    lines = torch.stack([angles.cos(), angles.sin()])
-    ordered = [(each @ lines).sort(0).values for each in (made, points(draw(64, -1)).flatten(0, 1))]
-    return (ordered[0] - ordered[1]).abs().mean().item(), torch.cdist(made, MODES).amin(1).mean().item()
+    return frechet_distance(made, points(draw(256, -1)).flatten(0, 1))
 
 
 def distill(start: Network, pairs: TripletDataset, folder: Path, steps: int) -> Network:
@@ -112,9 +110,9 @@ def distill(start: Network, pairs: TripletDataset, folder: Path, steps: int) -> 
         def make_network(self) -> Any:
             return copy.deepcopy(start).requires_grad_(True)
 
-    options: dict[str, Any] = {"batch_size": 8, "learning_rate": 2e-3, "student_steps": steps, "max_steps": 300}
+    options: dict[str, Any] = {"batch_size": 8, "learning_rate": 2e-3, "student_steps": steps, "max_steps": 150}
     trainer = Student(make_tiny_pipeline("flow"), pairs, DistillConfig(output_dir=folder, **{**DRAWN, **options}))
-    for step in range(1, 301):
+    for step in range(1, 151):
         trainer.train_step(step)
     return trainer.student.network
 
@@ -145,9 +143,8 @@ def test_more_steps_are_better_with_the_same_budget(flow: Network, pairs: Triple
     distilled, matched = {}, {}
     for steps in (1, 2, 4):
         student = distill(flow, pairs, tmp_path / f"distilled-{steps}", steps)
-        distilled[steps] = errors(student, steps)
-        matched[steps] = errors(match(student, flow, pairs, tmp_path / f"matched-{steps}", steps), steps)
-    print(errors(flow, 1), errors(flow, 4), distilled, matched)
+        distilled[steps] = distance(student, steps)
+        matched[steps] = distance(match(student, flow, pairs, tmp_path / f"matched-{steps}", steps), steps)
     for found in (distilled, matched):
-        for steps in (2, 4):
-            assert all(few < 0.9 * one for few, one in zip(found[steps], found[1], strict=True))
+        assert found[2] < 0.95 * found[1]
+        assert found[4] < 0.85 * found[1]
