@@ -105,6 +105,12 @@ def interpolate(
         loop: return from the last keyframe to the first, for a seamless animation.
         num_inference_steps: those of a model distilled to a few steps by default, else 1.
         height, width: in pixels; the model's size by default.
+
+    Example:
+        ```python
+        frames = interpolate(pipeline, ["dog face", "cat face"], [0, 1], frames=8, loop=True)
+        save_animation(frames, "faces.gif")
+        ```
     """
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")

@@ -20,6 +20,13 @@ class DistillTrainer(Trainer[DistillConfig]):
     A student of N steps is trained at t = 0, 1/N, ..., (N - 1)/N, the times of its Euler sampler, on the straight path
     x_t of each triplet: the reflow for a known number of steps of arXiv:2209.03003, of which N = 1 is distillation.
     The Euler result is noise + sum of v(x_t, t) / N, so the velocities of all N times have equal weight.
+
+    Example:
+        ```python
+        config = DistillConfig(output_dir=Path("one-step"), max_steps=21_500, batch_size=64)
+        DistillTrainer(pipeline, triplets, config).train()
+        one_step = RectifiedFlowPipeline.from_pretrained("one-step")
+        ```
     """
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: DistillConfig) -> None:
