@@ -115,15 +115,13 @@ def interpolate(
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
     require_count("frames", frames)
-    if num_inference_steps is None:
-        num_inference_steps = student_steps(pipeline.scheduler)
-    require_count("num_inference_steps", num_inference_steps)
+    steps = student_steps(pipeline.scheduler) if num_inference_steps is None else num_inference_steps
+    require_count("num_inference_steps", steps)
     require_number("guidance_scale", guidance_scale)
     size = _image_size(pipeline, height, width)
     quiet = copy.copy(pipeline)  # no progress bar per image; the models are shared
     quiet.set_progress_bar_config(disable=True)
-    guided = guidance_scale > 1
-    embeds = {prompt: _embed(pipeline, prompt, guided, negative_prompt) for prompt, _ in keys}
+    embeds = {prompt: _embed(pipeline, prompt, guidance_scale > 1, negative_prompt) for prompt, _ in keys}
     dtype = next(iter(embeds.values()))["prompt_embeds"].dtype
     noises = {seed: _noise(pipeline, seed, size, dtype) for _, seed in keys}
     images = []
@@ -133,7 +131,7 @@ def interpolate(
         result = quiet(
             latents=latents,
             **between,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             height=size[0],
             width=size[1],
