@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,16 +22,13 @@ class Coefficients:
 
 
 def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Reshape a coefficient `(B,)` to broadcast against x `(B, ...)`: to `(B, 1, 1, 1)` for a four-dimensional x.
-
-    No other function does this reshaping.
-    """
+    """Reshape a coefficient `(B,)` to broadcast against x `(B, ...)`: to `(B, 1, 1, 1)` for a four-dimensional x."""
     if coefficient.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"Expected t in float32 or float64, got {coefficient.dtype}. Convert it with t.float().")
     if coefficient.shape != x.shape[:1]:
         raise ValueError(
-            f"Expected t of shape (B,) = {tuple(x.shape[:1])} beside {tuple(x.shape)}, "
-            f"got {tuple(coefficient.shape)}. Give one time per example, for one time t.expand(B)."
+            f"Expected t of shape {tuple(x.shape[:1])} for x of shape {tuple(x.shape)}, got "
+            f"{tuple(coefficient.shape)}. Pass one time per example: t.expand(B) for a single time."
         )
     return coefficient.reshape((-1,) + (1,) * (x.ndim - 1))
 
@@ -43,10 +40,7 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     bfloat16 latents.
     """
     if x.shape != y.shape:
-        raise ValueError(
-            f"Expected two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}. "
-            "Nothing is broadcast here; expand the smaller one yourself if that is meant."
-        )
+        raise ValueError(f"Expected two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
     total = per_example(a, x) * x + per_example(b, y) * y
     return total.to(torch.promote_types(x.dtype, y.dtype))
 
@@ -180,30 +174,3 @@ class VariancePreserving(Interpolation):
         angle, slope = self.angle(self.last_timestep * (1 - t))
         alpha, sigma, d_angle = angle.cos(), angle.sin(), -self.last_timestep * slope
         return Coefficients(alpha, sigma, d_alpha=-sigma * d_angle, d_sigma=alpha * d_angle)
-
-
-@dataclass(frozen=True)
-class Differentiable(Interpolation):
-    """Path of any alpha(t) and sigma(t) written in torch, differentiated by forward-mode autograd.
-
-    Args:
-        alpha_fn: maps t `(B,)` to alpha `(B,)`, elementwise and differentiable; likewise sigma_fn.
-    """
-
-    alpha_fn: Callable[[Tensor], Tensor]
-    sigma_fn: Callable[[Tensor], Tensor]
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        alpha, d_alpha = _value_and_derivative("alpha_fn", self.alpha_fn, t)
-        sigma, d_sigma = _value_and_derivative("sigma_fn", self.sigma_fn, t)
-        return Coefficients(alpha, sigma, d_alpha, d_sigma)
-
-
-def _value_and_derivative(name: str, function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
-    if value.shape != t.shape:
-        raise ValueError(
-            f"Expected {name} to map t of shape {tuple(t.shape)} to the same shape, got {tuple(value.shape)}. "
-            "Write it elementwise, a constant as torch.full_like(t, value)."
-        )
-    return value, derivative
