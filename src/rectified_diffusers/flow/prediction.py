@@ -40,11 +40,9 @@ class DiffusionAsFlow:
 
         velocity = as_flow(unet, x_t, t)
 
-    A schedule does not reach pure noise or pure data: Stable Diffusion's covers 0.064 < t < 0.972 (sigma = 1 - t up to
-    0.936). Outside this range, the network is evaluated at its last (or first) timestep, and its prediction is
-    interpreted as if the sample were at that timestep: the sample is treated as slightly less (more) noisy than it is.
-    The velocity then points straight from x_t to the data estimated this way (towards the noise end), or straight from
-    the noise estimated this way to x_t (towards the data end). It is finite on all of [0, 1], continuous in t, and
+    A schedule does not reach pure noise or pure data: Stable Diffusion's covers 0.064 < t < 0.972. Outside this range,
+    the network is evaluated at its last (or first) timestep, as if the sample were there. The velocity then points
+    from x_t to the estimated data (or from the estimated noise to x_t). It is finite on [0, 1], continuous in t, and
     equal to data - noise inside the schedule. Sampling from t = 0 therefore has the same bias as diffusion sampling
     from pure noise at the last timestep: alpha of that timestep, 0.068 for Stable Diffusion.
 

@@ -56,9 +56,8 @@ def remedies(
     try:
         with complete_components():
             yield
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
-        _check_indexes(folder)
+        _check_indexes(_folder_of(source, cache_dir, revision))
     except (LocalEntryNotFoundError, *_NETWORK) as error:
         is_missing = isinstance(error, LocalEntryNotFoundError)  # offline by choice, or as the Hub did not answer
         causes = [cause for cause in _chain(error) if isinstance(cause, _NETWORK) and cause is not error]
@@ -75,23 +74,20 @@ def remedies(
                 f"You are trying to load the model files of the `variant={variant}`, but {source} has none. Leave "
                 "variant out; for half precision, call .to(torch.float16) on the pipeline."
             ) from error
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
         forget_unfinished(error, source, cache_dir)
-        _explain_files(error, source, folder)
+        _explain_files(error, source, _folder_of(source, cache_dir, revision))
         _explain_absence(error, source)
         raise
     except (*_WRONG_TYPES, RuntimeError) as error:
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
         if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
             raise
         _explain_redirects(error, source)
-        _explain_files(error, source, folder)
+        _explain_files(error, source, _folder_of(source, cache_dir, revision))
         raise ValueError(
-            f"{source} cannot be loaded: a value in model_index.json or in the config of a part is missing or of "
-            f"another type or size than expected ({type(error).__name__}: {' '.join(str(error).split())}). Download "
-            "or save it again."
+            f"{source} cannot be loaded: a value in model_index.json or in the config of a component is missing or "
+            f"of another type or size than expected ({type(error).__name__}: {' '.join(str(error).split())})."
         ) from error
 
 
@@ -114,7 +110,7 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
         for file, damage in _damaged_files(folder):
             # In the Hub's cache a snapshot contains links: as long as the file itself exists, it is used again.
             raise OSError(
-                f"{file} cannot be read: {damage}. The file is damaged or incomplete: delete "
+                f"{file} cannot be read: {damage}. The file is damaged or incomplete. Delete "
                 f"{os.path.realpath(file)} and load again, or copy the complete folder again."
             ) from error
     if "safetensors" not in str(error):
