@@ -436,7 +436,7 @@ def test_saving_with_a_lora_attached_is_a_clear_error(pipeline, tmp_path, do: Ca
     do(pipeline)
     name = "text_encoder" if do is attach_to_the_text_encoder else "(unet|text_encoder)"
     with pytest.raises(
-        ValueError, match=rf"attached to the {name}.*fuse_lora.*unload_lora_weights.*save_lora_weights"
+        ValueError, match=rf"attached to the pipeline's {name}.*fuse_lora.*unload_lora_weights.*save_lora_weights"
     ):
         pipeline.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -471,7 +471,7 @@ def test_a_lora_that_was_added_to_a_text_encoder_from_disk_is_not_saved_as_a_pat
     pipeline.save_pretrained(tmp_path / "base")
     loaded: Any = RectifiedFlowPipeline.from_pretrained(tmp_path / "base")
     loaded.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="A LoRA is attached to the text_encoder"):
+    with pytest.raises(ValueError, match="A LoRA is attached to the pipeline's text_encoder"):
         loaded.save_pretrained(tmp_path / "saved")
 
 

@@ -245,7 +245,7 @@ def test_several_at_once_and_on_top_of_each_other(pipeline):
     applied.take_back()
     assert unchanged(pipeline, before)
     records = [apply_weight_delta(pipeline, file) for file in (first, second)]
-    with pytest.raises(ValueError, match="Undo later changes first"):
+    with pytest.raises(ValueError, match="Undo later changes first, in reverse order"):
         records[0].take_back()
     for record in reversed(records):
         record.take_back()

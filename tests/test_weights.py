@@ -342,7 +342,7 @@ def test_deltas_are_taken_back_in_reverse_order(models, unet):
 def test_what_was_changed_since_is_not_overwritten(models, unet):
     applied = apply_weight_delta(unet, models["delta"])
     unet.half()
-    with pytest.raises(ValueError, match=r"values that it left, in torch.float32, got others, in torch.float16"):
+    with pytest.raises(ValueError, match=r"expected its values in torch.float32, got others in torch.float16"):
         applied.take_back()
 
 

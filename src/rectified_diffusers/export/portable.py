@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from rectified_diffusers.checks import require_pipeline, require_plain_weights
+from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -66,11 +67,7 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
         if name != "scheduler" and _library(type(component)) == PACKAGE:
             kind = type(component).__name__
             raise ValueError(f"{name} is a {kind}, which needs {PACKAGE} to load. Save it with save_pretrained.")
-        if getattr(component, "peft_config", None):
-            raise ValueError(
-                f"{name} has a LoRA attached ({', '.join(component.peft_config)}), expected plain weights. Call "
-                "pipeline.fuse_lora() to keep it, then pipeline.unload_lora_weights()."
-            )
+    refuse_any_lora(pipeline)
 
 
 def _stock_class(pipeline_class: type[Any]) -> type[Any]:

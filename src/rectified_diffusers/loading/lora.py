@@ -133,10 +133,10 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def refuse_any_lora(pipeline: Any) -> None:
-    """Raise if a component carries a LoRA: neither kind of export can keep it separate from the weights."""
+    """Raise if a component carries a LoRA: saved or exported, its weights would have names that cannot be loaded."""
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            try:
-                refuse_lora(part.state_dict(), f"the pipeline's {name}")
-            except ValueError as error:
-                raise ValueError(f"{error} To export the model with it, call pipeline.fuse_lora() before.") from None
+        if isinstance(part, nn.Module) and has_lora(part):
+            raise ValueError(
+                f"A LoRA is attached to the pipeline's {name}, expected plain weights. To keep it in them, call "
+                f"fuse_lora(components=[{name!r}]) and unload_lora_weights(); save_lora_weights() saves it by itself."
+            )

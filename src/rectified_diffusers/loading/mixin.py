@@ -116,17 +116,15 @@ class SafetensorsLoaders(DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Load IP-Adapters as diffusers does, from .safetensors or tensors; refuse a .bin."""
-        sources, folders = _each(pretrained_model_name_or_path_or_dict), _each(subfolder)
-        for source in sources:
+        for source in _each(pretrained_model_name_or_path_or_dict):
             if not isinstance(source, (str, os.PathLike)):  # tensors, for which the name is not read
                 continue
             for name in _each(weight_name):
                 refuse_pickle(name, _ADAPTER)
-            if image_encoder_folder is not None:
-                for folder in folders:
-                    # As in diffusers: a bare name is next to the weights, a path starts at the root.
-                    beside = "" if "/" in image_encoder_folder else folder or ""
-                    refuse_folder_of_pickles(Path(source, beside, image_encoder_folder), _ENCODER)
+            for folder in _each(subfolder) if image_encoder_folder is not None else ():
+                # As in diffusers: a bare name is next to the weights, a path starts at the root.
+                beside = "" if "/" in str(image_encoder_folder) else folder or ""
+                refuse_folder_of_pickles(Path(source, beside, str(image_encoder_folder)), _ENCODER)
         stock: Any = super()
         with _all_checked(pretrained_model_name_or_path_or_dict, kwargs.get("cache_dir")):
             stock.load_ip_adapter(

@@ -24,9 +24,8 @@ class StackedUNet(UNet2DConditionModel):
     conv_in. The features replace the output of that conv_in and are also the second U-Net's first skip connection. No
     weights are shared. With the blocks of Stable Diffusion 1.5 it has 1,719,017,924 parameters.
 
-    The first U-Net is this model itself, so that code that reads a U-Net's config and layers reads the half that
-    receives the latents. The other one is its submodule `second`. Save, load, LoRA, attention processors and gradient
-    checkpointing are diffusers' and cover both. Extensions made for a plain U-Net are handled as follows:
+    The first U-Net is this model itself, the other one its submodule `second`. Save, load, LoRA, attention processors
+    and gradient checkpointing are diffusers' and cover both. Extensions for a plain U-Net are handled as follows:
 
     - a LoRA is applied to both halves (one that names a layer of `second` is loaded unchanged), as are FreeU and a
       `scale`;
@@ -34,11 +33,9 @@ class StackedUNet(UNet2DConditionModel):
     - an IP-Adapter is refused.
 
     Args: those of `UNet2DConditionModel`, for both halves, and
-        diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity outside
-            its layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. If the stack predicts
-            epsilon, the conversion multiplies the errors of the second half, which is new to its features, by 1 /
-            alpha at the noise. Easier initializations for a stack are a U-Net that predicts v, and one whose flow was
-            initialized from bare weights.
+        diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity as in a
+            `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. For epsilon, the conversion multiplies the
+            errors of the second half by 1 / alpha at the noise; U-Nets that predict v are easier to stack.
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

@@ -30,11 +30,9 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
     Names and shapes of the weights are those of the plain U-Net, so that LoRAs, weight deltas, IP-Adapters and textual
     inversion of the diffusion model fit. Limits:
 
-    - A ControlNet or T2I-Adapter is called by the pipeline and receives x_t and the flow's timestep, not the inputs of
-      the inner U-Net. One made for diffusion is given a different time and a sample too small by up to sqrt(2), and
-      controls less well.
-    - Its output is not just that of its last layer: `export_diffusers`, which flips the sign of that layer, refuses
-      it.
+    - A ControlNet or T2I-Adapter is called by the pipeline with x_t and the flow's timestep. One made for diffusion
+      receives a different time and a sample too small by up to sqrt(2), and controls less well.
+    - `export_diffusers`, which flips the sign of the last layer, refuses it.
     - U-Nets that take more than latents (inpainting with 9 channels) are refused.
 
     Args: those of `UNet2DConditionModel`, and

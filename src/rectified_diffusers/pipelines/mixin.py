@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from rectified_diffusers.loading.errors import dtype_option, remedies
-from rectified_diffusers.loading.lora import has_lora
+from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import finish_saving
@@ -109,12 +109,7 @@ class RectifiedFlowMixin(SafetensorsLoaders):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached."""
-        for name, model in self.components.items():
-            if isinstance(model, nn.Module) and has_lora(model):
-                raise ValueError(
-                    f"A LoRA is attached to the {name}: the saved model could not be loaded. Call "
-                    f"fuse_lora(components=[{name!r}]) to keep it in the weights, then unload_lora_weights()."
-                )
+        refuse_any_lora(self)
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         finish_saving(self, Path(save_directory))

@@ -171,7 +171,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
         """Check a caller's grid: one-dimensional, sigmas in (0, 1], strictly descending."""
         if num_inference_steps is not None and num_inference_steps != len(sigmas):
-            raise ValueError(f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)}; pass one.")
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)} steps.")
         in_range = sigmas.ndim == 1 and len(sigmas) > 0 and bool(((sigmas > 0) & (sigmas <= 1)).all())
         if not in_range or not bool((sigmas.diff() < 0).all()):
             last = self.config["num_train_timesteps"]

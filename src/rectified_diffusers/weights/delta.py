@@ -81,8 +81,8 @@ def compute_weight_delta(
         delta = (tuned.read(name).float() - origin.read(name).float()).to(stored)
         if not delta.isfinite().all():
             raise ValueError(
-                f"The difference of {name!r} between {tuned.name} and {origin.name} is not finite in {dtype}. Check "
-                "the models, or use dtype='float32'."
+                f"The difference of {name!r} is not finite in {dtype}, got {tuned.name} and {origin.name}. Check the "
+                "models, or use dtype='float32'."
             )
         return delta
 
@@ -165,7 +165,7 @@ class AppliedDelta:
             if now.dtype != before.dtype or not torch.equal(now, _sum(before, self._terms, name)):
                 raise ValueError(
                     f"{name!r} changed after this delta was applied: expected its values in {before.dtype}, got "
-                    f"others in {now.dtype}. Undo later changes first: other deltas, conversions of dtype."
+                    f"others in {now.dtype}. Undo later changes first, in reverse order."
                 )
         for name, before in self._undo.items():
             weights[name].copy_(before)
