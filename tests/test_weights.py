@@ -398,7 +398,7 @@ def test_a_lora_must_be_unloaded_first(models, unet):
 
 
 def test_offloaded_weights_are_refused(models):
-    with pytest.raises(ValueError, match=r"in memory .* on meta in torch.float32. Do it before offloading"):
+    with pytest.raises(ValueError, match=r"in memory .* on meta in torch.float32. Apply deltas before offloading"):
         apply_weight_delta(make_unet().to("meta"), models["delta"])
 
 

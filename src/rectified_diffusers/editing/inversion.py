@@ -75,7 +75,7 @@ def edit(
         strength: share of the flow that is run backward and forward, in (0, 1]. Smaller values preserve more of the
             image.
     """
-    data, start = _data(pipeline, pictures), _time(strength)
+    start, data = _time(strength), _data(pipeline, pictures)
     state = _solve(pipeline, data, source_prompts, source_guidance_scale, solver, steps, 1.0, start)
     edited = _solve(pipeline, state, target_prompts, guidance_scale, solver, steps, start, 1.0)
     return decode_to_images(pipeline, edited)
@@ -97,7 +97,7 @@ def round_trip_error(
     Both directions use the same prompt. Arguments as for `invert`. The error decreases with the first power of `steps`
     for Euler and the third for Heun, down to the precision of the pipeline's dtype. It excludes the loss of the VAE.
     """
-    data, start = _data(pipeline, pictures), _time(strength)
+    start, data = _time(strength), _data(pipeline, pictures)
     state = _solve(pipeline, data, prompts, guidance_scale, solver, steps, 1.0, start)
     returned = _solve(pipeline, state, prompts, guidance_scale, solver, steps, start, 1.0)
     return (returned - data).flatten(1).norm(dim=1) / data.flatten(1).norm(dim=1)

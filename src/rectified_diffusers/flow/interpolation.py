@@ -82,10 +82,9 @@ class VariancePreserving(Interpolation):
     """Path of a diffusion schedule, as in DDIM (arXiv:2010.02502): alpha = cos(angle), sigma = sin(angle).
 
     At timestep k, alpha^2 = alphas_cumprod[k] and sigma^2 = 1 - alphas_cumprod[k]. Between timesteps, the angle
-    atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. (The angle is equivalent to the
-    signal-to-noise ratio, but stays finite when a schedule ends in pure noise.) The timestep is (N - 1) * (1 - t): t =
-    0 is the last of the N timesteps and t = 1 the first. The ends are therefore as pure as the schedule makes them:
-    for Stable Diffusion, alpha(0) = 0.068 and sigma(1) = 0.029.
+    atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. The timestep is (N - 1) * (1 - t):
+    t = 0 is the last of the N timesteps and t = 1 the first. The ends are therefore as pure as the schedule makes
+    them: for Stable Diffusion, alpha(0) = 0.068 and sigma(1) = 0.029.
 
     Args:
         alphas_cumprod: `(N,)`, strictly decreasing, in [0, 1]; the attribute of that name of a diffusers scheduler.
