@@ -49,6 +49,12 @@ def invert(
 
     Returns:
         The state `(B, C, H, W)` in float32 or wider; at strength 1 this is noise.
+
+    Example:
+        ```python
+        noise = invert(pipeline, image, "a red apple", steps=16)
+        returned = pipeline("a red apple", latents=noise, num_inference_steps=16).images[0]
+        ```
     """
     return _solve(pipeline, _data(pipeline, pictures), prompts, guidance_scale, solver, steps, 1.0, _time(strength))
 
@@ -74,6 +80,12 @@ def edit(
         source_guidance_scale, guidance_scale: guidance of the backward and of the forward flow.
         strength: share of the flow that is run backward and forward, in (0, 1]. Smaller values preserve more of the
             image.
+
+    Example:
+        ```python
+        edited = edit(pipeline, image, "a red apple", "a green apple", steps=16, strength=0.6)[0]
+        edited.save("green.png")
+        ```
     """
     start, data = _time(strength), _data(pipeline, pictures)
     state = _solve(pipeline, data, source_prompts, source_guidance_scale, solver, steps, 1.0, start)

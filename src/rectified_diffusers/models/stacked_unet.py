@@ -36,6 +36,13 @@ class StackedUNet(UNet2DConditionModel):
         diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity as in a
             `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. For epsilon, the conversion multiplies the
             errors of the second half by 1 / alpha at the noise; U-Nets that predict v are easier to stack.
+
+    Example:
+        ```python
+        pipeline = RectifiedFlowPipeline.from_pretrained("XCLiu/2_rectified_flow_from_sd_1_5")
+        pipeline.unet = StackedUNet.from_unet(pipeline.unet)
+        trainer = DistillTrainer(pipeline, triplets, DistillConfig(output_dir=Path("stacked")))
+        ```
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

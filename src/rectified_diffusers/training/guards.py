@@ -32,8 +32,8 @@ def require_own_weights(pipeline: Any) -> None:
     """Raise if a pipeline is optimized: training would start from its rounded weights."""
     if is_optimized(pipeline):
         raise ValueError(
-            f"Training needs the pipeline's own weights, got an optimized {type(pipeline).__name__}. Call restore() on "
-            "the result of optimize first."
+            f"Training needs the pipeline's own weights, got an optimized {type(pipeline).__name__}. "
+            "Call restore() on the result of optimize first."
         )
 
 
