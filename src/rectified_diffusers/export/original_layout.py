@@ -34,7 +34,7 @@ def original_unet_layout(weights: Mapping[str, Tensor], layers_per_block: int) -
     if None in originals.values():
         name = next(name for name, original in originals.items() if original is None)
         raise ValueError(
-            f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got one with {name!r}, which has no place in the "
+            f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got the weight {name!r}, which has no place in the "
             "original layout. Save it with export_diffusers or save_pretrained."
         )
     return {f"{PREFIX}{originals[name]}": tensor for name, tensor in weights.items()}
