@@ -190,7 +190,7 @@ PIPELINES: list[Case] = [
         ({"latents": LATENTS[0]}, "latents must be (B, 4, H, W)"),
         ({"latents": LATENTS.int()}, "latents must be in floating point"),
         ({"latents": [0.0]}, "latents must be a tensor"),
-        ({"latents": LATENTS.expand(2, -1, -1, -1)}, "one noise for each image, 1, got 2"),
+        ({"latents": LATENTS.expand(2, -1, -1, -1)}, "one noise for each of 1 images, got 2"),
         ({"prompt": None, "prompt_embeds": torch.full((1, 77, 16), NAN)}, "prompt_embeds must be finite"),
         ({"clip_skip": 99}, "clip_skip must be in"),
         ({"num_inference_step": 1}, "There is no argument 'num_inference_step'"),
