@@ -63,7 +63,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         """
         if type(unet) is not UNet2DConditionModel:
             kind = type(unet).__name__
-            raise TypeError(f"Expected a plain UNet2DConditionModel of a diffusion model, got a {kind}.")
+            raise TypeError(f"Expected a plain UNet2DConditionModel of a diffusion model, got {kind}.")
         schedule = _read_schedule(scheduler)
         made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
         weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
