@@ -121,11 +121,7 @@ def interpolate(
     guided = guidance_scale > 1
     embeds = {prompt: _embed(pipeline, prompt, guided, negative_prompt) for prompt, _ in keys}
     dtype = next(iter(embeds.values()))["prompt_embeds"].dtype
-    generators = {seed: torch.Generator().manual_seed(seed) for _, seed in keys}  # on the CPU, as a pipeline's
-    noises = {
-        seed: randn_tensor((1, channels, rows, columns), generator, dtype=dtype)
-        for seed, generator in generators.items()
-    }
+    noises = {seed: _noise(seed, (1, channels, rows, columns), dtype) for _, seed in keys}
     images = []
     for first, second, weight in tqdm(_frames(keys, frames, loop), unit="image", disable=not progress):
         latents = slerp(noises[first[1]], noises[second[1]], weight, dim=(1, 2, 3))
@@ -162,3 +158,8 @@ def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None
         negative_prompt=negative_prompt,
     )
     return {name: x for name, x in zip(_EMBEDS, embeds, strict=False) if x is not None}
+
+
+def _noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the noise of a seed as a pipeline samples it with a CPU generator."""
+    return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
