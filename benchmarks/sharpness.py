@@ -40,7 +40,8 @@ import torch
 from torch import Tensor
 
 from machine import provenance, write_results
-from rectified_diffusers.evaluation.metrics import Interval, frechet_distance, interval_of
+from rectified_diffusers.evaluation.intervals import Interval, interval_of
+from rectified_diffusers.evaluation.metrics import frechet_distance
 from rectified_diffusers.flow import FixedTime, Uniform, euler
 from rectified_diffusers.seeds import generator_of
 from sharpness_figure import draw_figure

@@ -36,9 +36,10 @@ from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.data.generate_real import generate_real_triplets
 from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import read_prompts
+from rectified_diffusers.evaluation.comparison import mean_of_trainings
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import merged as merged_intervals
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models.latents import latent_shape
 from rectified_diffusers.models.stacked_unet import StackedUNet
@@ -199,7 +200,10 @@ class Table:
             made = [self.evaluate(line, self.train(line, line.stages, seed), seed) for line in self.lines.values()]
             keys = [(line.name, line.steps, self.guidance(line.guidance)) for line in self.lines.values()]
             rows = [next(row for row in made[-1].rows if row.key == key) for key in keys]
-            reports.append(replace(made[-1], rows=tuple(rows)))  # in our order, without rows of other calls
+            teacher = self.lines.get("teacher-25")
+            reference = (teacher.name, teacher.steps, self.guidance(teacher.guidance)) if teacher else ()
+            # In our order, without rows of other calls.
+            reports.append(replace(made[-1], rows=tuple(rows), reference=reference))
         return merged(reports)
 
     def guidance(self, whose: str) -> float:
@@ -358,17 +362,9 @@ class Table:
 def merged(reports: list[Evaluation]) -> Evaluation:
     """Merge the evaluations of several trainings, each with its own seed, with intervals over the seeds."""
     first = reports[0]
-    gather = lambda figures: {  # noqa: E731
-        key: interval_of([value for own in figures for value in own[key].values]) for key in figures[0]
-    }
-    rows = []
-    for of_seeds in zip(*(report.rows for report in reports), strict=True):
-        per_bin = tuple(sum(bins) / len(bins) for bins in zip(*(row.per_bin for row in of_seeds), strict=True))
-        seconds = sorted(row.seconds_per_image for row in of_seeds)[len(of_seeds) // 2]
-        figures = gather([row.figures for row in of_seeds])
-        rows.append(replace(of_seeds[0], figures=figures, per_bin=per_bin, seconds_per_image=seconds, model=""))
+    rows = [mean_of_trainings(rows, rows[0].name) for rows in zip(*(report.rows for report in reports), strict=True)]
     seeds = [seed for report in reports for seed in report.settings["seeds"]]
-    real = gather([report.real for report in reports])
+    real = {key: merged_intervals([report.real[key] for report in reports]) for key in first.real}
     return replace(first, settings={**first.settings, "seeds": seeds}, real=real, rows=tuple(rows))
 
 

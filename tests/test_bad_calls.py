@@ -112,7 +112,7 @@ CONFIGS: list[Case] = [
 
 SCHEDULER = "RectifiedFlowEulerScheduler"
 SCHEDULERS: list[Case] = [
-    (SCHEDULER, lambda w: rd.RectifiedFlowEulerScheduler("1000"), "num_train_timesteps must be a whole number"),
+    (SCHEDULER, lambda w: rd.RectifiedFlowEulerScheduler("1000"), "num_train_timesteps must be an integer"),
     (SCHEDULER, lambda w: rd.RectifiedFlowEulerScheduler(0), "num_train_timesteps must be at least 1, got 0"),
     (SCHEDULER, lambda w: rd.RectifiedFlowEulerScheduler(shift="3"), "shift must be a number, got '3'"),
     (SCHEDULER, lambda w: rd.RectifiedFlowEulerScheduler(shift=NAN), "shift must be above 0"),
@@ -150,7 +150,7 @@ SCHEDULERS: list[Case] = [
 MODELS: list[Case] = [
     ("StackedUNet", lambda w: rd.StackedUNet.from_unet(None), "Expected UNet2DConditionModels"),
     ("StackedUNet", lambda w: rd.StackedUNet.from_unet(w.pipe.unet, w.pipe.vae), "got AutoencoderKL"),
-    ("DiffusionVelocityUNet", lambda w: rd.DiffusionVelocityUNet(), "diffusion_schedule must say"),
+    ("DiffusionVelocityUNet", lambda w: rd.DiffusionVelocityUNet(), "diffusion_schedule must contain"),
     ("DiffusionVelocityUNet", lambda w: rd.DiffusionVelocityUNet.from_unet(None, None), "Expected a plain UNet2D"),
     ("DiffusionVelocityUNet", lambda w: rd.DiffusionVelocityUNet.from_unet(w.pipe.unet, None), "got NoneType"),
     ("DiffusionVelocityUNet", lambda w: rd.DiffusionVelocityUNet.from_unet(w.pipe.unet, w.scheduler), "A flow needs"),
@@ -190,7 +190,7 @@ PIPELINES: list[Case] = [
         ({"latents": LATENTS[0]}, "latents must be (B, 4, H, W)"),
         ({"latents": LATENTS.int()}, "latents must be in floating point"),
         ({"latents": [0.0]}, "latents must be a tensor"),
-        ({"latents": LATENTS.expand(2, -1, -1, -1)}, "one noise for each image, 1, got 2"),
+        ({"latents": LATENTS.expand(2, -1, -1, -1)}, "one noise for each of 1 images, got 2"),
         ({"prompt": None, "prompt_embeds": torch.full((1, 77, 16), NAN)}, "prompt_embeds must be finite"),
         ({"clip_skip": 99}, "clip_skip must be in"),
         ({"num_inference_step": 1}, "There is no argument 'num_inference_step'"),
@@ -261,7 +261,7 @@ WEIGHTS: list[Case] = [
     ("swap_components", lambda w: rd.swap_components(None, "folder"), "swap_components needs a diffusers pipeline"),
     ("swap_components", lambda w: rd.swap_components(w.pipe, "folder", ["vea"]), "has no model 'vea'"),
     ("save_portable", lambda w: rd.save_portable(None, w.folder / "p"), "save_portable needs a diffusers pipeline"),
-    ("save_portable", lambda w: rd.save_portable(w.diffusion, w.folder / "p"), "the pipeline's scheduler is"),
+    ("save_portable", lambda w: rd.save_portable(w.diffusion, w.folder / "p"), "needs a RectifiedFlowEulerScheduler"),
     ("export_diffusers", lambda w: rd.export_diffusers(None, w.folder / "e"), "export_diffusers needs"),
     ("export_diffusers", lambda w: rd.export_diffusers(w.pipe, w.folder / "e", "euler"), "scheduler must be one of"),
     (

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from rectified_diffusers.data.images import choose, read_pictures
 from rectified_diffusers.evaluation import gallery as drawing
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate
-from rectified_diffusers.evaluation.metrics import frechet_distance
+from rectified_diffusers.evaluation.metrics import frechet_distance, squared_discrepancy
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.evaluation.scorers import inception_scorer, mobilenet_scorer
 from tests.tiny import make_tiny_pipeline
@@ -54,7 +55,7 @@ def test_every_figure_is_there(data, pooled, draws, alignment, sentence_encoder,
     of_both = {
         f"{figure}_{part}"
         for figure in ("frechet_distance", "kernel_distance", "alignment")
-        for part in ("seen", "held_out")
+        for part in ("seen", "held_out", "held_out_new")  # "two dogs" has words of no other caption
     }
     one, two = report.rows
     assert set(one.figures) == {*of_both, "diversity"} == set(report.real)
@@ -66,6 +67,10 @@ def test_every_figure_is_there(data, pooled, draws, alignment, sentence_encoder,
     assert one.figures["frechet_distance_seen"].mean > report.real["frechet_distance_seen"].mean
     assert Evaluation.read(tmp_path) == report
     assert len(report.prompts) == 3
+    assert report.captions == {"held_out_known": 0, "held_out_new": 1}
+    for figures in (one.figures, report.real):  # three captions, thus three groups
+        assert all(figures[key].over_images for key in ("kernel_distance_seen", "frechet_distance_seen"))
+    assert two.figures["straightness"].over_images is None
 
 
 def test_the_figures_are_those_of_the_pictures(data, pooled, draws, tmp_path):
@@ -109,6 +114,63 @@ def test_a_second_model_joins_the_table_and_other_settings_do_not(data, pooled, 
     assert 0 < report.rows[1].edges[0] < 0.1  # where the schedule of the diffusion model begins
     with pytest.raises(ValueError, match="num_pictures=6, got num_pictures=5"):
         run(data, tmp_path, num_pictures=5, **STRAIGHT)
+
+
+WORDS = [
+    {"text": "a red apple", "split": "train", "tags": ["fruit", "red"]},
+    {"text": "the sea", "split": "train", "tags": ["water"]},
+    {"text": "red water", "split": "caption"},
+    {"text": "red fruit", "split": "caption"},
+    {"text": "a blue sea", "split": "caption"},
+]
+
+
+def test_held_out_captions_are_split_by_their_words(data, pooled, draws, tmp_path):
+    """Words of tags count as seen. The distances of each kind are those of its images alone."""
+    (tmp_path / "data").mkdir()
+    lines = [{**line, "file_name": f"{number}-{i}.png"} for number, line in enumerate(WORDS) for i in range(6)]
+    for line in lines:
+        name = line["file_name"]
+        shutil.copy(data / f"{int(name[0]) % 4}{name[1:]}", tmp_path / "data" / name)
+    (tmp_path / "data" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = run(tmp_path / "data", tmp_path, seeds=(3,))
+    assert report.captions == {"held_out_known": 2, "held_out_new": 1}
+    pictures = read_pictures(tmp_path / "data", SIZE)
+    choice = choose(pictures, "caption", None, seed=3)
+    drawer = drawing.Sampler(drawing.for_evaluation(make_tiny_pipeline("flow")), 1, 1.0)
+    drawn = pooled(drawer.sample(choice.prompts, [f"3/held_out/{i}" for i in range(9)]))
+    real, floor = (pooled(pictures.read(numbers)) for numbers in (choice.reference, choice.floor))
+    for part, expected in (("held_out_known", {"red water", "red fruit"}), ("held_out_new", {"a blue sea"})):
+        own = [i for i, prompt in enumerate(choice.prompts) if prompt in expected]
+        found = report.rows[0].figures[f"kernel_distance_{part}"].mean
+        assert found == pytest.approx(squared_discrepancy(drawn[own], real[own]))
+        found = report.real[f"frechet_distance_{part}"].mean
+        assert found == pytest.approx(frechet_distance(floor[own], real[own]))
+    text = report.as_markdown()
+    assert "2 with all words seen in training (known words), 1 with a word never seen in training" in text
+    assert "kernel, held out, known words" in text
+
+
+def test_an_evaluation_of_an_earlier_version_is_read_and_continued(data, pooled, draws, tmp_path):
+    """It has neither intervals over images nor parts by words; its floors are measured again, its rows stay."""
+    report = run(data, tmp_path, name="new")
+    path = tmp_path / "evaluation.json"
+    old = json.loads(path.read_text())
+    for name in ("reference", "captions", "coupling"):
+        del old[name]
+    for figures in (old["real"], old["rows"][0]["figures"]):
+        del figures["kernel_distance_held_out_new"], figures["frechet_distance_held_out_new"]
+        for figure in figures.values():
+            del figure["deviations"]
+    del old["rows"][0]["trainings"]
+    old["rows"][0]["name"] = "old"
+    path.write_text(json.dumps(old))
+    assert "± " not in Evaluation.read(tmp_path).as_markdown().partition("± is")[0]
+    again = run(data, tmp_path, name="new")
+    assert (again.real, again.captions) == (report.real, report.captions)
+    assert [row.name for row in again.rows] == ["old", "new"]
+    assert again.rows[0].figures["kernel_distance_seen"].deviations == ()
+    assert again.rows[1] == report.rows[0]
 
 
 def test_figures_can_be_left_out(data, pooled, draws, tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from rectified_diffusers.evaluation.features import MobileNetV2Features
-from rectified_diffusers.evaluation.metrics import _moments, frechet_distance
+from rectified_diffusers.evaluation.metrics import _centered, _square_root, frechet_distance, frechet_interval
 
 
 def scipy_frechet(a, b):
@@ -23,7 +23,8 @@ def scipy_frechet(a, b):
 @given(seed=st.integers(0, 2**31), mean=st.floats(-1e4, 1e4))
 def test_statistics_are_those_of_numpy(seed, mean):
     features = torch.randn(23, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + mean
-    ours_mean, covariance = _moments(features)
+    ours_mean, centered = _centered(features)
+    covariance = centered.T @ centered
     np.testing.assert_allclose(ours_mean, features.numpy().mean(0), rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-7, atol=1e-8)
 
@@ -46,6 +47,27 @@ def test_agrees_with_scipy_and_is_symmetric(seed):
     distance = frechet_distance(a, b)
     assert distance == pytest.approx(scipy_frechet(a, b), rel=1e-6)
     assert distance == pytest.approx(frechet_distance(b, a), rel=1e-10)
+
+
+@given(seed=st.integers(0, 2**31), counts=st.sampled_from([(9, 7), (12, 12), (12, 30)]))
+def test_few_images_in_many_dimensions_agree_with_the_roots_of_the_covariances(seed, counts):
+    """On both sides of the case in which the matrix of images is smaller than that of dimensions."""
+    a, b = (torch.randn(n, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + n)) for n in counts)
+    roots = [_square_root(x.T.cov()) for x in (a, b)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + a.var(0).sum() + b.var(0).sum() - 2 * cross
+    # An eigenvalue of 0 is rounded to 1e-16, and its root is 1e-8: the way over the roots is the less exact one.
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-7)
+
+
+def test_the_interval_leaves_groups_of_images_out_of_both_sets():
+    x, y = torch.randn(2, 30, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups = torch.arange(30) % 3
+    found = frechet_interval(x, y, groups)
+    assert found.mean == frechet_distance(x, y)
+    kept = [frechet_distance(x[groups != g], y[groups != g]) for g in range(3)]
+    variance = 2 / 3 * sum((value - sum(kept) / 3) ** 2 for value in kept)  # equal groups: the usual formula
+    assert sum(d**2 for d in found.deviations) == pytest.approx(variance)
 
 
 @pytest.mark.parametrize("count", [5, 100])  # fewer images than dimensions, and more

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.metrics import kernel_distance, squared_discrepancy
+from rectified_diffusers.evaluation.metrics import kernel_distance, kernel_interval, squared_discrepancy
 
 
 def features(count, seed, shift=0.0):
@@ -41,6 +41,30 @@ def test_subsets_estimate_the_same_and_repeat():
     whole = kernel_distance(x, y)
     assert (whole.subsets, whole.subset_size, whole.std) == (1, 300, 0)
     assert whole.mean == squared_discrepancy(x, y)
+
+
+def test_the_interval_leaves_groups_of_images_out_of_both_sets():
+    x, y = features(40, 0).double(), features(40, 1, shift=0.3).double()
+    groups = torch.arange(40) * 7 % 20
+    found = kernel_interval(x, y, groups)
+    assert found.mean == squared_discrepancy(x, y)
+    kept = [squared_discrepancy(x[groups != g], y[groups != g]) for g in range(20)]
+    variance = 19 / 20 * sum((value - sum(kept) / 20) ** 2 for value in kept)
+    assert sum(d**2 for d in found.deviations) == pytest.approx(variance)
+
+
+def test_the_interval_of_many_images_is_that_of_the_chunks_together():
+    """More images than are read at once, and than a subset of the kernel distance has."""
+    x, y = features(2100, 0), features(2100, 1, shift=0.1)
+    groups = torch.arange(2100) % 20
+    found = kernel_interval(x, y, groups)
+    assert found.mean == kernel_distance(x, y).mean
+    whole = squared_discrepancy(x, y)
+    kept = [squared_discrepancy(x[groups != g], y[groups != g]) for g in (0, 19)]
+    pseudo = [20 * whole - 19 * value for value in kept]
+    deviations = found.deviations[0], found.deviations[19]
+    difference = (pseudo[0] - pseudo[1]) / (20 * 19) ** 0.5
+    assert deviations[0] - deviations[1] == pytest.approx(difference)
 
 
 def test_wrong_features_are_told():

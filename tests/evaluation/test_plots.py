@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.plots import (
     plot_grid,
     plot_quality,
@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 
 def row(name, steps, values=(1.0, 2.0)):
-    return Row(name, steps, 1.0, "", {"frechet_distance_seen": interval_of(values)}, 0.1)
+    return Row(name, steps, 1.0, "", {"kernel_distance_seen": interval_of(values)}, 0.1)
 
 
 def test_trajectories_are_drawn_with_their_chords():
@@ -52,7 +52,7 @@ def test_the_grid_has_a_row_per_model():
 
 
 def test_quality_has_a_curve_per_model_in_the_order_of_steps():
-    real = {"frechet_distance_seen": interval_of([0.5])}
+    real = {"kernel_distance_seen": interval_of([0.5])}
     report = Evaluation({}, real, (), (row("a", 4, (1.0, 3.0)), row("b", 1), row("a", 1, (5.0, 5.0))))
     figure = plot_quality(report)
     curve = figure.axes[0].containers[0].lines[0]

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from rectified_diffusers.evaluation.metrics import interval_of
+from rectified_diffusers.evaluation.intervals import interval_of
 from rectified_diffusers.evaluation.report import FILE, TABLE, Evaluation, Row
 
 SETTINGS = {"seeds": [0, 1], "num_pictures": 10, "features": "pooled", "alignment": None, "candidates": None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from rectified_diffusers.cli.shared import (
     load_pipeline,
     print_result,
 )
-from rectified_diffusers.evaluation.config import EvaluationConfig
+from rectified_diffusers.evaluation.config import ComparisonConfig, EvaluationConfig
 from rectified_diffusers.options import flag, option, options_from
 
 if TYPE_CHECKING:
     from rectified_diffusers.data.images import RealPictures
+    from rectified_diffusers.evaluation.intervals import Interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,27 +46,33 @@ def add_evaluate(commands: Any) -> argparse.ArgumentParser:
         "are kept in OUTPUT_DIR/cache, so that an interrupted run continues; remove that folder at the end."
     )
     settings = {"epilog": epilog, "resumable": True}
-    return add_command(commands, "evaluate", text, run_evaluate, EvaluateOptions, EvaluationConfig, **settings)
+    classes = EvaluateOptions, EvaluationConfig, ComparisonConfig
+    return add_command(commands, "evaluate", text, run_evaluate, *classes, **settings)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     options, config = options_from(arguments, EvaluateOptions), options_from(arguments, EvaluationConfig)
+    comparison = options_from(arguments, ComparisonConfig)
     folder = Path(options.data or options.triplets or "")
     if not folder.is_dir():
         raise CommandError(f"no folder {str(folder)!r}; give a folder of real images or of triplets")
     check_output_dir(options.output_dir)
     model = options.source
-    name = options.name or (Path(model).resolve().name if Path(model).is_dir() else model)
-    pipeline = load_pipeline(model, options.device, options.dtype)
+    load = lambda model: load_pipeline(model, options.device, options.dtype)  # noqa: E731
+    pipeline = load(model)
     from rectified_diffusers.data.images import read_pictures
-    from rectified_diffusers.evaluation.evaluate import evaluate
+    from rectified_diffusers.evaluation.comparison import evaluate_beside, model_name
 
+    name = options.name or model_name(model)
     images = (
         read_pictures(folder, _image_size(pipeline), config.seen_split)
         if options.data
         else _images_of_triplets(folder, pipeline, config)
     )
-    report = evaluate(pipeline, images, options.output_dir, config, name)
+    report = evaluate_beside(pipeline, load, images, options.output_dir, config, comparison, name)
+    if options.triplets and config.transport_pairs:
+        report = replace(report, coupling=_transport_cost(folder, config.transport_pairs))
+        report.write(options.output_dir)
     if options.plots:
         from rectified_diffusers.evaluation.plots import write_plots
 
@@ -109,3 +116,14 @@ def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -
         captions += dataset.rows(range(first, min(first + 1024, len(dataset)))).prompts
     identity = digest_of(dataset.manifest.settings)
     return RealPictures(captions, [config.seen_split] * len(captions), [""] * len(captions), identity, read)
+
+
+def _transport_cost(folder: Path, pairs: int) -> dict[str, Interval]:
+    """Return the transport cost of triplets, over `pairs` of them at equal distances in the folder."""
+    from rectified_diffusers.data.dataset import TripletDataset
+    from rectified_diffusers.evaluation.metrics import transport_cost
+
+    dataset = TripletDataset(folder)
+    count = min(pairs, len(dataset))
+    rows = dataset.rows([number * len(dataset) // count for number in range(count)])
+    return transport_cost(rows.noise, rows.data)

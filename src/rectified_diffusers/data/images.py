@@ -1,16 +1,17 @@
 """Read real images with captions, and select the images that an evaluation compares with.
 
 A folder has one of two formats: images with a `metadata.jsonl` (the imagefolder format of datasets on the Hub, with
-`file_name` and `text` on each line, optionally `split` and `style`), or the output of examples/emoji/data.py
+`file_name` and `text` on each line, optionally `split`, `style` and `tags`), or the output of examples/emoji/data.py
 (`images.safetensors` and `rows.jsonl`).
 """
 
 import hashlib
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class RealPictures:
     Attributes:
         read: maps indices to images `(B, 3, H, W)` uint8.
         identity: a digest of the data. Metrics are compared only if it is the same.
+        tags: further words of each image that captions may be made of; empty if the data has none.
     """
 
     captions: list[str]
@@ -38,6 +40,13 @@ class RealPictures:
     styles: list[str]
     identity: str
     read: Callable[[Sequence[int]], Tensor]
+    tags: list[list[str]] = field(default_factory=list)
+
+    def words(self, split: str) -> set[str]:
+        """Return the words, in lower case, of all captions and tags of a split."""
+        texts = [self.captions[number] for number in self.numbers(split)]
+        texts += [tag for number in self.numbers(split) if self.tags for tag in self.tags[number]]
+        return {word for text in texts for word in words_of(text)}
 
     def numbers(self, split: str) -> list[int]:
         """Return the indices of the images of a split."""
@@ -56,6 +65,11 @@ class Choice:
     reference: list[int]
     floor: list[int]
     paired: bool
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a text, in lower case and without punctuation."""
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPictures:
@@ -132,6 +146,7 @@ def _read_tensor(folder: Path, split: str) -> RealPictures:
         [row.get("style", "") for row in rows],
         digest.hexdigest(),
         lambda numbers: torch.stack([images[number] for number in numbers]),
+        [_tags(row) for row in rows],
     )
 
 
@@ -153,7 +168,13 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
         [row.get("style", "") for row in rows],
         digest.hexdigest(),
         lambda numbers: torch.stack([_square(paths[number], size) for number in numbers]),
+        [_tags(row) for row in rows],
     )
+
+
+def _tags(row: dict[str, Any]) -> list[str]:
+    tags = row.get("tags", [])
+    return [str(tag) for tag in tags] if isinstance(tags, list) else [str(tags)]
 
 
 def _content(path: Path) -> bytes:

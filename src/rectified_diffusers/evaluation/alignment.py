@@ -64,12 +64,16 @@ class AlignmentModel(nn.Module):
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How often the true caption ranks first: among all texts, and among randomly sampled candidates."""
+    """How often the true caption ranks first: among all texts, and among randomly sampled candidates.
+
+    `wins` has the probability of the latter for each image `(N,)`; its mean is `r_precision`.
+    """
 
     recall_at_1: float
     r_precision: float
     candidates: int
     texts: int
+    wins: Tensor
 
 
 def retrieval(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, candidates: int = 100) -> Retrieval:
@@ -95,9 +99,9 @@ def retrieval(image_embeds: Tensor, text_embeds: Tensor, captions: Tensor, candi
     spare = (others - drawn - beaten_by).double()  # log C(n - k, c) / C(n, c), by gamma functions
     log_wins = (others - beaten_by + 1.0).double().lgamma() - (spare.clamp(min=0) + 1).lgamma()
     log_all = math.lgamma(others + 1) - math.lgamma(others - drawn + 1)
-    wins = torch.where(spare >= 0, (log_wins - log_all).exp(), 0.0)
+    wins = torch.where(spare >= 0, (log_wins - log_all).exp(), 0.0).clamp(max=1)
     recall = (beaten_by == 0).double().mean()
-    return Retrieval(recall.item(), min(1.0, wins.mean().item()), candidates, len(text_embeds))
+    return Retrieval(recall.item(), min(1.0, wins.mean().item()), candidates, len(text_embeds), wins)
 
 
 def _check_captions(captions: Tensor, images: int, texts: int) -> None:

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Literal
 
 from rectified_diffusers.options import check_options, option
 
 _AT_LEAST_ONE = ("straightness_bins", "batch_size", "feature_size")
-_AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts")
+_AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts", "transport_pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class EvaluationConfig:
     straightness_prompts: int = option(32, "Paths per seed for S(Z), with more than one step; 0 turns it off.")
     straightness_steps: int = option(100, "Euler steps of S(Z), a multiple of straightness_bins.")
     straightness_bins: int = option(10, "Number of bins of t for S(Z).")
+    transport_pairs: int = option(2048, "Triplets for the transport cost, with --triplets; 0 turns it off.")
     batch_size: int = option(16, "Images generated at once; their noise does not depend on it.")
 
     def __post_init__(self) -> None:
@@ -78,6 +80,28 @@ class EvaluationConfig:
         _require(self, "guidance_scale", finite, "a finite number of at least 0")
         multiple = self.straightness_steps >= 2 and self.straightness_steps % self.straightness_bins == 0
         _require(self, "straightness_steps", multiple, f"at least 2 and a multiple of {self.straightness_bins} bins")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """Options of `evaluate` for models beside the evaluated one."""
+
+    reference_model: str | None = option(
+        None,
+        "Folder or Hub id of a model to compare with, such as the teacher: adds the ratio of every metric.",
+        type=expanduser,
+    )
+    reference_steps: int = option(25, "Sampling steps of the reference model.")
+    reference_guidance_scale: float = option(5.0, "Guidance scale of the reference model.")
+    repeats: tuple[str, ...] = option(
+        (),
+        "Models of the same recipe trained with other seeds: adds a row with the interval over trainings.",
+        type=expanduser,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        EvaluationConfig(steps=(self.reference_steps,), guidance_scale=self.reference_guidance_scale)
 
 
 def _require(config: EvaluationConfig, name: str, holds: bool, expected: str) -> None:

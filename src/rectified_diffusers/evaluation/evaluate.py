@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.checks import require_pipeline, require_type
-from rectified_diffusers.data.images import Choice, RealPictures, choose
+from rectified_diffusers.data.images import Choice, RealPictures, choose, words_of
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, digest_of, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.intervals import GROUPS, Interval, interval_of, merged
 from rectified_diffusers.evaluation.metrics import (
-    Interval,
-    diversity,
-    frechet_distance,
-    interval_of,
-    kernel_distance,
+    diversity_interval,
+    frechet_interval,
+    kernel_interval,
+    mean_interval,
 )
 from rectified_diffusers.evaluation.report import Evaluation, Row, provenance
 from rectified_diffusers.evaluation.scorers import Scorers
@@ -78,9 +79,9 @@ def evaluate(
     settings["candidates"] = scorers.alignment.candidates if scorers.alignment else None
     report = Evaluation.open(folder, settings)
     run = _Run(config, pictures, scorers, folder, progress)
-    if not report.real:
+    if not any(interval.deviations for interval in report.real.values()):  # new, or of an earlier version
         prompts = tuple(_distinct(run.choice("seen", config.seeds[0]).prompts)[:SHOWN_PROMPTS])
-        report = replace(report, real=run.measure_real(), prompts=prompts)
+        report = replace(report, real=run.measure_real(), prompts=prompts, captions=run.captions_by_words())
     model = fingerprint(adapted)
     for steps in config.steps:
         report = report.with_row(run.measure(adapted, model, name, steps, report.prompts))
@@ -119,39 +120,77 @@ class _Run:
     def reference(self, choice: Choice) -> Tensor:
         return self.scorers.main.see(self.real_gallery(choice.reference, "real pictures"))
 
-    def distances(self, gallery: Gallery, choice: Choice) -> dict[str, float]:
+    @cached_property
+    def _group_of(self) -> dict[str, int]:
+        """The jackknife's group of each caption: the same for all seeds and models, of about equal size in a split."""
+        found: dict[str, int] = {}
+        for split, _ in self.splits().values():
+            captions = {self.pictures.captions[number] for number in self.pictures.numbers(split)}
+            found |= {caption: i % GROUPS for i, caption in enumerate(sorted(captions, key=digest_of))}
+        return found
+
+    def groups(self, captions: Sequence[str]) -> Tensor:
+        return torch.tensor([self._group_of[caption] for caption in captions])
+
+    @cached_property
+    def _new_captions(self) -> set[str]:
+        """The held-out captions with a word that occurs in no caption and no tag of the training split."""
+        known = self.pictures.words(self.config.seen_split)
+        held_out = {self.pictures.captions[number] for number in self.pictures.numbers(self.config.held_out_split)}
+        return {caption for caption in held_out if words_of(caption) - known}
+
+    def captions_by_words(self) -> dict[str, int]:
+        """Return the number of distinct held-out captions without and with a new word."""
+        held_out = {self.pictures.captions[number] for number in self.pictures.numbers(self.config.held_out_split)}
+        new = len(self._new_captions)
+        return {"held_out_known": len(held_out) - new, "held_out_new": new} if held_out else {}
+
+    def subsets(self, part: str, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Return the indices of a part's images, and of those of each kind of held-out captions, by name."""
+        found = {part: list(range(len(captions)))}
+        if part == "held_out":
+            new = [caption in self._new_captions for caption in captions]
+            found["held_out_known"] = [i for i, is_new in enumerate(new) if not is_new]
+            found["held_out_new"] = [i for i, is_new in enumerate(new) if is_new]
+        return {name: torch.tensor(indices) for name, indices in found.items() if name == part or len(indices) >= 3}
+
+    def distances(self, gallery: Gallery, part: str, choice: Choice) -> dict[str, Interval]:
         """Return the Frechet and kernel distances of a gallery to the real images of a choice."""
-        name = (
-            f"distances-{digest_of([choice.reference, self.pictures.identity])}.{self.scorers.main.name}.safetensors"
-        )
+        digest = digest_of([choice.reference, self.pictures.identity, GROUPS])
+        name = f"distances-{digest}.{self.scorers.main.name}.safetensors"
 
         def make() -> dict[str, Tensor]:
             features, reference = self.scorers.main.see(gallery), self.reference(choice)
-            figures = {
-                "frechet_distance": frechet_distance(features, reference),
-                "kernel_distance": kernel_distance(features, reference).mean,
+            groups, figures = self.groups(choice.prompts), {}
+            for subset, chosen in self.subsets(part, choice.prompts).items():
+                sets = features[chosen], reference[chosen], groups[chosen]
+                figures[f"frechet_distance_{subset}"] = frechet_interval(*sets)
+                figures[f"kernel_distance_{subset}"] = kernel_interval(*sets)
+            return {
+                key: torch.tensor([found.mean, *found.deviations], dtype=torch.float64)
+                for key, found in figures.items()
             }
-            return {key: torch.tensor(value, dtype=torch.float64) for key, value in figures.items()}
 
         # Cached: the root of a matrix of 1,280 or 2,048 rows takes longer than generating a small model's images.
-        return {key: value.item() for key, value in sorted(cached(gallery.folder / name, make).items())}
+        found = {key: value.tolist() for key, value in sorted(cached(gallery.folder / name, make).items())}
+        return {key: interval_of(value[:1], value[1:]) for key, value in found.items()}
 
     def measure_real(self) -> dict[str, Interval]:
         """Return the metrics of real images: floors of the distances, and a perfect model's values of the others."""
-        values: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[Interval]] = defaultdict(list)
         for seed in self.config.seeds:
             for part in self.splits():
                 choice = self.choice(part, seed)
                 gallery = self.real_gallery(choice.floor, "other real pictures")
-                _append(values, part, self.distances(gallery, choice))
+                _append(values, self.distances(gallery, part, choice))
                 captions = [self.pictures.captions[number] for number in choice.floor]
                 known, captions = self._unknown_to_scorer(part, gallery, captions)
                 if known is gallery or seed == self.config.seeds[0]:  # images of a style are the same for all seeds
-                    _append(values, part, self._agreement(known, captions))
+                    _append(values, self._agreement(known, part, captions))
                 if part == "seen" and choice.paired and self.config.diversity_prompts:
                     pairs = torch.stack([self.reference(choice), self.scorers.main.see(gallery)], dim=1)
-                    values["diversity"].append(diversity(pairs))
-        return {key: interval_of(figures) for key, figures in values.items()}
+                    values["diversity"].append(diversity_interval(pairs, self.groups(choice.prompts)))
+        return {key: merged(intervals) for key, intervals in values.items()}
 
     def _unknown_to_scorer(self, part: str, gallery: Gallery, captions: list[str]) -> tuple[Gallery, list[str]]:
         """Return real images and captions for the alignment: of the style unseen by the scorer, if there is one."""
@@ -162,48 +201,54 @@ class _Run:
             return gallery, captions
         return self.real_gallery(own, f"real pictures in style {style}"), [self.pictures.captions[i] for i in own]
 
-    def _agreement(self, gallery: Gallery, prompts: Sequence[str]) -> dict[str, float]:
+    def _agreement(self, gallery: Gallery, part: str, prompts: Sequence[str]) -> dict[str, Interval]:
         """Return the metrics of how well images match their prompts."""
-        figures = {}
+        of_images = {}
         if self.scorers.alignment:
-            figures["alignment"] = self.scorers.alignment.r_precision(gallery, prompts)
+            of_images["alignment"] = self.scorers.alignment.wins(gallery, prompts)
         if self.scorers.clip:
-            figures["clip_score"] = self.scorers.clip.score(gallery, prompts)
-        return figures
+            of_images["clip_score"] = self.scorers.clip.cosines(gallery, prompts)
+        groups = self.groups(prompts)
+        return {
+            f"{name}_{subset}": mean_interval(of_image[chosen], groups[chosen])
+            for name, of_image in of_images.items()
+            for subset, chosen in self.subsets(part, prompts).items()
+        }
 
     def measure(self, pipeline: Any, model: str, name: str, steps: int, shown: Sequence[str]) -> Row:
         """Generate a model's images and return the row with their metrics."""
         config = self.config
         sampler = Sampler(pipeline, steps, config.guidance_scale, config.batch_size)
         work = self.folder / CACHE / f"{model[:12]}-{steps}-{config.guidance_scale:g}"
-        values: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[Interval]] = defaultdict(list)
         for seed in config.seeds:
             for part in self.splits():
                 choice = self.choice(part, seed)
                 gallery = _gallery(sampler, work, choice.prompts, f"{seed}/{part}", f"{name}, {steps} steps")
-                _append(values, part, self.distances(gallery, choice))
-                _append(values, part, self._agreement(gallery, choice.prompts))
+                _append(values, self.distances(gallery, part, choice))
+                _append(values, self._agreement(gallery, part, choice.prompts))
             if config.diversity_prompts:
                 values["diversity"].append(self._diversity(sampler, work, seed, name))
         row = Row(name, steps, config.guidance_scale, model, {}, self._seconds(sampler, work, shown))
         if steps > 1 and config.straightness_prompts:
             straight = [self._straightness(pipeline, model, seed) for seed in config.seeds]
-            values["straightness"] = [part.total for part in straight]
+            values["straightness"] = [interval_of([part.total]) for part in straight]
             columns = zip(*(part.per_bin for part in straight), strict=True)
             per_bin = tuple(math.fsum(bins) / len(straight) for bins in columns)
             paths = self._trajectories(pipeline, model, shown[0])
             row = replace(row, per_bin=per_bin, edges=straight[0].edges, trajectories=paths)
         shown_gallery = _gallery(sampler, work, shown, f"{config.seeds[0]}/shown", f"{name}, {steps} steps")
         shown_gallery.pictures(0)
-        figures = {key: interval_of(figures) for key, figures in values.items()}
+        figures = {key: merged(intervals) for key, intervals in values.items()}
         return replace(row, figures=figures, gallery=str(shown_gallery.folder.relative_to(self.folder)))
 
-    def _diversity(self, sampler: Sampler, work: Path, seed: int, name: str) -> float:
+    def _diversity(self, sampler: Sampler, work: Path, seed: int, name: str) -> Interval:
         config = self.config
         prompts = _distinct(self.choice("seen", seed).prompts)[: config.diversity_prompts]
         repeated = [prompt for prompt in prompts for _ in range(config.diversity_pictures)]
         gallery = _gallery(sampler, work, repeated, f"{seed}/diversity", f"{name}, diversity")
-        return diversity(self.scorers.main.see(gallery).view(len(prompts), config.diversity_pictures, -1))
+        features = self.scorers.main.see(gallery).view(len(prompts), config.diversity_pictures, -1)
+        return diversity_interval(features, self.groups(prompts))
 
     def _seconds(self, sampler: Sampler, work: Path, prompts: Sequence[str]) -> float:
         make = lambda: {"seconds": torch.tensor(sampler.seconds_per_image(prompts))}  # noqa: E731
@@ -246,9 +291,9 @@ def _gallery(sampler: Sampler, work: Path, prompts: Sequence[str], seed: str, la
     return Gallery(folder, len(prompts), make, label=label)
 
 
-def _append(values: dict[str, list[float]], part: str, figures: dict[str, float]) -> None:
-    for key, value in figures.items():
-        values[f"{key}_{part}"].append(value)
+def _append(values: dict[str, list[Interval]], figures: dict[str, Interval]) -> None:
+    for key, interval in figures.items():
+        values[key].append(interval)
 
 
 def _distinct(prompts: Sequence[str]) -> list[str]:

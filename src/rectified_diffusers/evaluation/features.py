@@ -175,8 +175,13 @@ class CLIPScore:
 
 def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
     """Return the mean cosine of the pairs (image i, prompt i), given unit vectors `(N, J)` each."""
+    return clip_cosines(image_embeds, text_embeds).mean().item()
+
+
+def clip_cosines(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Return the cosine of each pair (image i, prompt i) `(N,)`, given unit vectors `(N, J)` each."""
     if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2 or len(image_embeds) == 0:
         raise ValueError(
             f"Expected one embedded prompt per image, got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
-    return (image_embeds.double() * text_embeds.double()).sum(dim=1).mean().item()
+    return (image_embeds.double() * text_embeds.double()).sum(dim=1)

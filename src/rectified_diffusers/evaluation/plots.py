@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rectified_diffusers.evaluation.report import FIGURES, Evaluation, Row
+from rectified_diffusers.evaluation.report import Evaluation, Row
+from rectified_diffusers.evaluation.tables import FIGURES
 from rectified_diffusers.evaluation.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 150
-_CURVES = ("frechet_distance_seen", "frechet_distance_held_out", "alignment_seen", "alignment_held_out")
+_CURVES = ("kernel_distance_seen", "kernel_distance_held_out", "alignment_seen", "alignment_held_out")
 
 
 def write_plots(folder: str | Path) -> list[Path]:
@@ -115,7 +116,7 @@ def plot_grid(pictures: Mapping[str, Tensor], prompts: Sequence[str]) -> "Figure
 
 
 def plot_quality(report: Evaluation) -> "Figure":
-    """Plot Frechet distance and alignment against the number of steps, with intervals over seeds.
+    """Plot kernel distance and alignment against the number of steps, with intervals over images.
 
     Dashed lines are the values of real images: for the distance, its floor.
     """
@@ -129,18 +130,18 @@ def plot_quality(report: Evaluation) -> "Figure":
     for axis, key in zip(axes, keys, strict=True):
         for i, (name, rows) in enumerate(curves.items()):
             rows = sorted(rows, key=lambda row: row.steps)
-            rows = sorted(rows, key=lambda row: row.steps)
             means = [row.figures[key].mean for row in rows]
-            errors = [row.figures[key].half_width or 0.0 for row in rows]
+            errors = [row.figures[key].over_images or row.figures[key].half_width or 0.0 for row in rows]
             # Offset the curves so that intervals at the same number of steps do not overlap.
             steps = [row.steps * 2 ** (0.1 * (i - (len(curves) - 1) / 2)) for row in rows]
             axis.errorbar(steps, means, errors, marker="o", capsize=3, color=f"C{i % 10}", label=name)
+        floor = report.real[key].mean if key in report.real else 0.0  # of the kernel distance: can be below 0
         if key in report.real:
-            axis.axhline(report.real[key].mean, color="grey", linestyle="--", linewidth=1, label="real pictures")
+            axis.axhline(floor, color="grey", linestyle="--", linewidth=1, label="real pictures")
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, labels=[str(tick) for tick in ticks])
         axis.minorticks_off()
-        axis.set(xlabel="steps", ylabel=FIGURES[key][0], ylim=(0, None))
+        axis.set(xlabel="steps", ylabel=FIGURES[key][0], ylim=(min(0.0, floor), None))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 

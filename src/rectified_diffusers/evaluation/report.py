@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -13,25 +12,12 @@ from typing import Any
 
 import torch
 
-from rectified_diffusers.evaluation.metrics import CONFIDENCE, Interval
+from rectified_diffusers.evaluation.intervals import Interval
+from rectified_diffusers.evaluation.tables import markdown_of
 from rectified_diffusers.files import write_atomically
 
 FILE = "evaluation.json"
 TABLE = "evaluation.md"
-REAL = "real pictures"
-FLOORED = "frechet_distance"
-FIGURES = {  # key, heading and format, in the order of the table
-    "frechet_distance_seen": ("Frechet, seen", ".2f"),
-    "frechet_distance_held_out": ("Frechet, held out", ".2f"),
-    "kernel_distance_seen": ("kernel, seen", ".4f"),
-    "kernel_distance_held_out": ("kernel, held out", ".4f"),
-    "alignment_seen": ("alignment, seen", ".3f"),
-    "alignment_held_out": ("alignment, held out", ".3f"),
-    "clip_score_seen": ("CLIP score, seen", ".3f"),
-    "clip_score_held_out": ("CLIP score, held out", ".3f"),
-    "diversity": ("diversity", ".3f"),
-    "straightness": ("S(Z)", ".4f"),
-}
 _PACKAGES = (
     "rectified_diffusers",
     "torch",
@@ -53,6 +39,7 @@ class Row:
             `straightness.Straightness`. Empty if not measured.
         gallery: folder of the model's images for the first seed, relative to the report's folder.
         trajectories: file of the model's trajectories, relative to the report's folder; empty if not recorded.
+        trainings: number of models, trained with different seeds, that the row is the mean of.
     """
 
     name: str
@@ -65,6 +52,7 @@ class Row:
     edges: tuple[float, ...] = ()
     gallery: str = ""
     trajectories: str = ""
+    trainings: int = 1
 
     @property
     def key(self) -> tuple[str, int, float]:
@@ -79,6 +67,9 @@ class Evaluation:
         settings: all settings that affect the metrics, besides the model.
         real: metrics of real images. For the distances, this is the floor: the distance between sets of real images.
         prompts: the first captions of the first seed, used in the grids.
+        reference: name, steps and guidance of the row that the others are compared with; empty without one.
+        captions: number of distinct held-out captions, by whether all of their words occur in training.
+        coupling: transport cost of the triplets, see `metrics.transport_cost`; empty if the data are no triplets.
 
     Example:
         ```python
@@ -92,6 +83,9 @@ class Evaluation:
     prompts: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    reference: tuple[Any, ...] = ()
+    captions: dict[str, int] = field(default_factory=dict)
+    coupling: dict[str, Interval] = field(default_factory=dict)
 
     def with_row(self, row: Row) -> "Evaluation":
         """Return the evaluation with a row added. It replaces a row with the same name, steps and guidance."""
@@ -110,11 +104,17 @@ class Evaluation:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"Expected the folder of an evaluation, but there is no {path}.")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls.of(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> "Evaluation":
+        """Return the evaluation that a JSON file holds, also one of an earlier version."""
         rows = [{**row, "figures": _intervals(row["figures"])} for row in content["rows"]]
         rows = [Row(**{**row, **{key: tuple(row[key]) for key in ("per_bin", "edges")}}) for row in rows]
-        content |= {"real": _intervals(content["real"]), "prompts": tuple(content["prompts"]), "rows": tuple(rows)}
-        return cls(**content)
+        changes = {"real": _intervals(content["real"]), "prompts": tuple(content["prompts"]), "rows": tuple(rows)}
+        changes["reference"] = tuple(content.get("reference", ()))  # not in files of earlier versions
+        changes["coupling"] = _intervals(content.get("coupling", {}))
+        return cls(**(content | changes))
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> "Evaluation":
@@ -132,17 +132,12 @@ class Evaluation:
         return found
 
     def as_markdown(self) -> str:
-        """Return the Markdown table and its notes. Each Frechet distance is shown with its floor."""
-        keys = [key for key in FIGURES if any(key in figures for figures in self._all_figures())]
-        heads = ["", "steps", "guidance", *(FIGURES[key][0] for key in keys), "s / image"]
-        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        lines.append(f"| {' | '.join([REAL, '', '', *(self._cell(self.real, key) for key in keys), ''])} |")
-        for row in self.rows:
-            cells = [row.name, str(row.steps), f"{row.guidance_scale:g}"]
-            cells += [self._cell(row.figures, key, with_floor=True) for key in keys]
-            lines.append(f"| {' | '.join([*cells, f'{row.seconds_per_image:.3f}'])} |")
-        lines += ["", *self._straightness_lines(), *self._notes()]
-        return "\n".join(lines) + "\n"
+        """Return the Markdown tables and their notes."""
+        return markdown_of(self)
+
+    def reference_row(self) -> Row | None:
+        """Return the row that the others are compared with; None without one."""
+        return next((row for row in self.rows if row.key == self.reference), None)
 
     def rows_with_straightness(self) -> list[Row]:
         """Return one row per name and guidance that has straightness values, which need more than one step."""
@@ -156,42 +151,6 @@ class Evaluation:
         """Return the name of a row, with its guidance if rows of this name have several."""
         scales = {other.guidance_scale for other in self.rows if other.name == row.name}
         return f"{row.name}, guidance {row.guidance_scale:g}" if len(scales) > 1 else row.name
-
-    def _all_figures(self) -> Iterable[dict[str, Interval]]:
-        return [self.real, *(row.figures for row in self.rows)]
-
-    def _cell(self, figures: dict[str, Interval], key: str, with_floor: bool = False) -> str:
-        if key not in figures:
-            return ""
-        spec, floor = FIGURES[key][1], self.real.get(key)
-        text = format(figures[key], spec)
-        if with_floor and key.startswith(FLOORED) and floor is not None:
-            text += f" (floor {floor.mean:{spec}})"
-        return text
-
-    def _straightness_lines(self) -> list[str]:
-        rows = self.rows_with_straightness()
-        if not rows:
-            return []
-        lines = ["S(Z) per dimension, mean of the integrand in each bin of t:", ""]
-        for row in rows:
-            values = ", ".join(f"{value:.4f}" for value in row.per_bin)
-            lines.append(f"- {row.name}, guidance {row.guidance_scale:g}, t from {row.edges[0]:.3f}: {values}")
-        return [*lines, ""]
-
-    def _notes(self) -> list[str]:
-        settings, made = self.settings, self.provenance
-        notes = [
-            f"{settings['num_pictures']} images per seed compared with as many real images, seeds "
-            f"{', '.join(map(str, settings['seeds']))}; ± is the {CONFIDENCE:.0%} confidence interval of the mean "
-            f"over seeds. Features of the distances: {settings['features']}. The row of real pictures is the floor: "
-            "the values of as many other real images.",
-        ]
-        if settings.get("alignment"):
-            notes.append(f"Alignment: R-precision, 1 of {settings['candidates']} ({settings['alignment']}).")
-        if made:
-            notes.append(f"{made['hardware']}, {made['threads']} threads; {made['date']}; {made['versions']}.")
-        return [line for note in notes for line in (note, "")][:-1]
 
 
 def provenance(device: Any) -> dict[str, Any]:
@@ -214,6 +173,8 @@ def provenance(device: Any) -> dict[str, Any]:
 
 
 def _intervals(figures: dict[str, Any]) -> dict[str, Interval]:
+    """Return intervals as JSON holds them; those of earlier versions have no deviations."""
     return {
-        key: Interval(value["mean"], value["half_width"], tuple(value["values"])) for key, value in figures.items()
+        key: Interval(value["mean"], value["half_width"], tuple(value["values"]), tuple(value.get("deviations", ())))
+        for key, value in figures.items()
     }

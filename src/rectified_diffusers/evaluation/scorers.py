@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rectified_diffusers.evaluation.alignment import AlignmentModel, SentenceFeatures, retrieval
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.evaluation.features import CLIPScore, InceptionV3Features, MobileNetV2Features, clip_score
+from rectified_diffusers.evaluation.features import CLIPScore, InceptionV3Features, MobileNetV2Features, clip_cosines
 from rectified_diffusers.evaluation.gallery import Gallery, cached
 
 CANDIDATES = 100
@@ -66,10 +66,11 @@ class AlignmentScorer:
         self.name = f"{self.scorer.name}-{_name_of(folder / 'alignment.safetensors')}"
 
     @torch.no_grad()
-    def r_precision(self, gallery: Gallery, prompts: Sequence[str]) -> float:
+    def wins(self, gallery: Gallery, prompts: Sequence[str]) -> Tensor:
+        """Return the probability that an image retrieves its caption `(N,)`; the mean is the R-precision."""
         numbers = torch.tensor([self.numbers[prompt] for prompt in prompts])
         images = self.model.embed_images(self.scorer.see(gallery))
-        return retrieval(images, self.texts, numbers, self.candidates).r_precision
+        return retrieval(images, self.texts, numbers, self.candidates).wins
 
 
 class CLIPScorer:
@@ -85,8 +86,9 @@ class CLIPScorer:
     def _clip(self) -> CLIPScore:
         return CLIPScore(self.model, self.pretrained, self.device)
 
-    def score(self, gallery: Gallery, prompts: Sequence[str]) -> float:
-        return clip_score(self.scorer.see(gallery), self._clip.embed_texts(prompts))
+    def cosines(self, gallery: Gallery, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine of each image and its prompt `(N,)`; the mean is the CLIP score."""
+        return clip_cosines(self.scorer.see(gallery), self._clip.embed_texts(prompts))
 
 
 class Scorers:

@@ -29,12 +29,11 @@ def export_diffusers(
     """Save a pipeline that stock diffusers loads and runs, by folding the sign of the velocity into the U-Net.
 
     Stock flow schedulers expect noise - data, but our models predict data - noise. Therefore the weight and bias of
-    `conv_out` are negated, which is exact. The saved pipeline is the stock text-to-image class,
-    StableDiffusionPipeline or its XL version, with DPM-Solver++ or UniPC on flow sigmas; `from_pipe` of other stock
-    classes works from there. The given pipeline is not changed. Note three limits:
+    `conv_out` are negated, which is exact. The saved pipeline is StableDiffusionPipeline or its XL version, with
+    DPM-Solver++ or UniPC on flow sigmas. The given pipeline is not changed. Note three limits:
 
-    - The U-Net is evaluated at integer timesteps, at 999 where ours uses 1000, also in one step. DPM-Solver++, and
-      UniPC before diffusers 0.37, also treat the noise as the state at t = 0.001.
+    - The U-Net is evaluated at integer timesteps, at 999 where ours uses 1000, also in one step. DPM-Solver++ also
+      treats the noise as the state at t = 0.001.
     - The stock class defaults to 50 steps at guidance 7.5; pass `num_inference_steps` and `guidance_scale`.
     - Anything with the sign of the original U-Net, such as a LoRA or a weight delta on `conv_out`, has the wrong sign
       here. Our own pipelines need `scheduler=RectifiedFlowEulerScheduler(velocity_direction="noise")`.
@@ -63,10 +62,8 @@ def export_diffusers(
     names = inspect.signature(stock.__init__).parameters
     beyond = [name for name, part in pipeline.components.items() if part is not None and name not in names]
     if beyond:
-        raise ValueError(
-            f"a {stock.__name__} has no {', '.join(beyond)}; export {stock.__name__}.from_pipe(pipeline, "
-            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} separately."
-        )
+        text = f"a {stock.__name__} has no {', '.join(beyond)}, which are saved separately. Export"
+        raise ValueError(f"{text} {stock.__name__}.from_pipe(pipeline, scheduler=pipeline.scheduler).")
     parts = {name: pipeline.config[name] for name in names if name in pipeline.config}
     parts |= {name: part for name, part in pipeline.components.items() if name in names}
     if pipeline.scheduler.config["velocity_direction"] == "data":
@@ -77,10 +74,8 @@ def export_diffusers(
 def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> SchedulerMixin:
     """Return the stock scheduler that integrates from noise to data as ours does."""
     if not isinstance(ours, RectifiedFlowEulerScheduler):
-        raise ValueError(
-            "export_diffusers needs a rectified flow with a RectifiedFlowEulerScheduler, got "
-            f"{type(ours).__name__}. A stock pipeline needs no export: use its save_pretrained."
-        )
+        kind = type(ours).__name__
+        raise ValueError(f"export_diffusers needs a RectifiedFlowEulerScheduler, got {kind}. Use save_pretrained.")
     require_straight(ours, "export_diffusers")
     if scheduler not in _SCHEDULERS:
         raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")

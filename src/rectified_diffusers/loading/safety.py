@@ -17,8 +17,8 @@ def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return loader options with which diffusers opens no pickle; refuse options that request one."""
     if options.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if "
-            "you trust them, load them with diffusers' own class and call save_pretrained(new_folder)."
+            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if you "
+            "trust them, convert them with diffusers' own class and save_pretrained(new_folder)."
         )
     return {**options, "use_safetensors": True}
 

@@ -16,12 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    FluxPipeline,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from rectified_diffusers.flow.interpolation import VariancePreserving
@@ -113,21 +108,18 @@ class Denoiser(ABC):
         if isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction == "noise":
             return None
         raise TypeError(
-            "The velocity of this pipeline can be had from a RectifiedFlowEulerScheduler or a diffusion scheduler "
-            f"with alphas_cumprod and a prediction_type, got {type(scheduler).__name__}."
+            "Expected a RectifiedFlowEulerScheduler or a diffusion scheduler with alphas_cumprod and a "
+            f"prediction_type, got {type(scheduler).__name__}."
         )
 
     def velocity(self, network: Network, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity data - noise predicted by a flow network at x_t `(B, C, H, W)` and t `(B,)`."""
-        answer = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
-        return answer if self.direction == "data" else -answer
+        velocity = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
+        return velocity if self.direction == "data" else -velocity
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        """Return the conditioning of prompts. Guidance steers away from that of the empty prompt.
-
-        This runs the text encoders.
-        """
+        """Run the text encoders and return the conditioning of prompts."""
 
     @abstractmethod
     def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -159,9 +151,8 @@ class StableDiffusionXLDenoiser(Denoiser):
     def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         pooled, factor = conditioning["text_embeds"], self.pipeline.vae_scale_factor
         size = [pixels * factor for pixels in sample.shape[-2:]]
-        sizes = torch.tensor(
-            [*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device
-        )  # original size, crop corner, target size
+        # Original size, crop corner, target size.
+        sizes = torch.tensor([*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device)
         return network(
             sample,
             timestep,
@@ -204,17 +195,17 @@ class FluxDenoiser(Denoiser):
         rows = torch.arange(height // 2, device=sample.device, dtype=sample.dtype)
         columns = torch.arange(width // 2, device=sample.device, dtype=sample.dtype)
         places = torch.cartesian_prod(rows.new_zeros(1), rows, columns)
-        tokens = conditioning["encoder_hidden_states"].shape[1]
-        answer = network(
+        length = conditioning["encoder_hidden_states"].shape[1]  # of the prompt
+        tokens = network(
             hidden_states=pack(sample),
             timestep=timestep / self.num_train_timesteps,
             guidance=timestep.new_full((count,), self.guidance) if takes_guidance else None,
             **conditioning,
-            txt_ids=places.new_zeros(tokens, 3),
+            txt_ids=places.new_zeros(length, 3),
             img_ids=places,
             return_dict=False,
         )[0]
-        return unpack(answer, height, width)
+        return unpack(tokens, height, width)
 
 
 _FAMILIES: dict[type, type[Denoiser]] = {

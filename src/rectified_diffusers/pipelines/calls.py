@@ -72,8 +72,8 @@ def _one_call_at_a_time(pipeline: Any) -> Iterator[None]:
         scheduler = pipeline.scheduler
         if scheduler in _RUNNING:
             raise RuntimeError(
-                "This pipeline is generating already, and a second call would change its grid. In a callback, call "
-                f"another pipeline with the same weights: {type(pipeline).__name__}.from_pipe(pipeline)."
+                "This pipeline is generating already. In a callback, call another pipeline with the same weights: "
+                f"{type(pipeline).__name__}.from_pipe(pipeline)."
             )
         _RUNNING.add(scheduler)
         try:
@@ -104,10 +104,8 @@ def _check_call(given: dict[str, Any]) -> None:
         require_latents("latents", latents, pipeline.vae.config["latent_channels"])
         rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         if len(latents) != rows * (copies or 1):
-            raise ValueError(
-                f"latents must hold one noise for each image, {rows * (copies or 1)}, got {len(latents)}. Pass as "
-                "many prompts, or num_images_per_prompt."
-            )
+            count = rows * (copies or 1)
+            raise ValueError(f"latents must hold one noise for each of {count} images, got {len(latents)}.")
         # An optimized pipeline keeps them in float32, and rounds only what the network reads.
         keeps_float32 = "prepare_latents" in vars(pipeline) and latents.dtype == torch.float32
         given["latents"] = latents if keeps_float32 else latents.to(pipeline.unet.dtype)
@@ -129,9 +127,7 @@ def _convert_images(given: dict[str, Any]) -> None:
     if given.get("mask_image") is not None:
         given["mask_image"] = batched(as_masks("mask_image", given["mask_image"]))
         if given.get("padding_mask_crop") is not None and not np.any(np.asarray(given["mask_image"])):
-            raise ValueError(
-                "mask_image: expected masked pixels to crop around, got an empty mask. Leave out padding_mask_crop."
-            )
+            raise ValueError("mask_image: expected masked pixels, got none. Leave out padding_mask_crop.")
 
 
 def _conditioning_images(pipeline: Any, name: str, images: Any) -> Any:

@@ -1,0 +1,151 @@
+"""Numbers in the README, the documentation and the model card are those of the committed tables."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rectified_diffusers.evaluation.report import Evaluation, Row
+from rectified_diffusers.evaluation.tables import ratios
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLES = ("emoji_one_step", "emoji_table", "emoji_initialisation", "emoji_second_teacher", "emoji_bundled")
+PARTS = ("seen", "held_out")
+BUNDLED = "distilled: work/one_step/finished"
+ROWS = {  # first cell of a row in the README and in docs/papers.md, and the row's name in the results
+    "diffusion teacher": "diffusion teacher",
+    "teacher": "diffusion teacher",
+    "its 2-Rectified Flow": "2-RF",
+    "2-RF": "2-RF",
+    "distilled from the 2-Rectified Flow": "distilled: work/one_step/one-step-lpips",
+    "distilled, L2, then LPIPS": "distilled: work/one_step/one-step-lpips",
+    "after the distribution-matching stage: the bundled model": BUNDLED,
+    "then distribution matching, with real images": BUNDLED,
+}
+README = {  # heading of a column, the metric's key and format
+    "kernel distance": ("kernel_distance_seen", ".4f"),
+    "Fréchet distance": ("frechet_distance_seen", ".1f"),
+    "R-precision": ("alignment_seen", ".3f"),
+    "diversity": ("diversity", ".3f"),
+    "S(Z)": ("straightness", ".3f"),
+}
+
+
+def report_of(name: str) -> Evaluation:
+    content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    content.pop("made", None)
+    return Evaluation.of(content)
+
+
+def table_after(path: str, start: str) -> tuple[list[str], list[list[str]]]:
+    """Return heads and rows, without emphasis, of the table that begins with the line `start`."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    first = lines.index(start)
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("*") for cell in line.strip().strip("|").split("|")])
+    return rows[0], rows[2:]
+
+
+def row_of(report: Evaluation, name: str, steps: str) -> Row:
+    return next(row for row in report.rows if (row.name, row.steps) == (ROWS[name], int(steps)))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_committed_table_is_that_of_its_json(name):
+    text = (RESULTS / f"{name}.md").read_text(encoding="utf-8")
+    assert report_of(name).as_markdown().strip() in text
+
+
+def test_the_table_of_the_readme():
+    report = report_of("emoji_one_step")
+    start = "| | steps | s / image | kernel distance | Fréchet distance | R-precision | diversity | S(Z) |"
+    heads, rows = table_after("README.md", start)
+    assert len(rows) == len(report.rows) + 1
+    for cells in rows:
+        found = dict(zip(heads, cells, strict=True))
+        is_floor = found[""].startswith("floor: ")
+        row = None if is_floor else row_of(report, found[""], found["steps"])
+        figures = report.real if row is None else row.figures
+        assert found["s / image"] == ("" if row is None else f"{row.seconds_per_image:.3f}")
+        for head, (key, spec) in README.items():
+            assert found[head] == (f"{figures[key].mean:{spec}}" if key in figures else ""), (cells[0], head)
+
+
+def test_the_ratios_of_the_readme():
+    report = report_of("emoji_one_step")
+    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))
+    _, rows = table_after("README.md", "| bundled model / teacher | captions seen in training | held-out captions |")
+    keys = {"kernel distance": "kernel_distance", "R-precision": "alignment"}
+    for name, *cells in rows:
+        key, which = ("frechet_distance", 1) if name.startswith("Fréchet") else (keys.get(name, name), 0)
+        of_parts = [f"{key}_seen", f"{key}_held_out"] if key != "diversity" else [key]
+        expected = [f"{bundled[part][which]:.2f}" for part in of_parts]
+        assert cells == [*expected, *[""] * (2 - len(expected))], name
+
+
+def test_the_bundled_model_measured_again_has_the_same_metrics_now_with_intervals():
+    again, before = report_of("emoji_bundled"), report_of("emoji_one_step")
+    row = next(row for row in before.rows if row.name == BUNDLED)
+    assert again.settings["features"] == before.settings["features"]
+    for found, expected in ((again.rows[0].figures, row.figures), (again.real, before.real)):
+        for key, figure in expected.items():
+            assert found[key].mean == pytest.approx(figure.mean, rel=1e-4), key
+            assert found[key].over_images is not None
+    figures = again.rows[0].figures
+    known, new = (f"{figures[f'alignment_held_out_{words}']:.3f}" for words in ("known", "new"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sentence = (
+        f"the R-precision of the bundled model is {known} if all words of the caption occur in training, and {new} if"
+    )
+    assert sentence in text
+
+
+def test_the_table_and_the_ratios_of_the_papers_page():
+    report = report_of("emoji_one_step")
+    start = "| | steps | kernel distance, seen | held out | Fréchet distance, seen | held out "
+    start += "| R-precision, seen | held out | diversity |"
+    _, rows = table_after("docs/papers.md", start)
+    keys = [f"{name}_{part}" for name in ("kernel_distance", "frechet_distance", "alignment") for part in PARTS]
+    specs = [".4f"] * 2 + [".1f"] * 2 + [".3f"] * 3
+    for name, steps, *cells in rows:
+        figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
+        assert cells == [f"{figures[key].mean:{spec}}" for key, spec in zip([*keys, "diversity"], specs, strict=True)]
+    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))
+    plain = {key: f"{both[0]:.2f}" for key, both in bundled.items()}
+    corrected = {key: f"{both[1]:.2f}" for key, both in bundled.items() if both[1]}
+    text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
+    for sentence in (
+        f"has {plain['kernel_distance_seen']} of the kernel distance, {plain['alignment_seen']} of the R-precision "
+        f"and {plain['diversity']} of the diversity; on held-out captions, {plain['kernel_distance_held_out']} of the "
+        f"kernel distance and {plain['alignment_held_out']} of the R-precision",
+        f"The ratio of the Fréchet distances, {plain['frechet_distance_seen']}, flatters it",
+        f"less the floor it is {corrected['frechet_distance_seen']}, and {corrected['frechet_distance_held_out']} on "
+        "held-out captions",
+    ):
+        assert sentence in text
+    second = report_of("emoji_second_teacher")
+    lpips = ratios(second, next(row for row in second.rows if row.name.endswith("one-step-lpips")))
+    kernel, precision = (f"{lpips[key][0]:.2f}" for key in ("kernel_distance_seen", "alignment_seen"))
+    assert f"the kernel distance was {kernel} and the R-precision {precision} of the teacher's" in text
+
+
+def test_the_other_pages_repeat_numbers_of_the_tables():
+    report = report_of("emoji_one_step")
+    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))["frechet_distance_seen"]
+    text = " ".join((ROOT / "docs" / "how_to" / "evaluate.md").read_text(encoding="utf-8").split())
+    assert f"the plain ratio is {bundled[0]:.2f}, and {bundled[1]:.2f} less the floor" in text
+    second = report_of("emoji_second_teacher")
+    row = next(row for row in second.rows if row.name.endswith("one-step-lpips"))
+    found = [row.figures[key].mean for key in ("kernel_distance_seen", "alignment_seen")]
+    text = (ROOT / "examples" / "emoji" / "README.md").read_text(encoding="utf-8")
+    assert f"an hour in all: kernel distance {found[0]:.4f}, R-precision {found[1]:.3f}\n" in text
+
+
+def test_the_card_of_the_bundled_model_has_the_committed_table():
+    card = (ROOT / "src" / "rectified_diffusers" / "assets" / "emoji-one-step" / "README.md").read_text("utf-8")
+    assert report_of("emoji_one_step").as_markdown().strip() in card
+    assert "| diversity |" in card
