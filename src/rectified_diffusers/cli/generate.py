@@ -100,6 +100,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     options = options_from(arguments, GenerateOptions)
     check_image_file(options.output)
     pipeline = load_pipeline(options.source, options.device, options.dtype)
+    options = options.with_steps_of(pipeline)
     if options.fast:
         _make_fast(pipeline, options)
     refiner = None if options.refine is None else _load_refiner(options)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_count, require_finite, require_number, require_pipeline, require_texts
 from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.pipelines.scheduler import student_steps
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -85,7 +86,7 @@ def interpolate(
     frames: int = 15,
     *,
     loop: bool = False,
-    num_inference_steps: int = 1,
+    num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
     height: int | None = None,
@@ -102,6 +103,7 @@ def interpolate(
         frames: images from one keyframe (included) to the next (excluded): K keyframes produce
             (K - 1) * frames + 1 images, or K * frames with `loop`.
         loop: return from the last keyframe to the first, for a seamless animation.
+        num_inference_steps: those of a model distilled to a few steps by default, else 1.
         height, width: in pixels; the model's size by default.
 
     Example:
@@ -113,13 +115,13 @@ def interpolate(
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
     require_count("frames", frames)
-    require_count("num_inference_steps", num_inference_steps)
+    steps = student_steps(pipeline.scheduler) if num_inference_steps is None else num_inference_steps
+    require_count("num_inference_steps", steps)
     require_number("guidance_scale", guidance_scale)
     channels, rows, columns = latent_shape(pipeline, height, width)
     quiet = copy.copy(pipeline)  # no progress bar per image; the models are shared
     quiet.set_progress_bar_config(disable=True)
-    guided = guidance_scale > 1
-    embeds = {prompt: _embed(pipeline, prompt, guided, negative_prompt) for prompt, _ in keys}
+    embeds = {prompt: _embed(pipeline, prompt, guidance_scale > 1, negative_prompt) for prompt, _ in keys}
     dtype = next(iter(embeds.values()))["prompt_embeds"].dtype
     noises = {seed: _noise(seed, (1, channels, rows, columns), dtype) for _, seed in keys}
     images = []
@@ -129,7 +131,7 @@ def interpolate(
         result = quiet(
             latents=latents,
             **between,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
             height=rows * pipeline.vae_scale_factor,
             width=columns * pipeline.vae_scale_factor,

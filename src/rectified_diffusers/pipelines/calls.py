@@ -23,6 +23,7 @@ from rectified_diffusers.checks import (
     require_unicode,
 )
 from rectified_diffusers.images import as_images, as_masks, batched, require_finite_images
+from rectified_diffusers.pipelines.scheduler import student_steps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +33,8 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     """Return a pipeline's `__call__` with one step and no guidance as defaults; the rest is diffusers' own.
 
     Stable Diffusion's defaults, 50 steps and guidance 7.5, waste time on a rectified flow and oversaturate colors. The
-    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it.
+    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it. A model that was
+    distilled to N steps takes these N by default, see `student_steps`.
     """
     signature = inspect.signature(call)
     defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -45,6 +47,7 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(call)
     def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
         arguments = signature.bind(*args, **kwargs)
+        arguments.arguments.setdefault("num_inference_steps", student_steps(arguments.arguments["self"].scheduler))
         arguments.apply_defaults()
         _check_call(arguments.arguments)
         _convert_images(arguments.arguments)

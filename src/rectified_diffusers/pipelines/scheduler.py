@@ -17,6 +17,9 @@ Time = TypeVar("Time", float, Tensor)
 # training scripts call the scheduler's `get_velocity`. All are stored as the first.
 _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
 
+# A key of the config, not an argument. With the underscore, diffusers' own schedulers load and keep it silently too.
+_STUDENT_STEPS = "_student_steps"
+
 
 def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
     """Convert flow time, 0 noise and 1 data, to the U-Net's timestep: `num_train_timesteps * (1 - t)`."""
@@ -282,6 +285,17 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+
+def student_steps(scheduler: Any) -> int:
+    """Return the number of steps that a model was distilled to, as `record_student_steps` wrote it; 1 by default."""
+    return scheduler.config.get(_STUDENT_STEPS, 1)
+
+
+def record_student_steps(scheduler: Any, steps: int) -> None:
+    """Record in the scheduler's config that its model was distilled to more than one step."""
+    if steps > 1:
+        scheduler.register_to_config(**{_STUDENT_STEPS: steps})
 
 
 def require_straight(scheduler: Any, what: str) -> None:

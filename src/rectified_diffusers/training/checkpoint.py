@@ -29,7 +29,6 @@ FREE_OPTIONS = frozenset(
         "micro_batch_size",
         "gradient_checkpointing",
         "lpips_weights",
-        "student_steps",
         "save_every_steps",
         "keep_checkpoints",
         "validate_every_steps",
@@ -150,7 +149,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def config_to_json(config: TrainerConfig) -> dict[str, Any]:
     """Return the options that a checkpoint records: all except those for the machine and for monitoring the run."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
-    if config.lr_schedule != "constant_with_warmup" and not isinstance(config, ProgressiveConfig):
+    if isinstance(config, ProgressiveConfig):
+        del options["student_steps"]  # the number of rounds, which is as free as max_steps
+    elif config.lr_schedule != "constant_with_warmup":
         options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
     return json.loads(json.dumps(options))
 

@@ -199,9 +199,18 @@ class DistillConfig(TrainerConfig):
         "Go on from a DiffusionVelocityUNet, as snr_matching makes it, with a plain U-Net that is nearly the same at "
         "t = 0: one that every program of Stable Diffusion knows. For teachers that predict v or the sample.",
     )
+    student_steps: int = option(
+        1, "Euler steps of the student, the default of the finished pipeline; it is trained at their times alone."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self, "student_steps", self.student_steps >= 1, "at least 1")
+        if self.plain_unet and self.student_steps > 1:
+            raise ValueError(
+                f"plain_unet keeps the predictions at t = 0 only, and student_steps={self.student_steps} need those "
+                "of later times too. Leave out one of the two."
+            )
         if self.plain_unet and self.lora_rank is not None:
             raise ValueError(
                 f"plain_unet changes the weights under the LoRA of lora_rank={self.lora_rank}, which would fit no "
@@ -279,6 +288,11 @@ class DistributionMatchingConfig(TrainerConfig):
         ```
     """
 
+    student_steps: int = option(
+        1,
+        "Euler steps of the student, the default of the finished pipeline; it is trained at a time of theirs, sampled "
+        "anew for each update, on the state that its own steps lead to.",
+    )
     teacher_guidance_scale: float = option(
         1.75, "Guidance scale of the teacher, which the student then has built in; 1 is no guidance."
     )
@@ -311,6 +325,7 @@ class DistributionMatchingConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self, "student_steps", self.student_steps >= 1, "at least 1")
         _require(self, "fake_updates", self.fake_updates >= 1, "at least 1")
         _require(self, "first_fake_updates", self.first_fake_updates >= 0, "at least 0")
         rate = self.fake_learning_rate

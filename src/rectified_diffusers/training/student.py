@@ -3,14 +3,19 @@
 import copy
 from typing import Any, Literal
 
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.guards import require_same_latents
@@ -57,7 +62,7 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
 
 
-def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
+def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     """Return the pipeline that samples a trained network, with all other components unchanged.
 
     It is a pipeline of this package where one exists. Stable Diffusion 3 and Flux keep their own, which already
@@ -65,13 +70,22 @@ def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
     size, spends more steps where the teacher's paths bend, and reflow leaves no such region. One step is the same
     under any shift. (The pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to
     the scheduler, whose last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+
+    Args:
+        steps: N of a student that was distilled to N steps. Its scheduler records N. For Stable Diffusion 3 it also
+            ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a single step is then
+            not possible.
     """
     pipeline = denoiser.pipeline
     parts = {**pipeline.components, denoiser.component: network}
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        timesteps = denoiser.num_train_timesteps
-        return type(pipeline)(**{**parts, "scheduler": FlowMatchEulerDiscreteScheduler(timesteps, shift=1.0)})
+        ends = isinstance(pipeline, StableDiffusion3Pipeline) and steps > 1
+        grid: dict[str, Any] = {"shift_terminal": 1 / steps} if ends else {}
+        scheduler = FlowMatchEulerDiscreteScheduler(denoiser.num_train_timesteps, shift=1.0, **grid)
+        record_student_steps(scheduler, steps)
+        return type(pipeline)(**{**parts, "scheduler": scheduler})
     parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
+    record_student_steps(parts["scheduler"], steps)
     config = pipeline.config
     if isinstance(pipeline, StableDiffusionXLPipeline):
         zeros = config.get("force_zeros_for_empty_prompt", True)

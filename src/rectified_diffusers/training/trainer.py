@@ -81,6 +81,8 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: tuple[int, ...]
+    student_steps: int = 1
+    """Number of steps that the finished pipeline takes by default."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
     needs_flow: ClassVar[bool] = False
@@ -352,7 +354,7 @@ class Trainer(ABC, Generic[Config]):
 
     def make_pipeline(self, network: Any) -> Any:
         """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""
-        return student_pipeline(self.denoiser, network)
+        return student_pipeline(self.denoiser, network, self.student_steps)
 
     def finish(self) -> Any:
         """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.
