@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from rectified_diffusers.training.model_card import (
     upload,
 )
 from rectified_diffusers.training.prompts import PromptEncoder
+from rectified_diffusers.training.reading import RowReader, default_workers
 from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
@@ -92,6 +93,8 @@ class Trainer(ABC, Generic[Config]):
                 f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
                 f"got {config.batch_size}. Choose another batch size or number of processes."
             )
+        workers = default_workers(self.device) if config.num_workers is None else config.num_workers
+        self.reader = RowReader(dataset, workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         pipeline.vae.to(self.device).requires_grad_(False).eval()
@@ -165,7 +168,8 @@ class Trainer(ABC, Generic[Config]):
         if step < config.max_steps:
             self.begin(step)
         hidden = not (main and is_progress_bar_enabled())
-        with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
+        bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
+        with bar, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
                 metrics = self.train_step(step)
@@ -213,10 +217,25 @@ class Trainer(ABC, Generic[Config]):
         """Return the CPU generator for one use in an optimizer step, equal on every process and after a resume."""
         return generator_of(self.config.seed, f"{step}{use}")
 
+    def uses(self, step: int) -> list[str]:
+        """Return the uses of inputs in a step, one for each update, in their order."""
+        return [""]
+
+    def rows_after(self, step: int) -> Iterator[list[int]]:
+        """Yield the rows that this process reads after `step`, micro-batch by micro-batch."""
+        for later in range(step + 1, self.config.max_steps + 1):
+            for use in self.uses(later):
+                yield from (rows.tolist() for (rows,) in self.student.micro_batches([self.sample_rows(later, use)]))
+
+    def sample_rows(self, step: int, use: str = "", generator: torch.Generator | None = None) -> Tensor:
+        """Sample the rows of an update for the full batch: the first numbers of the generator of (step, use)."""
+        generator = generator or self.generator_for(step, use)
+        return torch.randint(len(self.dataset), (self.config.batch_size,), generator=generator)
+
     def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
         """Sample the inputs of an update for the full batch: rows, flow times, which prompts are dropped."""
         generator, count = self.generator_for(step, use), self.config.batch_size
-        rows = torch.randint(len(self.dataset), (count,), generator=generator)
+        rows = self.sample_rows(step, use, generator)
         t = self.time_density.sample(count, generator)
         return rows, t, torch.rand(count, generator=generator) < self.prompt_dropout
 
@@ -242,10 +261,11 @@ class Trainer(ABC, Generic[Config]):
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
         """Load triplets to the device, with dropped prompts replaced by the empty prompt."""
-        batch = self.dataset.rows(rows.tolist())
+        batch = self.reader.rows(rows.tolist())
         self.prompt_encoder.use_stored(batch)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
-        return replace(batch, prompts=prompts, noise=batch.noise.to(self.device), data=batch.data.to(self.device))
+        noise, data = (part.to(self.device, non_blocking=True) for part in (batch.noise, batch.data))
+        return replace(batch, prompts=prompts, noise=noise, data=data)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step; steps count from 1."""
