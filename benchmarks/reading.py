@@ -192,8 +192,9 @@ def report(arguments: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     lines = [
         f"# Reading rows of {arguments.shards:,} shards",
         "",
-        f"{arguments.shards:,} shards of {ROWS} rows ({kind}), {ROW_BYTES:,} bytes a row; {arguments.batches * BATCH:,} "
-        "random rows. Bytes are exact. Seconds are those of a machine with the load stated below.",
+        f"{arguments.shards:,} shards of {ROWS} rows ({kind}), {ROW_BYTES:,} bytes a row; "
+        f"{arguments.batches * BATCH:,} random rows. Bytes are "
+        "exact. Seconds are those of a machine with the load stated below.",
         "",
         "| | before | after | after / before |",
         "|---|---|---|---|",
