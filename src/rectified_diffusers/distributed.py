@@ -5,9 +5,10 @@ from datetime import timedelta
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 _PATIENCE = timedelta(days=30)  # how long finished processes wait for the slowest
+_TRAINING_PATIENCE = timedelta(hours=2)  # for one that writes 192 GB, the checkpoint of a model of 12B, or validates
 
 
 def several_on_cpu() -> bool:
@@ -22,3 +23,8 @@ def several_on_cpu() -> bool:
 def join_processes() -> PartialState:
     """Join the process group and return its state; processes wait for each other for up to 30 days."""
     return PartialState(cpu=several_on_cpu() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+
+
+def training_group() -> InitProcessGroupKwargs:
+    """Return the settings of a training's process group; the default limit is ten minutes."""
+    return InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
-from rectified_diffusers.distributed import several_on_cpu
+from rectified_diffusers.distributed import several_on_cpu, training_group
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
@@ -48,6 +48,7 @@ from rectified_diffusers.training.sharding import copy_weights, is_sharded, trai
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
+from rectified_diffusers.training.watchdog import Watchdog
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -86,7 +87,12 @@ class Trainer(ABC, Generic[Config]):
         # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
         # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
         precision = "fp16" if config.mixed_precision == "fp16" else "no"
-        self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **tracker_arguments(config))
+        self.accelerator = Accelerator(
+            cpu=several_on_cpu(),
+            mixed_precision=precision,
+            kwargs_handlers=[training_group()],
+            **tracker_arguments(config),
+        )
         self.sharded = is_sharded(self.accelerator)
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(
@@ -169,17 +175,21 @@ class Trainer(ABC, Generic[Config]):
             self.begin(step)
         hidden = not (main and is_progress_bar_enabled())
         bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
-        with bar, self.reader.ahead(self.rows_after(step)):
+        watchdog = Watchdog(self.accelerator.process_index, self.accelerator.num_processes)
+        with bar, watchdog, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
+                watchdog.enter(f"step {step}")
                 metrics = self.train_step(step)
                 self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)
                 due = config.validate_every_steps and step % config.validate_every_steps == 0
                 if due and (main or self.sharded):
+                    watchdog.enter(f"validation at step {step}")
                     self.validate(step)
                 if step % config.save_every_steps == 0 or step == config.max_steps:
+                    watchdog.enter(f"the checkpoint of step {step}")
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
