@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.checks import require_plain_weights
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
 
@@ -74,13 +74,9 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
 
 def _check_onnx(pipeline: Any) -> None:
     """Check that the pipeline has exactly the three components and that the required packages are installed."""
-    names = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
-    missing = [name for name in names if getattr(pipeline, name, None) is None]
-    if missing or hasattr(pipeline, "text_encoder_2"):
-        raise ValueError(
-            f"export_onnx needs a pipeline of the Stable Diffusion family with one text encoder, a U-Net and a VAE; "
-            f"got {type(pipeline).__name__}" + (f" without {', '.join(missing)}." if missing else ".")
-        )
+    require_pipeline("export_onnx", pipeline, "text_encoder", "unet", "vae", "tokenizer", "scheduler")
+    if hasattr(pipeline, "text_encoder_2"):
+        raise ValueError(f"export_onnx needs a pipeline with one text encoder, got {type(pipeline).__name__}.")
     refuse_any_lora(pipeline)
     require_plain_weights("export_onnx", pipeline.components)
     if pipeline.unet.dtype == torch.bfloat16:
@@ -88,9 +84,7 @@ def _check_onnx(pipeline: Any) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            'the export to ONNX needs more packages: pip install "rectified_diffusers[onnx]".'
-        ) from error
+        raise ImportError('export_onnx needs more packages: pip install "rectified_diffusers[onnx]".') from error
 
 
 def _text_encoder_graph(pipeline: Any) -> _Graph:
@@ -120,8 +114,8 @@ def _unet_graph(pipeline: Any) -> _Graph:
     def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
         return unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
 
-    picture = {0: "batch", 2: "height", 3: "width"}
-    dynamic = {"sample": picture, "out_sample": picture, "encoder_hidden_states": {0: "batch"}}
+    image = {0: "batch", 2: "height", 3: "width"}
+    dynamic = {"sample": image, "out_sample": image, "encoder_hidden_states": {0: "batch"}}
     return _Graph(predict, inputs, ("out_sample",), dynamic)
 
 

@@ -49,7 +49,7 @@ def export_diffusers(
     require_count("solver_order", solver_order)
     solver = _stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
-        raise ValueError(f"stock pipelines run a UNet2DConditionModel, and this is a {type(pipeline.unet).__name__}.")
+        raise ValueError(f"stock pipelines need a UNet2DConditionModel, got {type(pipeline.unet).__name__}.")
     refuse_any_lora(pipeline)
     require_plain_weights("export_diffusers", pipeline.components)
     stock = StableDiffusionXLPipeline if hasattr(pipeline, "text_encoder_2") else StableDiffusionPipeline
@@ -58,7 +58,7 @@ def export_diffusers(
     if beyond:
         raise ValueError(
             f"a {stock.__name__} has no {', '.join(beyond)}; export {stock.__name__}.from_pipe(pipeline, "
-            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} beside it."
+            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} separately."
         )
     parts = {name: pipeline.config[name] for name in names if name in pipeline.config}
     parts |= {name: part for name, part in pipeline.components.items() if name in names}
@@ -71,7 +71,7 @@ def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> Sc
     """Return the stock scheduler that integrates from noise to data as ours does."""
     if not isinstance(ours, RectifiedFlowEulerScheduler):
         raise ValueError(
-            "export_diffusers makes a rectified flow stock, one with a RectifiedFlowEulerScheduler; got "
+            "export_diffusers needs a rectified flow with a RectifiedFlowEulerScheduler, got "
             f"{type(ours).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
     require_straight(ours, "export_diffusers")

@@ -31,7 +31,13 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_pairs
+from rectified_diffusers.training.guards import (
+    ROWS,
+    require_config,
+    require_direction,
+    require_own_weights,
+    require_pairs,
+)
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -75,6 +81,7 @@ class Trainer(ABC, Generic[Config]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
         require_config(type(self), config)
+        require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
