@@ -40,7 +40,7 @@ SHAPE, ROWS, BATCH = (4, 64, 64), 256, 64
 ROW_BYTES = 2 * 2 * 4 * 64 * 64
 OPEN_SHARDS = 64
 WORKERS = (0, 1, 2, 4)
-Read = Callable[[Sequence[int]], object]
+Read = Callable[[list[int]], object]
 
 
 def manifest_of(shards: int) -> Manifest:
@@ -157,7 +157,7 @@ def measure_steps(folder: Path, shards: int, which: str, workers: int, steps: in
     batches, fill = batches_of(steps, shards, seed=2), max(2, steps // 5)
     dataset = _dataset(folder)
     before, reader = reading_before(folder, shards), RowReader(dataset, workers, torch.device("cpu"))
-    read: Read = before if which == "before" else reader.rows
+    read: Read = before if which == "before" else lambda rows: reader.rows(rows)
     drop_caches(folder)
     waits = []
     with reader.ahead(batches):

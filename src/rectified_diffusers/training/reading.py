@@ -25,12 +25,13 @@ class RowReader:
     What is read is a function of the rows alone, so the number of workers changes no result.
 
     Args:
-        workers: number of processes; 0 reads when `rows` is called.
+        workers: number of processes; 0 reads when `rows` is called, None chooses by the device.
         device: where the triplets will be copied; for a GPU, they are read to pinned memory.
     """
 
-    def __init__(self, dataset: TripletDataset, workers: int, device: torch.device) -> None:
-        self.dataset, self.workers, self.device = dataset, workers, device
+    def __init__(self, dataset: TripletDataset, workers: int | None, device: torch.device) -> None:
+        self.dataset, self.device = dataset, device
+        self.workers = default_workers(device) if workers is None else workers
         self.batches: Iterator[_Batch] = iter(())
         self.next: _Batch | None = None
 

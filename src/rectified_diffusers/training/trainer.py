@@ -47,7 +47,7 @@ from rectified_diffusers.training.model_card import (
     upload,
 )
 from rectified_diffusers.training.prompts import PromptEncoder
-from rectified_diffusers.training.reading import RowReader, default_workers
+from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
@@ -94,20 +94,15 @@ class Trainer(ABC, Generic[Config]):
         # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
         # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
         precision = "fp16" if config.mixed_precision == "fp16" else "no"
-        self.accelerator = Accelerator(
-            cpu=several_on_cpu(),
-            mixed_precision=precision,
-            kwargs_handlers=[training_group()],
-            **tracker_arguments(config),
-        )
+        arguments = {"kwargs_handlers": [training_group()], **tracker_arguments(config)}
+        self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **arguments)
         self.sharded = is_sharded(self.accelerator)
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
                 f"got {config.batch_size}. Choose another batch size or number of processes."
             )
-        workers = default_workers(self.device) if config.num_workers is None else config.num_workers
-        self.reader = RowReader(dataset, workers, self.device)
+        self.reader = RowReader(dataset, config.num_workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         pipeline.vae.to(self.device).requires_grad_(False).eval()
