@@ -1,7 +1,7 @@
 """Measure reading of random rows from many shards: bytes and seconds of a row, and how long a step waits.
 
     python benchmarks/reading.py work/reading --shards 1000
-    python benchmarks/reading.py work/reading --shards 12500 --sparse
+    python benchmarks/reading.py work/reading --shards 12500 --sparse --output benchmarks/results/reading_sparse
 
 The shards are synthetic, in the shapes of Stable Diffusion 1.5 at 512x512: 256 rows of 65,536 bytes each, with their
 prompts. `--sparse` writes only the headers: the rows are holes, which the file system gives as zeros without the disk.

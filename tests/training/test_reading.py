@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset
 from rectified_diffusers.files import lock
@@ -130,3 +131,15 @@ def test_workers_do_not_keep_the_lock_of_a_killed_run(tmp_path: Path) -> None:
 def test_a_cpu_reads_within_the_step() -> None:
     assert default_workers(CPU) == 0
     assert 1 <= default_workers(torch.device("cuda")) <= 4
+
+
+def test_pinned_batches_are_complete(dataset: TripletDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: (pinned.append(self), self.clone())[1])
+    read = dataset.rows([1, 2])
+    rows, copied = pin_memory(([1, 2], read))
+    assert rows == [1, 2]
+    assert copied.prompts == read.prompts
+    assert torch.equal(copied.noise, read.noise)
+    assert torch.equal(copied.data, read.data)
+    assert len(pinned) == 2

@@ -33,6 +33,7 @@ from rectified_diffusers.files import write_atomically
 _METADATA_KEY = "rectified_diffusers"
 # Checksums in the header. Shards of preview releases before 0.1.0 have only the second one.
 _ROWS, _ALL = "rows_crc32", "sha256"
+_FIRST_READ = 2**15  # bytes: the header of 256 rows with their prompts, in one request to the disk
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -208,11 +209,13 @@ def _read_header(source: PositionedFile) -> tuple[dict[str, StoredTensor], dict[
     `safe_open` would map the file and read ahead.
     """
     size = source.status().st_size
-    length = int.from_bytes(source.read(0, 8), "little") if size >= 8 else size
+    content = source.read(0, min(size, _FIRST_READ))
+    length = int.from_bytes(content[:8], "little") if size >= 8 else size
     if 8 + length > size:
         raise SafetensorError(f"the file has {size} bytes, less than its header")
     try:
-        entries = json.loads(source.read(8, length).decode())
+        text = content[8 : 8 + length] if 8 + length <= len(content) else source.read(8, length)
+        entries = json.loads(text.decode())
         metadata = entries.pop("__metadata__", {})
     except (ValueError, AttributeError, RecursionError) as error:
         raise SafetensorError(f"its header is no JSON object: {error}") from error
