@@ -44,6 +44,13 @@ def export_diffusers(
         scheduler: the stock solver that the folder names. FlowMatchEulerDiscreteScheduler is not possible: the Stable
             Diffusion pipelines need an init_noise_sigma, which it does not have.
         solver_order: 1 is the Euler method; 2 is better from a few steps on, and the same as 1 in one step.
+
+    Example:
+        ```python
+        export_diffusers(pipeline, "stock")
+        stock = StableDiffusionPipeline.from_pretrained("stock")
+        image = stock("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+        ```
     """
     require_pipeline("export_diffusers", pipeline, "unet", "scheduler", "components")
     require_count("solver_order", solver_order)

@@ -27,7 +27,15 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit."""
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
+
+    Example:
+        ```python
+        with optimize(pipeline) as optimized:
+            print(optimized.switches)
+            image = pipeline("a red apple").images[0]
+        ```
+    """
 
     pipeline: Any
     switches: dict[str, Any]

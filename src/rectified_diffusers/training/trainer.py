@@ -67,6 +67,15 @@ class Trainer(ABC, Generic[Config]):
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
     text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
     or a transformer, is not changed.
+
+    Example:
+        ```python
+        class ClippedReflow(ReflowTrainer):
+            def compute_loss(self, batch, t):
+                return super().compute_loss(batch, t).clamp(max=10.0)  # (B,)
+
+        trainer = ClippedReflow(teacher, triplets, ReflowConfig(output_dir=Path("clipped")))
+        ```
     """
 
     config: Config
