@@ -2,9 +2,10 @@
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 _PATIENCE = timedelta(days=30)  # how long finished processes wait for the slowest
@@ -25,6 +26,10 @@ def join_processes() -> PartialState:
     return PartialState(cpu=several_on_cpu() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
 
 
-def training_group() -> InitProcessGroupKwargs:
-    """Return the settings of a training's process group; the default limit is ten minutes."""
-    return InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)
+def training_accelerator(mixed_precision: str, **arguments: Any) -> Accelerator:
+    """Return the accelerator of a training, whose processes wait for each other for up to two hours."""
+    # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
+    # the trainers apply themselves, so one process can do runs of either precision; fp16 needs a scaler.
+    precision = "fp16" if mixed_precision == "fp16" else "no"
+    group = InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)  # ten minutes by default
+    return Accelerator(cpu=several_on_cpu(), mixed_precision=precision, kwargs_handlers=[group], **arguments)

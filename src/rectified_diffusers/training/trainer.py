@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
-from rectified_diffusers.distributed import several_on_cpu, training_group
+from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
@@ -100,11 +99,7 @@ class Trainer(ABC, Generic[Config]):
                 f"{type(self).__name__} needs a pipeline that predicts a velocity, got {type(pipeline).__name__} with "
                 f"{type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
             )
-        # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
-        # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
-        precision = "fp16" if config.mixed_precision == "fp16" else "no"
-        arguments = {"kwargs_handlers": [training_group()], **tracker_arguments(config)}
-        self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **arguments)
+        self.accelerator = training_accelerator(config.mixed_precision, **tracker_arguments(config))
         self.sharded = is_sharded(self.accelerator)
         if config.batch_size % self.accelerator.num_processes:
             raise ValueError(
@@ -117,12 +112,8 @@ class Trainer(ABC, Generic[Config]):
         pipeline.vae.to(self.device).requires_grad_(False).eval()
         folder, name = self.output.checkpoints, self.denoiser.component
         self.student = Trained(self.make_network(), self.accelerator, config, folder, name)
-        schedule = get_scheduler(
-            config.lr_schedule,
-            self.student.optimizer.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.schedule_steps,
-        )
+        steps: dict[str, Any] = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.schedule_steps}
+        schedule = get_scheduler(config.lr_schedule, self.student.optimizer.optimizer, **steps)
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
         self.since_line: list[tuple[float, ...]] = []
 
