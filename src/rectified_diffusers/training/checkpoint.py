@@ -27,6 +27,7 @@ FREE_OPTIONS = frozenset(
         "output_dir",
         "max_steps",
         "micro_batch_size",
+        "num_workers",
         "gradient_checkpointing",
         "lpips_weights",
         "save_every_steps",

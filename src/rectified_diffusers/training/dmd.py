@@ -175,6 +175,11 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         if step == 0 and self.teacher_denoiser.diffusion() is None:
             self.check_direction(self.predict_teacher)
 
+    def uses(self, step: int) -> list[str]:
+        """Return the uses of the updates of the fake score, then that of the student's update."""
+        first = range(self.config.first_fake_updates if step == 1 else 0)
+        return [*(f"/first-{i}" for i in first), *(f"/fake-{i}" for i in range(self.config.fake_updates)), ""]
+
     def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
         """Sample the inputs of an update for the full batch: rows, times, initial noise, noise to mix with the data.
 
@@ -182,7 +187,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         position among them, equal for all examples, so that the batch takes the steps before it together.
         """
         config, generator = self.config, self.generator_for(step, use)
-        rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
+        rows = self.sample_rows(step, use, generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
         shape = (config.batch_size, *self.dataset.manifest.latent_shape)
         inputs = [rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))]
@@ -204,11 +209,12 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     def train_step(self, step: int) -> tuple[float, ...]:
         """Update the fake score, then the student; return the student's loss, its gradient norm, the fake loss."""
         config, rate = self.config, self.config.fake_learning_rate or self.config.learning_rate
-        for number in range(config.first_fake_updates if step == 1 else 0):
-            self.update(self.fake_score, step, self.fake_losses, rate, f"/first-{number}")
+        *uses, _ = self.uses(step)
+        first = len(uses) - config.fake_updates
+        for use in uses[:first]:
+            self.update(self.fake_score, step, self.fake_losses, rate, use)
         rate *= self.lr_factor(step)
-        uses = [f"/fake-{number}" for number in range(config.fake_updates)]
-        losses = [self.update(self.fake_score, step, self.fake_losses, rate, use)[0] for use in uses]
+        losses = [self.update(self.fake_score, step, self.fake_losses, rate, use)[0] for use in uses[first:]]
         return *super().train_step(step), math.fsum(losses) / len(losses)
 
     def fake_losses(self, *inputs: Tensor) -> Tensor:
