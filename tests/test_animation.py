@@ -161,7 +161,7 @@ def test_stable_diffusion_xl_has_its_pooled_embeddings_turned_too():
         ([], [], 2, "got 0 prompts and 0 seeds"),
         (["a", "b", "c"], [0, 1], 2, "got 3 prompts and 2 seeds"),
         (["a", "b"], [], 2, "got 2 prompts and 0 seeds"),
-        ("a", [0, -1], 2, r"in \[0, 2\^63\), got -1"),
+        ("a", [0, -1], 2, "a seed must be at least 0, got -1"),
         ("a", [0, 1], 0, "frames must be at least 1, got 0"),
     ],
 )
@@ -215,9 +215,9 @@ def test_an_mp4_has_every_picture(tmp_path):
 def test_save_animation_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"a .gif or an .mp4, got 'a.png'"):
         save_animation(colours(2), tmp_path / "a.png")
-    with pytest.raises(ValueError, match="pictures of one size, got sizes"):
+    with pytest.raises(ValueError, match="images of one size, got sizes"):
         save_animation([*colours(1), *colours(1, (8, 8))], tmp_path / "a.gif")
-    with pytest.raises(ValueError, match="pictures of one size"):
+    with pytest.raises(ValueError, match="images of one size"):
         save_animation([], tmp_path / "a.gif")
     for speed in (0, 51, math.nan):
         with pytest.raises(ValueError, match="frames_per_second must be in"):
@@ -254,7 +254,7 @@ def test_the_command_writes_an_animation_and_a_contact_sheet(model, tmp_path, ca
     with Image.open(sheet) as picture:
         assert picture.size == (3 * SIZE, 2 * SIZE)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" in ")[0] for line in lines] == [f"{gif}: 6 pictures", f"{sheet}: 6 pictures"]
+    assert [line.split(" in ")[0] for line in lines] == [f"{gif}: 6 images", f"{sheet}: 6 images"]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_the_command_writes_an_animation_and_a_contact_sheet(model, tmp_path, ca
         (["a", "b", "--fps", "0"], "--fps must be above 0"),
         (["a", "b", "--guidance-scale", "nan"], "--guidance-scale must be finite"),
         (["a", "b", "--negative-prompt", "red"], "--negative-prompt has no effect without guidance"),
-        (["a", "b", "-o", "a.xyz"], "cannot write a picture with the suffix '.xyz'"),
+        (["a", "b", "-o", "a.xyz"], "cannot write an image with the suffix '.xyz'"),
         (["a", "b", "-o", "no/a.mp4"], "does not exist; make it first"),
         (["a", "b", "-o", "."], "is a folder"),
     ],

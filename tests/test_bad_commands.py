@@ -87,9 +87,9 @@ def test_a_missing_argument_is_told(refused, words):
         (["generate", "a", "-o", "a.png", "--seed", "-1"], "--seed must be between"),
         (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "-1"], "--refine-strength must be"),
         (["generate", "a", "-o", "a.png", "--refine", "--refine-strength", "nan"], "--refine-strength must be"),
-        (["generate", "a", "-o", "a.xyz"], "cannot write a picture"),
+        (["generate", "a", "-o", "a.xyz"], "cannot write an image"),
         (["generate", "a", "-o", "a.png", "--model", "no/such/model"], "no folder"),
-        (["interpolate", "a", "-o", "a.gif"], "two prompts or seeds"),
+        (["interpolate", "a", "-o", "a.gif"], "two prompts or two seeds"),
         (["interpolate", "a", "b", "-o", "a.avi"], "suffix '.avi'"),
         (["interpolate", "a", "b", "-o", "a.gif", "--frames", "-2"], "--frames must be at least 1"),
         (["no-such-command"], "invalid choice: 'no-such-command'"),
@@ -129,4 +129,4 @@ def test_a_model_that_no_trainer_knows(other, command, tmp_path, capsys):
 def test_a_model_that_cannot_be_made_fast(other, tmp_path, capsys):
     words = ["a cat", "-o", str(tmp_path / "cat.png"), "--model", other, "--fast", "--device", "cpu"]
     assert cli.main(["generate", *words]) == 2
-    assert "error: optimize needs a pipeline with a unet and a vae, got DDPMPipeline" in capsys.readouterr().err
+    assert "error: optimize needs a diffusers pipeline with unet, vae, got DDPMPipeline" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def test_generate_writes_one_picture_and_says_so(model, tmp_path, capsys):
     picture = generate(model, tmp_path / "apple.png", "a red apple")
     assert picture.shape == (SIZE, SIZE, 3)
     assert picture.std() > 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'apple.png'}: 1 picture in ")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'apple.png'}: 1 image in ")
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def no_work(monkeypatch):
 @pytest.mark.parametrize("name", ["a.xyz", "a", "a.h5", "a.txt"])
 def test_a_suffix_that_is_no_picture_is_refused_before_the_work(tmp_path, refused, no_work, model, name):
     line = refused("generate", "a fox", "-o", str(tmp_path / name), "--model", model)
-    assert f"cannot write a picture with the suffix {Path(name).suffix!r}" in line
+    assert f"cannot write an image with the suffix {Path(name).suffix!r}" in line
     assert "use .png" in line
 
 
@@ -304,7 +304,7 @@ def test_triplets_refuses(teacher, prompts, tmp_path, refused):
     latin.write_bytes("Käse".encode("latin-1"))
     assert "There is no prompt file" in line(prompts=str(tmp_path / "missing.txt"))
     assert "holds no prompt;" in line(prompts=str(empty))
-    assert "is not UTF-8" in line(prompts=str(latin))
+    assert "not UTF-8" in line(prompts=str(latin))
     assert "no folder 'missing'" in line(teacher="missing")
     assert "is a file" in line(**{"output-dir": prompts})
     assert "num_triplets must be" in line(**{"num-triplets": "0"})
@@ -344,7 +344,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys, tmp_path, prompts):
     output = str(tmp_path / "out")
     command = ["triplets", "--teacher", "x/y", "--prompts", prompts, "--output-dir", output, "--num-triplets", "4"]
     assert end_with(monkeypatch, KeyboardInterrupt(), *command) == 130
-    assert capsys.readouterr().err == "\nstopped; run the same command to go on\n"
+    assert capsys.readouterr().err == "\nstopped; run the same command to continue\n"
     assert (
         end_with(monkeypatch, KeyboardInterrupt(), "generate", "a fox", "-o", f"{output}.png", "--model", "x/y") == 130
     )

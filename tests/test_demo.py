@@ -1,4 +1,4 @@
-"""The parts of the demo, without the page: orders, history, work that can be stopped, styles, the studio."""
+"""The parts of the demo, without the page: requests, history, work that can be stopped, styles, the studio."""
 
 import base64
 import copy
@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rectified_diffusers.demo.markup import comparison_caption, own_caption, seconds
-from rectified_diffusers.demo.requests import MAX_CHARACTERS, OWN_STEPS, Order, comparison_with, cut_prompt
+from rectified_diffusers.demo.markup import caption, comparison_caption, own_caption, seconds
+from rectified_diffusers.demo.requests import MAX_CHARACTERS, OWN_STEPS, ImageRequest, comparison_with, cut_prompt
 from rectified_diffusers.demo.session import (
     LENGTH,
     SLOTS,
     THUMBNAIL,
-    Visit,
+    Session,
     other_prompt,
     pack,
     remember,
@@ -29,10 +29,10 @@ from rectified_diffusers.demo.session import (
     unread_remark,
 )
 from rectified_diffusers.demo.sketches import lines_of
-from rectified_diffusers.demo.studio import Studio, _Watched, draw, with_controlnet
+from rectified_diffusers.demo.studio import Studio, _Watched, generate, with_controlnet
 from rectified_diffusers.demo.styles import Styles, style_kind
-from rectified_diffusers.demo.tasks import Stopped, Wishes, watch
-from rectified_diffusers.demo.worker import ComingStudio
+from rectified_diffusers.demo.tasks import Requests, Stopped, watch
+from rectified_diffusers.demo.worker import LoadingStudio
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 WAIT = 60  # seconds, for what happens in another thread
@@ -68,11 +68,11 @@ def delta(tmp_path_factory):
     return file
 
 
-def pixels(drawing) -> bytes:
-    return drawing.image.tobytes()
+def pixels(generation) -> bytes:
+    return generation.image.tobytes()
 
 
-# ---------------------------------------------------------------------------------------------- orders
+# ---------------------------------------------------------------------------------------------- requests
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def pixels(drawing) -> bytes:
 )
 def test_an_order_that_cannot_be_drawn_says_why(settings, message):
     with pytest.raises(ValueError, match=message):
-        Order(**{"prompt": "a fox", **settings})
+        ImageRequest(**{"prompt": "a fox", **settings})
 
 
 def test_a_prompt_of_100_000_characters_is_cut_and_said_so():
@@ -110,23 +110,25 @@ def test_a_prompt_of_100_000_characters_is_cut_and_said_so():
 def test_history_is_newest_first_without_repetition_and_bounded():
     entries: list = []
     for seed in [*range(LENGTH + 5), 7]:
-        entries = remember(entries, Order("a fox", seed), Image.new("RGB", (512, 256)))
+        entries = remember(entries, ImageRequest("a fox", seed), Image.new("RGB", (512, 256)))
     assert len(entries) == LENGTH
-    assert [entry.order.seed for entry in entries[:3]] == [7, LENGTH + 4, LENGTH + 3]
+    assert [entry.request.seed for entry in entries[:3]] == [7, LENGTH + 4, LENGTH + 3]
     assert entries[0].thumbnail.size == (THUMBNAIL, THUMBNAIL // 2)
 
 
 def test_history_comes_back_from_the_browser():
     picture = Image.effect_noise((64, 64), 50).convert("RGB")
-    entries = remember(remember([], Order("a fox", 1), picture), Order('sun, „°"<b>', 2, 4, 1.5), picture)
+    entries = remember(
+        remember([], ImageRequest("a fox", 1), picture), ImageRequest('sun, „°"<b>', 2, 4, 1.5), picture
+    )
     back = unpack(json.loads(json.dumps(pack(entries))))
-    assert [entry.order for entry in back] == [entry.order for entry in entries]
+    assert [entry.request for entry in back] == [entry.request for entry in entries]
     assert back[0].thumbnail.tobytes() == entries[0].thumbnail.tobytes()
     assert back[0].caption == 'sun, „°"<b> · seed 2, 4 steps'
 
 
 def test_history_leaves_out_what_a_browser_made_up():
-    good = pack(remember([], Order("a fox"), Image.new("RGB", (8, 8))))[0]
+    good = pack(remember([], ImageRequest("a fox"), Image.new("RGB", (8, 8))))[0]
     large = io.BytesIO()
     Image.new("1", (THUMBNAIL + 1, 8)).save(large, format="PNG")
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
@@ -184,24 +186,28 @@ def test_closing_stops_the_work():
 
 
 def test_a_newer_wish_ends_the_older_of_the_same_visitor():
-    wishes = Wishes(visitors=3)
-    wishes.newer("a")
-    mine, other = wishes.while_current("a", range(9)), wishes.while_current("b", range(3))
+    requests = Requests(visitors=3)
+    requests.record("a")
+    mine, other = requests.while_current("a", range(9)), requests.while_current("b", range(3))
     assert next(mine) == next(other) == 0
-    wishes.newer("a")
+    requests.record("a")
     assert list(mine) == []
     assert list(other) == [1, 2]
     for visitor in "cdefgh":
-        wishes.newer(visitor)
-    assert len(wishes._counts) == 3
+        requests.record(visitor)
+    assert len(requests._counts) == 3
 
 
-# ---------------------------------------------------------------------------------------------- drawing
+# ---------------------------------------------------------------------------------------------- generation
 
 
 def test_equal_orders_give_equal_pictures_and_a_file_that_says_them(studio):
-    order = Order("a red apple", seed=3)
-    first, other, again = studio.draw(order), studio.draw(Order("a red apple", seed=4)), studio.draw(order)
+    request = ImageRequest("a red apple", seed=3)
+    first, other, again = (
+        studio.generate(request),
+        studio.generate(ImageRequest("a red apple", seed=4)),
+        studio.generate(request),
+    )
     assert pixels(first) == pixels(again) != pixels(other)
     assert first.done
     assert first.seconds > 0
@@ -210,27 +216,27 @@ def test_equal_orders_give_equal_pictures_and_a_file_that_says_them(studio):
 
 
 def test_comparison_shows_every_step_and_ends_with_the_picture(studio):
-    drawings = list(studio.compare(Order("a red apple", seed=3)))
-    assert [drawing.step for drawing in drawings] == [*range(1, OWN_STEPS), OWN_STEPS]
-    assert pixels(drawings[-1]) == pixels(studio.draw(Order("a red apple", seed=3, steps=OWN_STEPS)))
-    assert any(drawing.image is not None and not drawing.done for drawing in drawings)
+    generations = list(studio.compare(ImageRequest("a red apple", seed=3)))
+    assert [generation.step for generation in generations] == [*range(1, OWN_STEPS), OWN_STEPS]
+    assert pixels(generations[-1]) == pixels(studio.generate(ImageRequest("a red apple", seed=3, steps=OWN_STEPS)))
+    assert any(generation.image is not None and not generation.done for generation in generations)
     assert "--teacher" in studio.comparison.remark
 
 
 def test_a_diffusion_teacher_draws_beside_with_its_own_steps_and_guidance():
     teacher = make_tiny_pipeline("diffusion")
     studio = Studio(make_tiny_pipeline("flow"), teacher=teacher, teacher_steps=5, teacher_guidance_scale=3.0)
-    *_, last = studio.compare(Order("a red apple", seed=3))
-    expected = draw(teacher, Order("a red apple", seed=3, steps=5, guidance_scale=3.0))
+    *_, last = studio.compare(ImageRequest("a red apple", seed=3))
+    expected = generate(teacher, ImageRequest("a red apple", seed=3, steps=5, guidance_scale=3.0))
     assert (pixels(last), last.steps) == (pixels(expected), 5)
     assert studio.comparison.remark == ""
 
 
 def test_stopping_a_comparison_frees_the_model(studio):
-    drawings = studio.compare(Order("a red apple"))
-    next(drawings)
-    drawings.close()
-    assert studio.draw(Order("a red apple")).done  # would wait for ever if the comparison kept its turn
+    generations = studio.compare(ImageRequest("a red apple"))
+    next(generations)
+    generations.close()
+    assert studio.generate(ImageRequest("a red apple")).done  # would wait for ever if the comparison kept its turn
 
 
 def test_a_watched_pipeline_is_the_pipeline_in_all_but_its_own():
@@ -242,13 +248,13 @@ def test_a_watched_pipeline_is_the_pipeline_in_all_but_its_own():
 
 
 def test_morph_goes_from_one_picture_to_the_other(studio):
-    start, end = Order("a red apple", seed=1), Order("red", seed=2)
+    start, end = ImageRequest("a red apple", seed=1), ImageRequest("red", seed=2)
     pictures = list(studio.morph(start, end, 4, loop=False))
     assert len(pictures) == 5
-    assert pictures[0].tobytes() == pixels(studio.draw(start))
-    assert pictures[-1].tobytes() == pixels(studio.draw(end))
+    assert pictures[0].tobytes() == pixels(studio.generate(start))
+    assert pictures[-1].tobytes() == pixels(studio.generate(end))
     assert len(list(studio.morph(start, end, 3, loop=True))) == 6
-    with pytest.raises(ValueError, match="number of pictures on the way is a whole number from 1 to 60"):
+    with pytest.raises(ValueError, match="number of frames is a whole number from 1 to 60"):
         studio.morph(start, end, 10**9, loop=True)
 
 
@@ -270,7 +276,7 @@ def test_about_names_the_model(studio):
 
 def test_styles_are_worn_mixed_and_taken_off_bit_for_bit(studio, lora, delta):
     def drawn(*styles):
-        return pixels(studio.draw(Order("a red apple", styles=styles)))
+        return pixels(studio.generate(ImageRequest("a red apple", styles=styles)))
 
     plain = drawn()
     with_lora, with_delta = drawn((lora, 1.0)), drawn((delta, 1.0))
@@ -288,7 +294,7 @@ def test_kinds_of_styles(lora, delta, tmp_path):
     with pytest.raises(ValueError, match=r"a \.safetensors file, got 'model.ckpt'"):
         style_kind(tmp_path / "model.ckpt")
     (tmp_path / "torn.safetensors").write_bytes(delta.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         style_kind(tmp_path / "torn.safetensors")
     with pytest.raises(ValueError, match="Upload it again"):
         style_kind(tmp_path / "gone.safetensors")
@@ -311,12 +317,12 @@ def _foreign(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["keys", "shapes", "nan", "delta"])
 def test_a_file_for_another_model_is_refused_and_leaves_nothing_behind(studio, lora, delta, tmp_path, kind):
-    plain = pixels(studio.draw(Order("a red apple")))
-    worn = pixels(studio.draw(Order("a red apple", styles=((delta, 1.0), (lora, 1.0)))))
-    with pytest.raises(ValueError, match="cannot be worn by this model"):
-        studio.try_on(Order("a red apple", styles=((lora, 1.0), (_foreign(tmp_path, kind), 1.0))))
-    assert pixels(studio.draw(Order("a red apple"))) == plain
-    assert pixels(studio.draw(Order("a red apple", styles=((delta, 1.0), (lora, 1.0))))) == worn
+    plain = pixels(studio.generate(ImageRequest("a red apple")))
+    worn = pixels(studio.generate(ImageRequest("a red apple", styles=((delta, 1.0), (lora, 1.0)))))
+    with pytest.raises(ValueError, match="cannot be applied to this model"):
+        studio.apply_styles(ImageRequest("a red apple", styles=((lora, 1.0), (_foreign(tmp_path, kind), 1.0))))
+    assert pixels(studio.generate(ImageRequest("a red apple"))) == plain
+    assert pixels(studio.generate(ImageRequest("a red apple", styles=((delta, 1.0), (lora, 1.0))))) == worn
 
 
 def test_only_a_few_loras_stay_loaded(lora, tmp_path, monkeypatch):
@@ -326,28 +332,28 @@ def test_only_a_few_loras_stay_loaded(lora, tmp_path, monkeypatch):
     for i in range(4):
         file = tmp_path / f"{i}.safetensors"
         file.write_bytes(lora.read_bytes())
-        styles.wear([(file, 1.0)])
+        styles.apply([(file, 1.0)])
         assert sum(map(len, pipeline.get_list_adapters().values())) <= 2
 
 
 # ---------------------------------------------------------------------------------------------- waiting
 
 
-def coming(studio: Future[Studio]) -> ComingStudio:
-    return ComingStudio("a model", comparison_with(True, 5, 3.0), studio, can_sketch=False)
+def coming(studio: Future[Studio]) -> LoadingStudio:
+    return LoadingStudio("a model", comparison_with(True, 5, 3.0), studio, can_sketch=False)
 
 
 def test_a_studio_is_waited_for():
     future: Future[Studio] = Future()
-    studio, order, pictures = coming(future), Order("a red apple"), []
-    waiting = threading.Thread(target=lambda: pictures.append(studio.draw(order)), daemon=True)
+    studio, request, pictures = coming(future), ImageRequest("a red apple"), []
+    waiting = threading.Thread(target=lambda: pictures.append(studio.generate(request)), daemon=True)
     waiting.start()
-    assert studio.about() == "a model · is being loaded"
+    assert studio.about() == "a model · loading"
     assert studio.comparison.steps == 5
     made = Studio(make_tiny_pipeline("flow"))
     future.set_result(made)
     waiting.join(WAIT)
-    assert pixels(pictures[0]) == pixels(made.draw(order))
+    assert pixels(pictures[0]) == pixels(made.generate(request))
     assert studio.about() == made.about()
 
 
@@ -357,7 +363,7 @@ def test_who_waits_for_a_studio_that_fails_is_told():
 
     def wait() -> None:
         try:
-            studio.draw(Order("a red apple"))
+            studio.generate(ImageRequest("a red apple"))
         except OSError as error:
             errors.append(str(error))
 
@@ -406,16 +412,19 @@ def test_the_picture_follows_the_lines():
     pipeline = make_tiny_pipeline("flow")
     studio = Studio(pipeline, controlnet=make_tiny_controlnet(pipeline.unet))
     lines = lines_of("[[[0.1, 0.1], [0.9, 0.9]]]", studio.size())
-    order = Order("a red apple")
-    followed, loosely = studio.draw_along(order, lines, 1.0), studio.draw_along(order, lines, 0.0)
+    request = ImageRequest("a red apple")
+    followed, loosely = (
+        studio.generate_from_sketch(request, lines, 1.0),
+        studio.generate_from_sketch(request, lines, 0.0),
+    )
     assert pixels(followed) != pixels(loosely)
-    assert pixels(loosely) == pixels(studio.draw(order))
+    assert pixels(loosely) == pixels(studio.generate(request))
 
 
 def test_sketches_need_a_controlnet_and_a_model_of_ours(studio):
     assert not studio.can_sketch
     with pytest.raises(ValueError, match="--controlnet"):
-        studio.draw_along(Order("a fox"), Image.new("RGB", (32, 32)), 1.0)
+        studio.generate_from_sketch(ImageRequest("a fox"), Image.new("RGB", (32, 32)), 1.0)
     diffusion = make_tiny_pipeline("diffusion")
     with pytest.raises(ValueError, match="got StableDiffusionPipeline"):
         with_controlnet(diffusion, make_tiny_controlnet(diffusion.unet))
@@ -425,32 +434,32 @@ def test_sketches_need_a_controlnet_and_a_model_of_ours(studio):
 
 
 def test_a_visit_has_room_for_a_few_styles(lora, tmp_path):
-    visit = Visit().add_style(lora).add_style(str(lora))
+    visit = Session().add_style(lora).add_style(str(lora))
     assert visit.styles == (lora,)
     for i in range(SLOTS - 1):
         visit = visit.add_style(tmp_path / f"{i}.safetensors")
     with pytest.raises(ValueError, match="room for 6 styles"):
         visit.add_style(tmp_path / "more.safetensors")
-    order, remark = Visit(styles=(lora,)).order("a fox", 1, 2, 1.5, [0.5, 1, 1, 1, 1, 1])
-    assert (order, remark) == (Order("a fox", 1, 2, 1.5, ((lora, 0.5),)), "")
+    request, remark = Session(styles=(lora,)).request("a fox", 1, 2, 1.5, 0.5, 1, 1, 1, 1, 1)
+    assert (request, remark) == (ImageRequest("a fox", 1, 2, 1.5, ((lora, 0.5),)), "")
 
 
 def test_only_what_was_asked_for_is_kept(studio):
-    order = Order("a fox")
-    drawing = studio.draw(order)
-    assert Visit().drawn(order, drawing, keep=False).entries == ()
-    visit = Visit().drawn(order, drawing, keep=True)
-    assert [entry.order for entry in visit.entries] == [order]
-    assert visit.own_seconds == drawing.seconds
+    request = ImageRequest("a fox")
+    generation = studio.generate(request)
+    assert Session().with_generation(request, generation, keep=False).entries == ()
+    visit = Session().with_generation(request, generation, keep=True)
+    assert [entry.request for entry in visit.entries] == [request]
+    assert visit.own_seconds == generation.seconds
     assert other_prompt("a red apple") != "a red apple"
 
 
 def test_captions_escape_what_visitors_write(studio):
     assert seconds(0.0784) == "78 ms"
     assert seconds(1.94) == "1.9 s"
-    assert "<b>One step</b>" in own_caption(studio.draw(Order("<script>")))
-    assert "<script>" not in own_caption(None, "<script>")
+    assert "<b>One step</b>" in own_caption(studio.generate(ImageRequest("<script>")))
+    assert "<script>" not in caption("<script>", "<script>", tooltip="<script>")
     beside = studio.comparison
-    *_, last = studio.compare(Order("a fox"))
+    *_, last = studio.compare(ImageRequest("a fox"))
     assert "× as long" in comparison_caption(beside, last, own_seconds=0.01)
-    assert "Enter draws it" in comparison_caption(beside)
+    assert "press Enter" in comparison_caption(beside)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rectified_diffusers.demo.requests import Drawing, Order
+from rectified_diffusers.demo.requests import Generation, ImageRequest
 from rectified_diffusers.demo.studio import Studio
 from rectified_diffusers.demo.worker import StudioProcess
 from tests.demo_makers import die, fail_to_make
@@ -20,7 +20,7 @@ from tests.forks import forked_studios
 from tests.tiny import make_tiny_pipeline
 
 WAIT = 120  # seconds, for what happens in another process
-ORDER = Order("a red apple", seed=3)
+ORDER = ImageRequest("a red apple", seed=3)
 
 
 class CountingStudio(Studio):
@@ -39,9 +39,9 @@ class CountingStudio(Studio):
         return self._count
 
 
-def pixels(drawing: Drawing) -> bytes:
-    assert drawing.image is not None
-    return drawing.image.tobytes()
+def pixels(generation: Generation) -> bytes:
+    assert generation.image is not None
+    return generation.image.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +53,25 @@ def apart() -> Iterator[Any]:
 def test_it_draws_what_a_studio_here_draws(apart):
     here = CountingStudio()
     assert apart.about() == here.about()
-    drawing = apart.draw(ORDER)
-    assert pixels(drawing) == pixels(here.draw(ORDER))
-    assert drawing.image is not None
-    assert drawing.image.info == {"rectified_diffusers": ORDER.describe()}
-    assert [drawing.step for drawing in apart.compare(ORDER)] == [drawing.step for drawing in here.compare(ORDER)]
-    way = [picture.tobytes() for picture in apart.morph(ORDER, Order("a pear"), 2, loop=False)]
-    assert way == [picture.tobytes() for picture in here.morph(ORDER, Order("a pear"), 2, loop=False)]
+    generation = apart.generate(ORDER)
+    assert pixels(generation) == pixels(here.generate(ORDER))
+    assert generation.image is not None
+    assert generation.image.info == {"rectified_diffusers": ORDER.describe()}
+    assert [generation.step for generation in apart.compare(ORDER)] == [
+        generation.step for generation in here.compare(ORDER)
+    ]
+    way = [picture.tobytes() for picture in apart.morph(ORDER, ImageRequest("a pear"), 2, loop=False)]
+    assert way == [picture.tobytes() for picture in here.morph(ORDER, ImageRequest("a pear"), 2, loop=False)]
     with pytest.raises(ValueError, match="Sketches need a ControlNet"):
-        apart.draw_along(ORDER, drawing.image, 1.0)
+        apart.generate_from_sketch(ORDER, generation.image, 1.0)
 
 
 def test_what_is_no_longer_watched_is_stopped_there_too(apart):
     before = apart.pictures()
-    morph = apart.morph(Order("a"), Order("b", steps=50), 60, loop=True)
+    morph = apart.morph(ImageRequest("a"), ImageRequest("b", steps=50), 60, loop=True)
     next(morph)
     del morph
-    apart.draw(ORDER)  # has its turn when the other has ended
+    apart.generate(ORDER)  # has its turn when the other has ended
     assert apart.pictures() - before < 120
 
 

@@ -127,7 +127,7 @@ def test_the_picture_follows_a_paste_a_cut_and_a_deletion(page):
     text = page.locator("#prompt textarea")
     text.select_text()
     text.press("ControlOrMeta+x")
-    playwright.expect(page.locator("#own-caption")).to_contain_text("type, and it is drawn", timeout=WAIT)
+    playwright.expect(page.locator("#own-caption")).to_contain_text("type to generate an image", timeout=WAIT)
     before = shown(page)
     text.fill("a blue heart")
     wait_for_caption(page, "own-caption", "a blue heart")
@@ -222,7 +222,7 @@ def test_a_file_that_is_no_style_is_refused_on_the_page(page, tmp_path):
     with page.expect_file_chooser() as chooser:
         page.click("#upload")
     chooser.value.set_files(file)
-    page.get_by_text("no whole safetensors file").wait_for()
+    page.get_by_text("not a complete safetensors file").wait_for()
 
 
 def test_a_sketch_is_drawn_along(page):
@@ -232,7 +232,7 @@ def test_a_sketch_is_drawn_along(page):
     before = shown(page, "sketch-picture")
     page.get_by_role("button", name="Undo").click()
     before = wait_for_another(page, before, "sketch-picture")
-    page.get_by_label("How closely").first.fill("0")
+    page.get_by_label("Strength of the sketch").first.fill("0")
     before = wait_for_another(page, before, "sketch-picture")
     page.locator("#prompt textarea").fill("rocket")
     wait_for_another(page, before, "sketch-picture")
@@ -251,16 +251,16 @@ def draw_house(page):
 
 def test_an_animation_is_drawn_and_can_be_stopped(page):
     page.get_by_role("tab", name="Morph").click()
-    page.get_by_label("Pictures on the way").first.fill("4")
+    page.get_by_label("Frames").first.fill("4")
     page.click("#animate")
-    playwright.expect(page.locator("#morph-caption")).to_contain_text("8 pictures", timeout=WAIT)
+    playwright.expect(page.locator("#morph-caption")).to_contain_text("8 frames", timeout=WAIT)
     assert shown(page, "morph-picture").endswith(".gif")
     page.screenshot(path=IMAGES / "demo-morph.png")
-    page.get_by_label("Pictures on the way").first.fill("60")
+    page.get_by_label("Frames").first.fill("60")
     page.click("#animate")
     playwright.expect(page.locator("#morph-caption")).to_contain_text("of 120", timeout=WAIT)
     page.click("#stop")
-    page.get_by_role("tab", name="Draw").click()
+    page.get_by_role("tab", name="Generate").click()
     page.locator("#prompt textarea").press_sequentially("!", delay=50)
     wait_for_caption(page, "own-caption", "a red apple!")
 

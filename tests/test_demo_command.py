@@ -31,7 +31,7 @@ def model(tmp_path_factory) -> str:
         (["--teacher-steps", "0"], "--teacher-steps must be from 1 to 50"),
         (["--teacher-guidance-scale", "-1"], "--teacher-guidance-scale must be from 0 to 20"),
         (["--teacher-guidance-scale", "nan"], "--teacher-guidance-scale must be from 0 to 20"),
-        (["--style", "nowhere.safetensors"], "no file 'nowhere.safetensors' of a style"),
+        (["--style", "nowhere.safetensors"], "no style file 'nowhere.safetensors'"),
         (["--style", "nowhere.safetensors=x"], "the scale of a style must be a number"),
         (["--model", "no/where/at all"], "no folder"),
         (["--teacher", "no/where/at all"], "no folder"),

@@ -24,13 +24,13 @@ WAIT = 300  # seconds until a test gives up
 
 
 class Server:
-    """The page of a tiny model, served by this process; `drawn` lists the prompts in the order of drawing."""
+    """The page of a tiny model, served by this process; `drawn` lists the prompts in the order of generation."""
 
     def __init__(self) -> None:
         self.studio = Studio(make_tiny_pipeline("flow"))
         self.drawn: list[str] = []
-        draw = self.studio.draw
-        self.studio.draw = lambda order: self.drawn.append(order.prompt) or draw(order)
+        generate = self.studio.generate
+        self.studio.generate = lambda request: self.drawn.append(request.prompt) or generate(request)
         self.page = build_page(self.studio)
         self.url = launch(self.page, "127.0.0.1", 0)
         self.config = httpx.get(f"{self.url}config", timeout=WAIT).json()
@@ -117,11 +117,11 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_others(server, monkeypatch):
     steps = []
     noticed, stepped = threading.Event(), page_module.markup.comparison_caption
 
-    def caption(beside, drawing=None, own_seconds=0.0):
-        if drawing is not None:
-            steps.append(drawing.step)
+    def caption(beside, generation=None, own_seconds=0.0):
+        if generation is not None:
+            steps.append(generation.step)
             noticed.set()
-        return stepped(beside, drawing, own_seconds)
+        return stepped(beside, generation, own_seconds)
 
     monkeypatch.setattr(page_module.markup, "comparison_caption", caption)
     monkeypatch.setattr(server.studio, "comparison", server.studio.comparison.__class__("x", 50, 1.0))

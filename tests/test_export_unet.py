@@ -185,7 +185,7 @@ def test_it_refuses(tmp_path):
     file = tmp_path / "unet.safetensors"
     with pytest.raises(ValueError, match="one of comfyui, ldm, got 'a1111'"):
         export_unet(pipeline, file, "a1111")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"ends in \.safetensors; got .*unet\.ckpt"):
+    with pytest.raises(ValueError, match=r"ends in \.safetensors, got .*unet\.ckpt"):
         export_unet(pipeline, tmp_path / "unet.ckpt")
     with pytest.raises(ValueError, match="got DDIMScheduler"):
         export_unet(make_tiny_pipeline("diffusion"), file)
@@ -193,7 +193,7 @@ def test_it_refuses(tmp_path):
     with pytest.raises(ValueError, match=r"weight 'add_embedding\.linear_1\.\w+', which has no place"):
         export_unet(pipeline, file)
     pipeline.unet = StackedUNet.from_unet(make_unet())
-    with pytest.raises(ValueError, match="this is a StackedUNet"):
+    with pytest.raises(ValueError, match="got StackedUNet"):
         export_unet(pipeline, file)
     pipeline.unet = make_unet()
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -232,7 +232,7 @@ def test_the_command_writes_the_file(model, unet_format, tmp_path, capsys):
     [
         ("unet.ckpt", [], "name ends in .safetensors"),
         ("no-such-folder/unet.safetensors", [], "does not exist"),
-        ("unet.safetensors", ["--scheduler", "unipc"], "--scheduler is of the format diffusers"),
+        ("unet.safetensors", ["--scheduler", "unipc"], "--scheduler is for the format diffusers"),
     ],
 )
 def test_the_command_refuses(model, output, more, message, tmp_path, capsys):

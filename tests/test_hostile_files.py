@@ -131,7 +131,7 @@ def test_a_pickle_beside_safetensors_is_never_opened(folder, trap):
 
 
 def test_asking_for_pickles_is_refused(folder):
-    with pytest.raises(ValueError, match=r"use_safetensors=False asks for pickles.*leave it out"):
+    with pytest.raises(ValueError, match=r"use_safetensors=False requests pickles.*Omit it"):
         RectifiedFlowPipeline.from_pretrained(folder, use_safetensors=False)
 
 
@@ -139,7 +139,7 @@ def test_asking_for_pickles_is_refused(folder):
 def test_a_single_file_that_is_a_pickle(tmp_path, trap, suffix):
     file = trap(tmp_path / f"model{suffix}")
     with pytest.raises(
-        ValueError, match=r"no \.safetensors file.*run code.*from_single_file\(file\)\.save_pretrained"
+        ValueError, match=r"not a \.safetensors file.*run code.*from_single_file\(file\)\.save_pretrained"
     ):
         RectifiedFlowPipeline.from_single_file(str(file))
 
@@ -162,9 +162,9 @@ def test_a_lora_that_is_a_pickle(tmp_path, trap, make):
         file = trap(tmp_path / f"pytorch_lora_weights{suffix}")
         for arguments in ({"weight_name": file.name}, {}):
             source = tmp_path if arguments else file
-            with pytest.raises(ValueError, match=r"no \.safetensors file.*torch\.load\(file, weights_only=True\)"):
+            with pytest.raises(ValueError, match=r"not a \.safetensors file.*torch\.load\(file, weights_only=True\)"):
                 pipeline.load_lora_weights(str(source), **arguments)
-    with pytest.raises(ValueError, match=r"no \.safetensors file"):  # a folder that has nothing else
+    with pytest.raises(ValueError, match=r"not a \.safetensors file"):  # a folder that has nothing else
         pipeline.load_lora_weights(tmp_path)
     with pytest.raises(ValueError, match="use_safetensors=False"):
         pipeline.load_lora_weights(tmp_path, use_safetensors=False)
@@ -174,16 +174,16 @@ def test_words_and_ip_adapters_that_are_pickles(tmp_path, trap):
     pipeline: Any = make_tiny_pipeline("flow")
     file = trap(tmp_path / "learned_embeds.bin")
     for source in (tmp_path, file, [file]):
-        with pytest.raises(ValueError, match=r"learned_embeds.bin is no \.safetensors.*'word.safetensors'"):
+        with pytest.raises(ValueError, match=r"learned_embeds.bin is not a \.safetensors.*'word.safetensors'"):
             pipeline.load_textual_inversion(source, token="<word>")
-    with pytest.raises(ValueError, match=r"other.pt is no \.safetensors"):
+    with pytest.raises(ValueError, match=r"other.pt is not a \.safetensors"):
         pipeline.load_textual_inversion(tmp_path, weight_name="other.pt")
-    with pytest.raises(ValueError, match=r"adapter.bin is no \.safetensors.*h94/IP-Adapter"):
+    with pytest.raises(ValueError, match=r"adapter.bin is not a \.safetensors.*h94/IP-Adapter"):
         pipeline.load_ip_adapter(tmp_path, "models", ["adapter.bin"])
     with pytest.raises(ValueError, match="Required keys are"):  # of diffusers: tensors have no file to judge
         pipeline.load_ip_adapter({}, subfolder="", weight_name="")
     trap(tmp_path / "models/image_encoder/pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin is no \.safetensors.*CLIPVisionModel"):
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is not a \.safetensors.*CLIPVisionModel"):
         pipeline.load_ip_adapter(tmp_path, "models", "adapter.safetensors")
 
 
@@ -404,7 +404,7 @@ def test_code_in_a_folder_leaves_no_trace(folder, tmp_path, plant, capsys, monke
     message = capsys.readouterr().err
     if "adapter" in plant.__name__:
         assert code == 2
-        assert "text_encoder holds an adapter_config.json" in message
+        assert "text_encoder contains an adapter_config.json" in message
         assert message.count("\n") == 1
     elif "maps" not in plant.__name__:
         assert code == 2, message
@@ -464,7 +464,7 @@ def test_headers_that_lie(folder, tmp_path, damage):
     content = damage(weights.read_bytes())
     weights.unlink()
     weights.write_bytes(content)
-    with pytest.raises(OSError, match=r"cannot be read: .* or copy the folder again"):
+    with pytest.raises(OSError, match=r"cannot be read: .* or copy the complete folder again"):
         RectifiedFlowPipeline.from_pretrained(folder)
     pipeline: Any = make_tiny_pipeline("flow")
     before = {name: weight.clone() for name, weight in pipeline.unet.state_dict().items()}
@@ -480,7 +480,7 @@ def test_headers_that_lie(folder, tmp_path, damage):
     ):
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     with pytest.raises(ValueError, match="no whole safetensors file"):
-        Styles(pipeline).wear([(tmp_path / "lora.safetensors", 1.0)])
+        Styles(pipeline).apply([(tmp_path / "lora.safetensors", 1.0)])
     after = pipeline.unet.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -520,7 +520,7 @@ def peft_lora(rank: int = 2, **changes: Any) -> dict[str, torch.Tensor]:
 A, B = f"unet.{LAYER}.lora_A.weight", f"unet.{LAYER}.lora_B.weight"
 KOHYA = "lora_unet_" + LAYER.replace(".", "_")
 HOSTILE_LORAS = {
-    "nothing": ({}, "without weights"),
+    "nothing": ({}, "got no weights"),
     "NaN": ({**peft_lora(), A: torch.full((2, 16), torch.nan)}, "holds NaN or infinity in .*lora_A"),
     "infinity": ({**peft_lora(), B: torch.full((16, 2), torch.inf)}, "holds NaN or infinity in .*lora_B"),
     "integers": ({**peft_lora(), A: torch.ones(2, 16, dtype=torch.int64)}, "holds torch.int64"),
@@ -599,7 +599,7 @@ def test_a_hostile_lora_is_refused_and_changes_nothing(tmp_path, worn, weights, 
     assert {name for names in pipeline.get_list_adapters().values() for name in names} == {"mine"}
     assert torch.equal(sample(pipeline), before)
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
-        styles.wear([(file, 1.0)])
+        styles.apply([(file, 1.0)])
 
 
 @pytest.mark.parametrize("kind", ["NaN", "infinity", "integers", "a huge rank", "a vector", "foreign alone"])
@@ -607,7 +607,7 @@ def test_the_demo_looks_itself_at_a_lora_for_a_stock_pipeline(tmp_path, kind):
     weights, _ = HOSTILE_LORAS[kind]
     save_file(weights, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
-        Styles(make_tiny_pipeline("diffusion")).wear([(tmp_path / "lora.safetensors", 1.0)])
+        Styles(make_tiny_pipeline("diffusion")).apply([(tmp_path / "lora.safetensors", 1.0)])
 
 
 def test_after_a_hostile_lora_the_pipeline_can_be_saved(tmp_path):

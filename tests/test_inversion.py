@@ -160,7 +160,7 @@ def test_the_progress_bar_is_the_pipelines(pipeline, capsys):
         ({"strength": 1.1}, r"in \(0, 1\], got 1.1"),
         ({"solver": "rk4"}, "one of euler, heun, got 'rk4'"),
         ({"steps": 0}, "steps >= 1, got 0"),
-        ({"prompts": ["a", "b"]}, "got 2 for 1 pictures"),
+        ({"prompts": ["a", "b"]}, "got 2 for 1 images"),
         ({"pictures": torch.zeros(1, 5, 8, 8)}, r"pictures: expected the shape of an image, got \(1, 5, 8, 8\)"),
         ({"pictures": []}, "images of one size"),
         ({"pictures": [picture(), picture(size=16)]}, r"got sizes \[\(32, 32\), \(16, 16\)\]"),
@@ -173,7 +173,7 @@ def test_invert_refuses(pipeline, arguments, message):
 
 @pytest.mark.parametrize("call", [edit, round_trip_error])
 def test_strength_is_checked_before_the_work(call):
-    with pytest.raises(ValueError, match="strength is the share"):
+    with pytest.raises(ValueError, match="strength, the share of the flow that is run, must be in"):
         call(None, latents(), *["a fox"] * (2 if call is edit else 1), strength=2)
 
 

@@ -129,7 +129,7 @@ def test_a_damaged_file_in_a_folder_is_named(ours, tmp_path, name, length):
     ours.save_pretrained(tmp_path)
     file = tmp_path / name
     file.write_bytes(file.read_bytes()[:length])
-    with pytest.raises(OSError, match=r"cannot be read: .* or copy the folder again") as error:
+    with pytest.raises(OSError, match=r"cannot be read: .* or copy the complete folder again") as error:
         RectifiedFlowPipeline.from_pretrained(tmp_path)
     assert str(error.value).startswith(str(file))
     assert error.value.__cause__ is not None
@@ -195,7 +195,7 @@ def test_what_came_into_the_cache_is_compared_with_its_name(tmp_path, right, err
             if error is not None:
                 raise error
 
-    words = r"a/b: unet/config.json was damaged on its way.*deleted from the cache; load again"
+    words = r"a/b: unet/config.json was damaged in the download.*deleted from the cache: load again"
     with pytest.raises(OSError, match=words):
         load(b"[]")
     assert not blob.exists()
@@ -211,7 +211,7 @@ def test_what_came_into_the_cache_is_compared_with_its_name(tmp_path, right, err
 
 
 def test_an_error_of_the_network_names_what_was_asked_for():
-    words = r"a/b could not be fetched: \w+: cut off\. Nothing half-fetched is used"
+    words = r"a/b could not be fetched: \w+: cut off\. Partial downloads are not used"
     with pytest.raises(ConnectionError, match=words), remedies("a/b"):
         raise _NETWORK[-1]("cut off")
 

@@ -342,9 +342,9 @@ def test_the_demo_merges_them(tmp_path, pipeline):
     save_file(file, path)
     assert style_kind(path) == "delta"
     before, styles = sample(pipeline), Styles(pipeline)
-    styles.wear([(path, 0.7)])
+    styles.apply([(path, 0.7)])
     assert (sample(pipeline) - before).abs().max() > 1e-3
-    styles.wear([])
+    styles.apply([])
     assert torch.equal(sample(pipeline), before)
 
 

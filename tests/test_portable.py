@@ -174,7 +174,7 @@ def test_the_source_is_free_of_our_package(folder):
 
 def test_another_scheduler(tmp_path):
     stock = make_tiny_pipeline("diffusion")
-    with pytest.raises(ValueError, match=r"scheduler is DDIMScheduler.*by its save_pretrained"):
+    with pytest.raises(ValueError, match=r"scheduler is DDIMScheduler.*use save_pretrained"):
         save_portable(stock, tmp_path / "new")
     assert type(stock.scheduler) is DDIMScheduler
     assert not (tmp_path / "new").exists()

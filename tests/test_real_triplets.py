@@ -205,4 +205,4 @@ def test_the_command_and_a_training_on_both_kinds(pictures, reference, tmp_path,
     ]
     assert cli.main(["reflow", "--model", teacher, "--triplets", folder, str(reference), *train]) == 0
     assert cli.main([*command, "--data", str(tmp_path / "none")]) == 2
-    assert "give one of pictures with a metadata.jsonl" in capsys.readouterr().err
+    assert "give a folder of images with a metadata.jsonl" in capsys.readouterr().err

@@ -671,10 +671,10 @@ def test_apply_with_the_fine_tunes_components_and_a_variant(models, tmp_path, pe
 def test_the_command_line_refuses(models, tmp_path, refused):
     base = str(models["folder"] / "base")
     make = ["delta", "make", "--fine-tune", base, "--base", base, "--output"]
-    assert "must be a file that ends in .safetensors" in refused(*make, str(tmp_path / "d.bin"))
+    assert "must be a file whose name ends in .safetensors" in refused(*make, str(tmp_path / "d.bin"))
     assert "does not exist; make it first" in refused(*make, str(tmp_path / "no" / "d.safetensors"))
     apply = ["delta", "apply", "--model", base, "--delta"]
-    assert "holds a pipeline already" in refused(*apply, str(models["delta"]), "--output", base)
+    assert "already holds a pipeline" in refused(*apply, str(models["delta"]), "--output", base)
     assert "must be a number, got 'much'" in refused(*apply, "d.safetensors=much", "--output", str(tmp_path))
     assert "No file, folder or Hub id" in refused(*apply, "d.safetensors=0.5", "--output", str(tmp_path))
     assert "expected a difference of two" in refused(*apply, base, "--output", str(tmp_path))

@@ -42,7 +42,7 @@ def require_texts(name: str, value: str | Sequence[str]) -> None:
     if isinstance(value, str):
         return
     if not isinstance(value, Sequence) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name} must be a text or a list of texts, got {_shown(value)}. Pass one for each picture.")
+        raise TypeError(f"{name} must be a text or a list of texts, got {_shown(value)}. Pass one for each image.")
     if not value:
         raise ValueError(f"{name} must hold at least one text, got none. Pass '' for the unconditional model.")
 
@@ -62,7 +62,7 @@ def require_finite(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be in floating point, got {value.dtype}. Convert it with .float().")
     if not bool(value.isfinite().all()):
         shape = tuple(value.shape)
-        raise ValueError(f"{name} must be finite, got NaN or infinity in {shape} {value.dtype}. See where they arise.")
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {shape} {value.dtype}. Find their origin.")
 
 
 def require_latents(name: str, value: Any, channels: int | None = None) -> None:
@@ -71,7 +71,7 @@ def require_latents(name: str, value: Any, channels: int | None = None) -> None:
     shape = tuple(value.shape)
     wanted = f"(B, {'C' if channels is None else channels}, H, W)"
     if value.ndim != 4 or 0 in shape or (channels is not None and shape[1] != channels):
-        raise ValueError(f"{name} must be {wanted} with B at least 1, got {shape}. Encode pictures with this VAE.")
+        raise ValueError(f"{name} must be {wanted} with B at least 1, got {shape}. Encode images with this VAE.")
 
 
 def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:

@@ -20,36 +20,47 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-def option(default: Any, help: str, *, choices: Sequence[Any] | None = None) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    flags: Sequence[str] = (),
+    shown: str | None = None,
+    **argument: Any,
+) -> Any:
     """Declare a dataclass field that is also a command-line option.
 
     Args:
         default: `dataclasses.MISSING` for a required option.
         help: one sentence, the only description of the option; the default is appended where it is shown.
         choices: the values allowed on the command line, where a `Literal` cannot list them.
+        flags: instead of `--name`; a name without dashes makes it a positional argument.
+        shown: what `--help` shows as the default, where None stands for a computed value.
+        argument: settings of `add_argument` that replace those made from the type.
     """
-    metadata: dict[str, Any] = {"help": help}
-    if choices is not None:
-        metadata["choices"] = tuple(choices)
+    metadata = {"help": help, "choices": choices, "flags": flags, "shown": shown, "argument": argument}
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def flag(help: str) -> Any:
+    """Declare a bool field that is False unless its option, which takes no value, is given."""
+    return option(False, help, action="store_true")
+
+
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add one `--argument` per field of `config_class` to the parser.
+    """Add one `--argument` per field of `config_class` to the parser, the required ones first.
 
     `Literal` fields become choices, `bool` a pair `--x / --no-x`, `tuple[X, ...]` a list, and `X | None` also takes
     the word `none`. Arguments that are not passed are absent from the namespace: only the dataclass has defaults.
     """
     types_of = get_type_hints(config_class)
-    for field in _fields(config_class):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            required=field.default is MISSING,
-            help=_help(field),
-            **_argument(config_class, field, types_of[field.name]),
-        )
+    for field in sorted(_fields(config_class), key=lambda field: field.default is not MISSING):
+        names = field.metadata["flags"] or [f"--{field.name.replace('_', '-')}"]
+        settings = {**_argument(config_class, field, types_of[field.name]), **field.metadata["argument"]}
+        if names[0].startswith("-"):
+            settings |= {"dest": field.name, "required": field.default is MISSING}
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=_help(field), **settings)
 
 
 def options_from(namespace: argparse.Namespace, config_class: type[Config]) -> Config:
@@ -109,7 +120,10 @@ def _fields(config_class: type) -> list[dataclasses.Field]:
 
 def _help(field: dataclasses.Field) -> str:
     """Return the field's help text with its default, escaped for argparse, which expands `%(...)s`."""
-    note = "required" if field.default is MISSING else f"default: {_shown(field.default)}"
+    if not str(next(iter(field.metadata["flags"]), "-")).startswith("-"):  # positional
+        return field.metadata["help"].replace("%", "%%")
+    default = field.metadata["shown"] or _shown(field.default)
+    note = "required" if field.default is MISSING else f"default: {default}"
     return f"{field.metadata['help']} ({note})".replace("%", "%%")
 
 
@@ -127,7 +141,7 @@ def _shown(default: Any) -> str:
 def _argument(config_class: type, field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """Return the arguments of `add_argument` that follow from the field's type."""
     base, optional = _without_none(hint)
-    choices = field.metadata.get("choices")
+    choices = field.metadata["choices"]
     many = get_origin(base) is tuple and get_args(base)[1:] == (Ellipsis,)
     if many:
         base = get_args(base)[0]

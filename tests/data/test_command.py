@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_verify_says_that_all_is_sound_or_what_is_not(folder, capsys):
     assert cli.main(["verify", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}: 10 triplets, all sound\n"
+    assert capsys.readouterr().out == f"{folder}: 10 triplets, all intact\n"
     path = folder / "shard-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rectified_diffusers import cli
-from rectified_diffusers.cli.evaluate import _picture_size
+from rectified_diffusers.cli.evaluate import _image_size
 from rectified_diffusers.cli.shared import CommandError
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.generate import generate_triplets
@@ -149,9 +149,9 @@ def test_triplets_can_stand_for_the_real_pictures(model, pooled, tmp_path):
     with torch.no_grad():
         decoded = teacher.vae.decode(data / teacher.vae.config.scaling_factor).sample
     expected = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    from rectified_diffusers.cli.evaluate import _pictures_of_triplets
+    from rectified_diffusers.cli.evaluate import _images_of_triplets
 
-    pictures = _pictures_of_triplets(dataset.folder, teacher, EvaluationConfig())
+    pictures = _images_of_triplets(dataset.folder, teacher, EvaluationConfig())
     assert torch.equal(pictures.read([0]), expected)
     assert pictures.captions == ["a cat", "the sea"] * 6
 
@@ -160,8 +160,8 @@ def test_triplets_can_stand_for_the_real_pictures(model, pooled, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "no folder 'nowhere'"),
-        (["--data", ".", "--triplets", "."], "not allowed with"),
-        ([], "one of the arguments --data --triplets is required"),
+        (["--data", ".", "--triplets", "."], "give either --data or --triplets"),
+        ([], "real images are required from one source"),
         (["--data", ".", "--steps", "0"], "steps must be one or more"),
     ],
 )
@@ -185,7 +185,7 @@ def test_weights_that_are_not_there_are_told_at_once(judge, tmp_path):
 
 def test_a_model_of_pictures_that_are_not_square_is_refused():
     pipeline = make_tiny_pipeline("flow")
-    assert _picture_size(pipeline) == SIZE
+    assert _image_size(pipeline) == SIZE
     pipeline.unet.register_to_config(sample_size=(8, 16))
-    with pytest.raises(CommandError, match=r"the model draws 8x16 latents; .* evaluate needs square pictures"):
-        _picture_size(pipeline)
+    with pytest.raises(CommandError, match=r"the model generates 8x16 latents; .* evaluate needs square images"):
+        _image_size(pipeline)

@@ -50,14 +50,14 @@ def fails_then_ends_well(hub, client, cache, expected, fault: dict[str, Fault], 
 def test_a_wrong_hash(hub, client, cache, expected, name):
     """The Hub's client compares lengths alone."""
     damage = {UNET: flipped, TEXT_ENCODER: flipped, CONFIG: lambda content: content.replace(b"8", b"9", 1)}[name]
-    words = f"{INSTAFLOW}: {name} was damaged on its way from the Hub: expected the hash .* load again"
+    words = f"{INSTAFLOW}: {name} was damaged in the download: expected the hash .* load again"
     fails_then_ends_well(hub, client, cache, expected, {name: Fault(damage=damage)}, words)
 
 
 def test_a_wrong_hash_of_what_the_commands_load(hub, client, cache, expected):
     """They load by diffusers' own class, whatever the pipeline is."""
     hub.faults = {UNET: Fault(damage=flipped)}
-    with pytest.raises(HubError, match=f"{UNET} was damaged on its way"):
+    with pytest.raises(HubError, match=f"{UNET} was damaged in the download"):
         client.call(load_by_command, INSTAFLOW, cache)
     hub.recover()
     assert client.call(load_by_command, INSTAFLOW, cache) == expected
@@ -73,7 +73,7 @@ def load_by_command(model: str, cache: str) -> object:
     ids=["shorter", "empty", "grown"],
 )
 def test_a_wrong_length(hub, client, cache, expected, damage):
-    words = r"Consistency check failed|damaged on its way|could not be fetched"
+    words = r"Consistency check failed|damaged in the download|could not be fetched"
     error = fails_then_ends_well(hub, client, cache, expected, {UNET: Fault(damage=damage)}, words)
     assert "diffusion_pytorch_model.safetensors" in str(error)
 
@@ -163,7 +163,7 @@ def test_a_damaged_file_of_an_earlier_time_is_not_hashed_again(hub, client, cach
 def damaged_once(hub, client, call, *given):
     """Do `call` twice with a damaged U-Net, LoRA or VAE on the Hub, then well; return what came of the last."""
     for _ in range(2):  # the second would find the first one's file in the cache
-        with pytest.raises(HubError, match="was damaged on its way from the Hub: expected the hash") as error:
+        with pytest.raises(HubError, match="was damaged in the download: expected the hash") as error:
             client.call(call, *given)
         assert error.value.types[0] == "OSError"
     hub.recover()

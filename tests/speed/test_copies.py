@@ -142,9 +142,8 @@ def test_the_weights_of_these_libraries_are_refused(tmp_path, library):
     quantizer = pytest.importorskip(library)
     pipeline = make_tiny_pipeline("flow")
     if library == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(pipeline.unet, Int8WeightOnlyConfig())
+        quantization = pytest.importorskip("torchao.quantization")
+        quantization.quantize_(pipeline.unet, quantization.Int8WeightOnlyConfig())
     else:
         quantizer.quantize(pipeline.unet, weights=quantizer.qint8)
         quantizer.freeze(pipeline.unet)

@@ -151,9 +151,9 @@ def test_a_decoder_of_another_kind_is_refused(decoder, error, message):
 
 def test_what_cannot_be_optimized_is_refused():
     pipeline = make_tiny_pipeline()
-    with optimize(pipeline), pytest.raises(ValueError, match="optimized already"):
+    with optimize(pipeline), pytest.raises(ValueError, match="already optimized"):
         optimize(pipeline)
-    with pytest.raises(TypeError, match="needs a pipeline with a unet and a vae, got int without unet and vae"):
+    with pytest.raises(TypeError, match="needs a diffusers pipeline with unet, vae, got int without unet, vae"):
         optimize(3)  # pyright: ignore[reportArgumentType]
     pipeline.unet._hf_hook = object()
     with pytest.raises(ValueError, match="CPU offload moves the weights of unet"):

@@ -12,7 +12,7 @@ from diffusers.models.upsampling import Upsample2D
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.speed.attention import attention, blockwise_attention
 from rectified_diffusers.speed.compilation import Compiled, compiled
-from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, to_pictures
+from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, to_images
 from rectified_diffusers.speed.precision import converted, fast_dtype
 from rectified_diffusers.speed.projections import fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling, folded_weight
@@ -86,7 +86,7 @@ def test_folding_follows_the_weights_and_leaves_the_rest_alone():
 def test_pictures_have_the_bytes_of_diffusers():
     pipeline: Any = make_tiny_pipeline()
     images = torch.linspace(-1.2, 1.2, 3 * 64 * 64).reshape(1, 3, 64, 64).repeat(2, 1, 1, 1)
-    for ours, theirs in zip(to_pictures(images), pipeline.image_processor.postprocess(images), strict=True):
+    for ours, theirs in zip(to_images(images), pipeline.image_processor.postprocess(images), strict=True):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 

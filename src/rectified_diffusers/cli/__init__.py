@@ -1,7 +1,8 @@
 """The command line: rectified-diffusers COMMAND; one module per command.
 
-Each command is one call of a public function, and its options are the fields of that function's config. torch and
-diffusers are imported only when a command runs, so that `--help` and argument errors respond immediately.
+The options of a command are the fields of its dataclasses: the config of the public function that it calls, where
+there is one, and the command's own options such as files and the device. torch and diffusers are imported only when a
+command runs, so that `--help` and argument errors respond immediately.
 
 Errors that the user can fix (a bad argument, a missing file or package, a value that a config refuses, a run that
 diverged) print one line to stderr and exit with code 2; `--debug` adds the traceback. Any other error is a bug and
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command to go on" if arguments.resumable else "\nstopped", file=sys.stderr)
+        print("\nstopped; run the same command to continue" if arguments.resumable else "\nstopped", file=sys.stderr)
         return 130
     return 0
 
@@ -67,14 +68,14 @@ def _decoded(argv: Sequence[str]) -> list[str]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROG, description="Text-to-image in one step: draw pictures, and train models that can.")
+    parser = Parser(prog=PROG, description="Text-to-image in one step: generate images, and train one-step models.")
     parser.add_argument("--version", action="version", version=f"{PROG} {__version__}")
     parser.add_argument(
         "--print-completion",
         action=PrintCompletion,
         choices=SHELLS,
         metavar="SHELL",
-        help=f"Print a script for the completion of {', '.join(SHELLS)}, for the shell's start-up file to read",
+        help=f"Print a completion script for {', '.join(SHELLS)}; load it in the shell's start-up file",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in COMMANDS:

@@ -3,116 +3,108 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import MISSING, dataclass
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rectified_diffusers.cli.shared import (
+    OUTPUT,
     CommandError,
-    add_json,
-    check_folder_is_writable,
+    CommandOptions,
+    add_command,
     check_output_dir,
+    check_weights_file,
     load_pipeline,
     print_result,
     without_bars_of_libraries,
 )
+from rectified_diffusers.options import option, options_from
 
-MODELS = "Hub id or folder of a pipeline or of its U-Net, or a .safetensors file"
-DTYPES = ["float32", "float16", "bfloat16"]
+WEIGHTS = "Hub id or folder of a pipeline or of its U-Net, or a .safetensors file"
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeOptions(CommandOptions):
+    fine_tune: str = option(MISSING, f"The fine-tuned model: {WEIGHTS}.", metavar="MODEL", type=expanduser)
+    base: str = option(MISSING, f"The model that it was fine-tuned from: {WEIGHTS}.", metavar="MODEL", type=expanduser)
+    output: Path = option(MISSING, "File to write, .safetensors.", flags=OUTPUT, metavar="FILE")
+    dtype: Dtype = option("float32", "Precision of the file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions(CommandOptions):
+    model: str = option(
+        MISSING, "Pipeline folder or Hub id of the model to which the deltas are added.", type=expanduser
+    )
+    deltas: tuple[str, ...] = option(
+        MISSING,
+        "File, folder or Hub id, with a scale if it is not 1; repeat the option to add several.",
+        flags=["--delta"],
+        action="append",
+        nargs=None,
+        metavar="DELTA[=SCALE]",
+        type=expanduser,
+    )
+    variant: str | None = option(None, "Variant of the deltas that are folders or on the Hub: PeRFlow's is v0-1.")
+    components_from: str | None = option(
+        None,
+        "Pipeline folder or Hub id of the fine-tune, whose VAE and text encoder replace the model's.",
+        metavar="MODEL",
+        type=expanduser,
+    )
+    output: Path = option(MISSING, "Folder for the new pipeline.", flags=OUTPUT, metavar="DIR")
+    dtype: Dtype = option("float32", "Precision of the new pipeline.")
 
 
 def add_delta(commands: Any) -> argparse.ArgumentParser:
-    text = "Take the style of a fine-tune over into another model, as a difference of weights."
+    text = "Transfer a fine-tune to another model, as a difference of weights."
     parser = commands.add_parser("delta", help=text, description=text)
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
-    for add in (_add_make, _add_apply):
+    make = "Write the difference fine-tune - base of two U-Nets, without loading either completely."
+    apply = "Add weight deltas or LyCORIS files to a pipeline, and save it as a new pipeline."
+    for command in (
+        add_command(actions, "make", make, run_make, MakeOptions),
+        add_command(actions, "apply", apply, run_apply, ApplyOptions),
+    ):
         # SUPPRESS: do not overwrite the value of --debug from `delta` itself, which has the same option.
-        add(actions).add_argument(
+        command.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
         )
     return parser
 
 
-def _add_make(actions: Any) -> argparse.ArgumentParser:
-    text = "Write the difference fine-tune - base of two U-Nets; neither is loaded as a whole."
-    parser = actions.add_parser("make", help=text, description=text)
-    parser.add_argument("--fine-tune", type=expanduser, required=True, metavar="MODEL", help=f"{MODELS} (required)")
-    parser.add_argument(
-        "--base", type=expanduser, required=True, metavar="MODEL", help="What it was made from, likewise (required)"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="File to write, .safetensors (required)"
-    )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the file (default: float32)")
-    add_json(parser)
-    parser.set_defaults(run=run_make, resumable=False)
-    return parser
-
-
-def _add_apply(actions: Any) -> argparse.ArgumentParser:
-    text = "Add differences or LyCORIS files to a pipeline, and save it as a new pipeline."
-    parser = actions.add_parser("apply", help=text, description=text)
-    parser.add_argument(
-        "--model", type=expanduser, required=True, help="Pipeline folder or Hub id that they are added to (required)"
-    )
-    parser.add_argument(
-        "--delta",
-        type=expanduser,
-        dest="deltas",
-        action="append",
-        required=True,
-        metavar="DELTA[=SCALE]",
-        help="File, folder or Hub id, and by how much, 1 if not given; repeat it for a sum (required)",
-    )
-    parser.add_argument("--variant", help="Variant of the deltas that are folders or on the Hub: PeRFlow's is v0-1")
-    parser.add_argument(
-        "--components-from",
-        type=expanduser,
-        metavar="MODEL",
-        help="Pipeline folder or Hub id of the fine-tune, whose VAE and text encoder take the place of the model's",
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR", help="Folder for the new pipeline (required)"
-    )
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the new pipeline (default: float32)")
-    add_json(parser)
-    parser.set_defaults(run=run_apply, resumable=False)
-    return parser
-
-
 def run_make(arguments: argparse.Namespace) -> None:
-    output: Path = arguments.output
-    if output.suffix != ".safetensors" or output.is_dir():
-        raise CommandError(f"the output {str(output)!r} must be a file that ends in .safetensors")
-    check_folder_is_writable(output.parent)
+    options = options_from(arguments, MakeOptions)
+    check_weights_file(options.output)
     from rectified_diffusers.weights.delta import compute_weight_delta
 
-    delta = compute_weight_delta(arguments.fine_tune, arguments.base, output, dtype=arguments.dtype)
+    delta = compute_weight_delta(options.fine_tune, options.base, options.output, dtype=options.dtype)
     fine_tune, base, count = delta.metadata["fine_tune"], delta.metadata["base"], len(delta.weights.shapes)
-    text = f"{output}: {fine_tune} - {base}, {count} weights"
-    print_result(arguments, text, output=output, fine_tune=fine_tune, base=base, weights=count)
+    text = f"{options.output}: {fine_tune} - {base}, {count} weights"
+    print_result(options, text, output=options.output, fine_tune=fine_tune, base=base, weights=count)
 
 
 def run_apply(arguments: argparse.Namespace) -> None:
-    named = [parse_delta(text) for text in arguments.deltas]
-    if (arguments.output / "model_index.json").exists():
-        raise CommandError(f"the folder {str(arguments.output)!r} holds a pipeline already; give a new one")
-    check_output_dir(arguments.output)
+    options = options_from(arguments, ApplyOptions)
+    named, output = [parse_delta(text) for text in options.deltas], options.output
+    if (output / "model_index.json").exists():
+        raise CommandError(f"the folder {str(output)!r} already holds a pipeline; give a new one")
+    check_output_dir(output)
     from rectified_diffusers.loading.saving import save_pipeline
     from rectified_diffusers.weights.components import swap_components
     from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 
-    deltas = [
-        load_weight_delta(name, variant=None if Path(name).is_file() else arguments.variant) for name, _ in named
-    ]
-    pipeline = load_pipeline(arguments.model, "cpu", arguments.dtype)
+    deltas = [load_weight_delta(name, variant=None if Path(name).is_file() else options.variant) for name, _ in named]
+    pipeline = load_pipeline(options.model, "cpu", options.dtype)
     apply_weight_delta(pipeline, deltas, [scale for _, scale in named], keep_undo=False)
-    if arguments.components_from is not None:
-        swap_components(pipeline, arguments.components_from)
+    if options.components_from is not None:
+        swap_components(pipeline, options.components_from)
     with without_bars_of_libraries():
-        save_pipeline(pipeline, arguments.output)
-    text = f"{arguments.output}: {arguments.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}"
-    print_result(arguments, text, output=arguments.output, model=arguments.model, deltas=len(deltas))
+        save_pipeline(pipeline, output)
+    text = f"{output}: {options.model} with {len(deltas)} delta{'s' if len(deltas) > 1 else ''}"
+    print_result(options, text, output=output, model=options.model, deltas=len(deltas))
 
 
 def parse_delta(text: str, what: str = "delta") -> tuple[str, float]:

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from os.path import expanduser
 from pathlib import Path
@@ -16,139 +17,134 @@ from typing import TYPE_CHECKING, Any
 from rectified_diffusers.cli.delta import parse_delta
 from rectified_diffusers.cli.shared import (
     CommandError,
-    add_device,
-    add_json,
+    ModelOptions,
+    add_command,
     check_model,
-    default_model,
     load_pipeline,
     print_result,
 )
-from rectified_diffusers.demo.requests import MAX_GUIDANCE, MAX_STEPS, PROMPTS, Order
+from rectified_diffusers.demo.requests import MAX_GUIDANCE, MAX_STEPS, PROMPTS, ImageRequest
+from rectified_diffusers.options import flag, option, options_from
 
 if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio
-    from rectified_diffusers.demo.worker import ComingStudio
+    from rectified_diffusers.demo.worker import LoadingStudio
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def add_demo(commands: Any) -> argparse.ArgumentParser:
-    text = "Serve a web page that draws as you type."
-    parser = commands.add_parser("demo", help=text, description=text, epilog="Ctrl-C ends it.")
-    parser.add_argument(
-        "--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled one-step emoji model)"
-    )
-    parser.add_argument(
-        "--teacher",
-        type=expanduser,
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(ModelOptions):
+    teacher: str | None = option(
+        None,
+        "Model to compare with: the teacher of the model, or any other pipeline.",
         metavar="MODEL",
-        help="What it is compared with: the pipeline that it learnt from, or any other",
-    )
-    parser.add_argument("--teacher-steps", type=int, default=25, metavar="INT", help="Of the teacher (default: 25)")
-    parser.add_argument(
-        "--teacher-guidance-scale", type=float, default=5.0, metavar="NUMBER", help="Of the teacher (default: 5)"
-    )
-    parser.add_argument(
-        "--style",
         type=expanduser,
-        dest="styles",
+    )
+    teacher_steps: int = option(25, "Steps of the teacher.")
+    teacher_guidance_scale: float = option(5.0, "Guidance scale of the teacher.")
+    styles: tuple[str, ...] = option(
+        (),
+        "LoRA or weight delta, .safetensors, with the initial position of its slider if it is not 1; repeat the "
+        "option for several.",
+        flags=["--style"],
         action="append",
-        default=[],
+        nargs=None,
         metavar="FILE[=SCALE]",
-        help="LoRA or weight delta, .safetensors, and where its slider begins, 1 if not given; repeat it for more",
+        shown="none",
+        type=expanduser,
     )
-    parser.add_argument(
-        "--controlnet", type=expanduser, metavar="MODEL", help="ControlNet for edges, to draw along sketches"
+    controlnet: str | None = option(
+        None, "ControlNet for edges, to generate images from sketches.", metavar="MODEL", type=expanduser
     )
-    parser.add_argument("--host", default="127.0.0.1", help="Address to serve at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=7860, metavar="INT", help="To serve at (default: 7860)")
-    parser.add_argument("--open", action="store_true", help="Open it in the browser")
-    add_device(parser)
-    add_json(parser)
-    parser.set_defaults(run=run_demo, resumable=False)
-    return parser
+    host: str = option("127.0.0.1", "Address to serve at; by default, only this machine can reach it.")
+    port: int = option(7860, "Port to serve at.")
+    open: bool = flag("Open the page in the browser.")
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("gradio") is None:
+            raise CommandError('the page needs gradio: pip install "rectified_diffusers[demo]"')
+        if not 0 <= self.port <= 65535:
+            raise CommandError(f"--port must be from 1 to 65535, or 0 for a free one, got {self.port}")
+        if not 1 <= self.teacher_steps <= MAX_STEPS:
+            raise CommandError(f"--teacher-steps must be from 1 to {MAX_STEPS}, got {self.teacher_steps}")
+        if not 0 <= self.teacher_guidance_scale <= MAX_GUIDANCE:
+            given = self.teacher_guidance_scale
+            raise CommandError(f"--teacher-guidance-scale must be from 0 to {MAX_GUIDANCE:g}, got {given}")
+
+
+def add_demo(commands: Any) -> argparse.ArgumentParser:
+    text = "Serve a web page that generates images while you type."
+    return add_command(commands, "demo", text, run_demo, DemoOptions, epilog="Stop it with Ctrl-C.")
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C, while another process loads the models and generates images."""
-    styles = [_style(text) for text in arguments.styles]
-    _check(arguments)
-    model = default_model() if arguments.model is None else arguments.model
-    check_model(model)
-    if arguments.teacher is not None:
-        check_model(arguments.teacher)
-    if arguments.controlnet is not None:
-        check_model(arguments.controlnet, "config.json", "ControlNet")
-    from rectified_diffusers.demo.worker import StudioProcess
+    options = options_from(arguments, DemoOptions)
+    styles = [_style(text) for text in options.styles]
+    check_model(options.source)
+    if options.teacher is not None:
+        check_model(options.teacher)
+    if options.controlnet is not None:
+        check_model(options.controlnet, "config.json", "ControlNet")
+    from rectified_diffusers.demo.requests import comparison_with
+    from rectified_diffusers.demo.worker import LoadingStudio, StudioProcess
 
-    with StudioProcess(partial(_studio, model, styles, arguments)) as drawing:
-        from rectified_diffusers.demo.requests import comparison_with
-        from rectified_diffusers.demo.worker import ComingStudio
-
-        teacher = arguments.teacher is not None
-        beside = comparison_with(teacher, arguments.teacher_steps, arguments.teacher_guidance_scale)
-        studio = ComingStudio(Path(model).name, beside, drawing.studio, can_sketch=arguments.controlnet is not None)
-        with _served(studio, styles, arguments):
-            drawing.studio.result()
-            drawing.wait()
+    with StudioProcess(partial(_load_studio, options, styles)) as process:
+        comparison = comparison_with(
+            options.teacher is not None, options.teacher_steps, options.teacher_guidance_scale
+        )
+        can_sketch = options.controlnet is not None
+        studio = LoadingStudio(Path(options.source).name, comparison, process.studio, can_sketch=can_sketch)
+        with _served(studio, styles, options):
+            process.studio.result()
+            process.wait()
 
 
 @contextmanager
-def _served(studio: ComingStudio, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Iterator[None]:
+def _served(studio: LoadingStudio, styles: list[tuple[Path, float]], options: DemoOptions) -> Iterator[None]:
     from rectified_diffusers.demo.page import build_page
     from rectified_diffusers.demo.server import launch
 
     page = build_page(studio, styles)
-    address = launch(page, arguments.host, arguments.port, open_browser=arguments.open)
+    address = launch(page, options.host, options.port, open_browser=options.open)
     try:
-        print_result(arguments, f"{address}  (Ctrl-C ends it)", address=address)
-        if arguments.host not in LOOPBACK:
-            warning = "everyone who can reach this address can draw, and upload files of styles"
+        print_result(options, f"{address}  (stop with Ctrl-C)", address=address)
+        if options.host not in LOOPBACK:
+            warning = "everyone who can reach this address can generate images and upload style files"
             print(warning, file=sys.stderr, flush=True)
         yield
     finally:
         page.close(verbose=False)  # its message would not be JSON
 
 
-def _studio(model: str, styles: list[tuple[Path, float]], arguments: argparse.Namespace) -> Studio:
+def _load_studio(options: DemoOptions, styles: list[tuple[Path, float]]) -> Studio:
     """Load the models and generate once: errors show here, and the first visitor is spared the slow first run."""
     _be_quiet()
-    pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+    pipeline = load_pipeline(options.source, options.device, options.dtype)
     from rectified_diffusers.demo.studio import Studio
 
     teacher = controlnet = None
-    if arguments.teacher is not None:
-        teacher = load_pipeline(arguments.teacher, arguments.device, arguments.dtype)
-    if arguments.controlnet is not None:
-        controlnet = _load_controlnet(arguments.controlnet, pipeline.dtype)
+    if options.teacher is not None:
+        teacher = load_pipeline(options.teacher, options.device, options.dtype)
+    if options.controlnet is not None:
+        controlnet = _load_controlnet(options.controlnet, pipeline.dtype)
     studio = Studio(
         pipeline,
         teacher=teacher,
-        teacher_steps=arguments.teacher_steps,
-        teacher_guidance_scale=arguments.teacher_guidance_scale,
+        teacher_steps=options.teacher_steps,
+        teacher_guidance_scale=options.teacher_guidance_scale,
         controlnet=controlnet,
-        own_name=Path(model).name,
+        own_name=Path(options.source).name,
     )
-    studio.draw(Order(PROMPTS[0], styles=tuple(styles)))
+    studio.generate(ImageRequest(PROMPTS[0], styles=tuple(styles)))
     return studio
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    if importlib.util.find_spec("gradio") is None:
-        raise CommandError('the page needs gradio: pip install "rectified_diffusers[demo]"')
-    if not 0 <= arguments.port <= 65535:
-        raise CommandError(f"--port must be from 1 to 65535, or 0 for a free one, got {arguments.port}")
-    if not 1 <= arguments.teacher_steps <= MAX_STEPS:
-        raise CommandError(f"--teacher-steps must be from 1 to {MAX_STEPS}, got {arguments.teacher_steps}")
-    if not 0 <= arguments.teacher_guidance_scale <= MAX_GUIDANCE:
-        given = arguments.teacher_guidance_scale
-        raise CommandError(f"--teacher-guidance-scale must be from 0 to {MAX_GUIDANCE:g}, got {given}")
 
 
 def _style(text: str) -> tuple[Path, float]:
     name, scale = parse_delta(text, "style")
     if not Path(name).is_file():
-        raise CommandError(f"no file {name!r} of a style")
+        raise CommandError(f"no style file {name!r}")
     if Path(name).suffix != ".safetensors":
         raise CommandError(f"a style is a .safetensors file, got {name!r}; others can run code when they are opened")
     return Path(name).resolve(), scale

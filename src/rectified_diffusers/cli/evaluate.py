@@ -3,90 +3,89 @@
 from __future__ import annotations
 
 import argparse
-from os.path import expanduser
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rectified_diffusers.cli.shared import (
     PROG,
     CommandError,
-    add_device,
-    add_json,
+    ModelOptions,
+    add_command,
     check_output_dir,
-    default_model,
     load_pipeline,
     print_result,
 )
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.options import add_options, options_from
+from rectified_diffusers.options import flag, option, options_from
 
 if TYPE_CHECKING:
     from rectified_diffusers.data.images import RealPictures
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    name: str | None = option(None, "Name of the model in the table.", shown="its folder or Hub id")
+    data: Path | None = option(None, "Folder of real images: files with a metadata.jsonl of file_name and text.")
+    triplets: Path | None = option(
+        None, "Instead of --data: folder that `triplets` wrote; the teacher's data are the real images."
+    )
+    output_dir: Path = option(MISSING, "Folder of the results.")
+    plots: bool = flag("Plot all models of OUTPUT_DIR to OUTPUT_DIR/plots/*.png.")
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (self.triplets is None):
+            raise CommandError("real images are required from one source: give either --data or --triplets")
+
+
 def add_evaluate(commands: Any) -> argparse.ArgumentParser:
-    text = "Measure a model against real pictures: distances, alignment, diversity, straightness."
+    text = "Compare a model with real images: distances, alignment, diversity, straightness."
     epilog = (
-        "Run it again with another --model and the same --output-dir to compare the two in one table. What was drawn "
-        "is kept in OUTPUT_DIR/cache, so that a killed run goes on; remove that folder when you are done."
+        "Run it again with another --model and the same --output-dir to compare both in one table. Generated images "
+        "are kept in OUTPUT_DIR/cache, so that an interrupted run continues; remove that folder at the end."
     )
-    parser = commands.add_parser("evaluate", help=text, description=text, epilog=epilog)
-    parser.add_argument("--model", type=expanduser, help="Pipeline folder or Hub id (default: the bundled model)")
-    parser.add_argument("--name", help="Name of the model in the table (default: its folder or Hub id)")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--data", type=Path, help="Folder of real pictures: files with a metadata.jsonl of file_name and text"
-    )
-    source.add_argument(
-        "--triplets", type=Path, help="Instead: the folder that `triplets` wrote; the teacher's data are the real ones"
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, help="Folder of the figures (required)")
-    parser.add_argument("--plots", action="store_true", help="Draw OUTPUT_DIR/plots/*.png of all models in it")
-    add_options(parser, EvaluationConfig)
-    add_device(parser)
-    add_json(parser)
-    parser.set_defaults(run=run_evaluate, resumable=True)
-    return parser
+    settings = {"epilog": epilog, "resumable": True}
+    return add_command(commands, "evaluate", text, run_evaluate, EvaluateOptions, EvaluationConfig, **settings)
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
-    config = options_from(arguments, EvaluationConfig)
-    folder = arguments.data or arguments.triplets
+    options, config = options_from(arguments, EvaluateOptions), options_from(arguments, EvaluationConfig)
+    folder = Path(options.data or options.triplets or "")
     if not folder.is_dir():
-        raise CommandError(f"no folder {str(folder)!r}; give one of real pictures or of triplets")
-    check_output_dir(arguments.output_dir)
-    model = default_model() if arguments.model is None else arguments.model
-    name = arguments.name or (Path(model).resolve().name if Path(model).is_dir() else model)
-    pipeline = load_pipeline(model, arguments.device, arguments.dtype)
+        raise CommandError(f"no folder {str(folder)!r}; give a folder of real images or of triplets")
+    check_output_dir(options.output_dir)
+    model = options.source
+    name = options.name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    pipeline = load_pipeline(model, options.device, options.dtype)
     from rectified_diffusers.data.images import read_pictures
     from rectified_diffusers.evaluation.evaluate import evaluate
 
-    if arguments.data:
-        pictures = read_pictures(folder, _picture_size(pipeline), config.seen_split)
-    else:
-        pictures = _pictures_of_triplets(folder, pipeline, config)
-    report = evaluate(pipeline, pictures, arguments.output_dir, config, name)
-    if arguments.plots:
+    images = (
+        read_pictures(folder, _image_size(pipeline), config.seen_split)
+        if options.data
+        else _images_of_triplets(folder, pipeline, config)
+    )
+    report = evaluate(pipeline, images, options.output_dir, config, name)
+    if options.plots:
         from rectified_diffusers.evaluation.plots import write_plots
 
-        write_plots(arguments.output_dir)
-    figures = arguments.output_dir / "evaluation.json"
-    print_result(
-        arguments, report.as_markdown().rstrip("\n"), name=name, output_dir=arguments.output_dir, figures=figures
-    )
+        write_plots(options.output_dir)
+    results = options.output_dir / "evaluation.json"
+    text = report.as_markdown().rstrip("\n")
+    print_result(options, text, name=name, output_dir=options.output_dir, figures=results)
 
 
-def _picture_size(pipeline: Any) -> int:
+def _image_size(pipeline: Any) -> int:
     """Return the side length in pixels of a model's default image size."""
     from rectified_diffusers.models.latents import latent_shape
 
     _, height, width = latent_shape(pipeline)
     if height != width:
-        raise CommandError(f"the model draws {height}x{width} latents; {PROG} evaluate needs square pictures")
+        raise CommandError(f"the model generates {height}x{width} latents; {PROG} evaluate needs square images")
     return height * pipeline.vae_scale_factor
 
 
-def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -> RealPictures:
+def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -> RealPictures:
     """Return a teacher's data, decoded by the model's own VAE, as the real images."""
     import torch
 
@@ -105,10 +104,8 @@ def _pictures_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig)
             parts.append(((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(parts)
 
-    captions = [prompt for first in range(0, len(dataset), 1024) for prompt in _prompts(dataset, first)]
+    captions: list[str] = []
+    for first in range(0, len(dataset), 1024):
+        captions += dataset.rows(range(first, min(first + 1024, len(dataset)))).prompts
     identity = digest_of(dataset.manifest.settings)
     return RealPictures(captions, [config.seen_split] * len(captions), [""] * len(captions), identity, read)
-
-
-def _prompts(dataset: Any, first: int) -> list[str]:
-    return dataset.rows(range(first, min(first + 1024, len(dataset)))).prompts

@@ -12,18 +12,22 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass
+from os.path import expanduser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from rectified_diffusers.options import expanded_path
+from rectified_diffusers.options import add_options, expanded_path, flag, option
 
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
 PROG = "rectified-diffusers"
+ON_PROCESSES = "On several processes: accelerate launch -m rectified_diffusers.cli COMMAND ..."
+OUTPUT = ("-o", "--output")
 
 
 class CommandError(Exception):
@@ -41,22 +45,33 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(message)
 
 
-def check_picture_file(path: Path) -> None:
+def check_image_file(path: Path) -> None:
     """Check, before any work, that the image can be written."""
     from PIL import Image
 
-    if path.is_dir():
-        raise CommandError(f"the output {str(path)!r} is a folder; give the name of a picture file")
+    check_is_no_folder(path)
     try:
-        picture_format = Image.registered_extensions()[path.suffix.lower()]
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=picture_format)
+        image_format = Image.registered_extensions()[path.suffix.lower()]
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), format=image_format)
     except (KeyError, OSError) as error:
         raise CommandError(
-            f"cannot write a picture with the suffix {path.suffix!r} ({str(path)!r}); use .png, .jpg or .webp"
+            f"cannot write an image with the suffix {path.suffix!r} ({str(path)!r}); use .png, .jpg or .webp"
         ) from error
     if path.exists():
         with path.open("ab"):  # checks write permission without changing the file
             return
+    check_folder_is_writable(path.parent)
+
+
+def check_is_no_folder(path: Path) -> None:
+    if path.is_dir():
+        raise CommandError(f"the output {str(path)!r} is a folder; give the name of a file")
+
+
+def check_weights_file(path: Path) -> None:
+    """Check, before any work, that the file can be written."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise CommandError(f"the output {str(path)!r} must be a file whose name ends in .safetensors")
     check_folder_is_writable(path.parent)
 
 
@@ -71,58 +86,92 @@ def contact_sheet(images: Sequence[Image], columns: int) -> Image:
     return make_image_grid([*images, *[blank] * (rows * columns - len(images))], rows, columns)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the sampling options: steps, guidance and size."""
-    parser.add_argument("--steps", type=int, default=1, metavar="INT", help="Euler steps of the flow (default: 1)")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=1.0,
-        metavar="NUMBER",
-        help="Weight of the prompt; 1 is no guidance, as one-step models want it (default: 1)",
-    )
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="What not to draw; needs a guidance scale above 1")
-    parser.add_argument("--height", type=int, metavar="INT", help="In pixels (default: the model's)")
-    parser.add_argument("--width", type=int, metavar="INT", help="In pixels (default: the model's)")
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """The options of every command. Checks of a command's options are in `__post_init__`, before any work."""
+
+    json: bool = flag("Print each result as a line of JSON.")
 
 
-def check_sampling(arguments: argparse.Namespace, counts: Sequence[str]) -> None:
-    """Raise for an empty prompt, a size or one of the named `counts` below 1, or an invalid guidance."""
-    if not all(prompt.strip() for prompt in arguments.prompts):
-        raise CommandError("a prompt is empty; say what to draw")
-    for name in ("steps", "height", "width", *counts):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not 0 <= arguments.guidance_scale < math.inf:
-        raise CommandError(f"--guidance-scale must be finite and not negative, got {arguments.guidance_scale}")
-    if arguments.negative_prompt is not None and arguments.guidance_scale <= 1:
-        raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:1, mps, or auto: the best there is (default: auto)"
-    )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "float16", "bfloat16"],
-        help="Precision; auto is float16 on CUDA and float32 elsewhere (default: auto)",
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(CommandOptions):
+    device: str = option("auto", "cpu, cuda, cuda:1, mps, or auto, the fastest that is available.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = option(
+        "auto", "Precision; auto is float16 on CUDA and float32 elsewhere."
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="Print each result as a line of JSON")
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(DeviceOptions):
+    model: str | None = option(
+        None, "Pipeline folder or Hub id.", shown="the bundled one-step emoji model", type=expanduser
+    )
+
+    @property
+    def source(self) -> str:
+        """Return the folder or Hub id of the model."""
+        from rectified_diffusers import bundled_checkpoint
+
+        return str(bundled_checkpoint()) if self.model is None else self.model
 
 
-def print_result(arguments: argparse.Namespace, text: str, **facts: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(ModelOptions):
+    """Options of the commands that generate images from prompts."""
+
+    prompts: tuple[str, ...] = option(
+        MISSING,
+        "What the images show; several prompts make a contact sheet.",
+        flags=["prompts"],
+        nargs="+",
+        metavar="PROMPT",
+    )
+    steps: int = option(1, "Euler steps of the flow.")
+    guidance_scale: float = option(1.0, "Weight of the prompt; 1, for one-step models, is no guidance.")
+    negative_prompt: str | None = option(
+        None, "What the images must not show; needs a guidance scale above 1.", type=str
+    )
+    height: int | None = option(None, "In pixels.", shown="the model's")
+    width: int | None = option(None, "In pixels.", shown="the model's")
+    columns: int | None = option(None, "Columns of the contact sheet.", shown="a square sheet")
+
+    def __post_init__(self) -> None:
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise CommandError("a prompt is empty; describe an image")
+        for name in ("steps", "height", "width", "columns", "num_images", "frames"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise CommandError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise CommandError(f"--guidance-scale must be finite and not negative, got {self.guidance_scale}")
+        if self.negative_prompt is not None and self.guidance_scale <= 1:
+            raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
+
+
+def add_command(
+    commands: Any, name: str, text: str, run: Callable[[Any], None], *options: type, **settings: Any
+) -> argparse.ArgumentParser:
+    """Add a command whose arguments are the fields of dataclasses.
+
+    Args:
+        commands: the subparsers of the program.
+        run: called with the parsed arguments, from which `options_from` makes the dataclasses.
+        settings: `epilog` of --help; other names become attributes of the parsed arguments.
+    """
+    parser = commands.add_parser(name, help=text, description=text, epilog=settings.pop("epilog", None))
+    for config_class in options:
+        add_options(parser, config_class)
+    parser.set_defaults(**{"run": run, "resumable": False, "config_class": options[-1], **settings})
+    return parser
+
+
+def print_result(options: CommandOptions, text: str, **facts: Any) -> None:
     """Print the result of a command: a line for people, or with --json the same as an object for programs.
 
     Args:
         facts: content of the line, by stable names: programs read them. Paths are written as text.
     """
-    print(json.dumps(facts, default=str, ensure_ascii=False) if arguments.json else text, flush=True)
+    print(json.dumps(facts, default=str, ensure_ascii=False) if options.json else text, flush=True)
 
 
 def check_output_dir(folder: Path) -> None:
@@ -141,12 +190,6 @@ def check_folder_is_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise CommandError(f"cannot write to the folder {str(folder)!r}: {error.strerror}") from error
-
-
-def default_model() -> str:
-    from rectified_diffusers import bundled_checkpoint
-
-    return str(bundled_checkpoint())
 
 
 def load_pipeline(model: str, device: str, dtype: str) -> Any:

@@ -5,131 +5,117 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sized
+from dataclasses import MISSING, dataclass
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from rectified_diffusers.cli.shared import (
+    ON_PROCESSES,
     CommandError,
-    add_device,
-    add_json,
+    CommandOptions,
+    DeviceOptions,
+    add_command,
     check_output_dir,
     load_pipeline,
     print_result,
 )
 from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
 from rectified_diffusers.data.prompts import open_prompts
-from rectified_diffusers.options import add_options, options_from
+from rectified_diffusers.options import option, options_from
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(DeviceOptions):
+    teacher: str = option(MISSING, "Pipeline folder or Hub id of the teacher.", type=expanduser)
+    output_dir: Path = option(MISSING, "Folder for the shards; complete ones in it are kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletOptions(TeacherOptions):
+    prompts: str = option(
+        MISSING,
+        ".txt with one prompt per line, .jsonl, .parquet or a folder of it, a folder saved by the library datasets, "
+        "or the Hub id of a data set.",
+        type=expanduser,
+    )
+    prompt_column: str = option(
+        "prompt", "Key or column of the prompts in .jsonl, .parquet and data sets.", metavar="NAME"
+    )
+    prompt_split: str = option("train", "Split of a data set with several.", metavar="NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealTripletOptions(TeacherOptions):
+    data: Path = option(MISSING, "Folder of real images: files with a metadata.jsonl of file_name and text.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions(CommandOptions):
+    folder: Path = option(MISSING, "Folder that `triplets` wrote", flags=["folder"])
 
 
 def add_triplets(commands: Any) -> argparse.ArgumentParser:
-    text = "Let a teacher draw the (prompt, noise, data) triplets that reflow and distill train on."
-    parser = _add_command(commands, "triplets", text)
-    parser.add_argument(
-        "--prompts",
-        type=expanduser,
-        required=True,
-        help=".txt with one prompt a line, .jsonl, .parquet or a folder of it, a folder that datasets saved, or the "
-        "Hub id of a data set (required)",
-    )
-    parser.add_argument(
-        "--prompt-column",
-        default="prompt",
-        metavar="NAME",
-        help="Key or column of the prompts in .jsonl, .parquet and data sets (default: prompt)",
-    )
-    parser.add_argument(
-        "--prompt-split", default="train", metavar="NAME", help="Split of a data set with several (default: train)"
-    )
-    _add_options(parser, TripletConfig)
-    parser.set_defaults(run=run_triplets, resumable=True)
-    return parser
+    text = "Generate the (prompt, noise, data) triplets of a teacher that reflow and distill train on."
+    settings = {"epilog": ON_PROCESSES, "resumable": True}
+    return add_command(commands, "triplets", text, run_triplets, TripletOptions, TripletConfig, **settings)
 
 
 def add_real_triplets(commands: Any) -> argparse.ArgumentParser:
-    text = (
-        "Find the noise of real pictures by running a teacher's flow backwards: more triplets for reflow and distill."
+    text = "Invert real images to noise by running a teacher's flow backward: more triplets for reflow and distill."
+    settings = {"epilog": ON_PROCESSES, "resumable": True}
+    return add_command(
+        commands, "real-triplets", text, run_real_triplets, RealTripletOptions, RealTripletConfig, **settings
     )
-    parser = _add_command(commands, "real-triplets", text)
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        help="Folder of real pictures: files with a metadata.jsonl of file_name and text (required)",
-    )
-    _add_options(parser, RealTripletConfig)
-    parser.set_defaults(run=run_real_triplets, resumable=True)
-    return parser
-
-
-def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    epilog = f"On several processes: accelerate launch -m rectified_diffusers.cli {name} ..."
-    parser = commands.add_parser(name, help=text, description=text, epilog=epilog)
-    parser.add_argument(
-        "--teacher", type=expanduser, required=True, help="Pipeline folder or Hub id of the teacher (required)"
-    )
-    return parser
-
-
-def _add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    parser.add_argument(
-        "--output-dir", type=Path, required=True, help="Folder for the shards; whole ones are kept (required)"
-    )
-    add_options(parser, config_class)
-    add_device(parser)
-    add_json(parser)
-
-
-def run_triplets(arguments: argparse.Namespace) -> None:
-    config = options_from(arguments, TripletConfig)
-    prompts = open_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split)
-    teacher = _load_teacher(arguments)
-    from rectified_diffusers.data.generate import generate_triplets
-
-    _report(arguments, generate_triplets(teacher, prompts, arguments.output_dir, config, progress=True))
-
-
-def run_real_triplets(arguments: argparse.Namespace) -> None:
-    config = options_from(arguments, RealTripletConfig)
-    if not arguments.data.is_dir():
-        raise CommandError(f"no folder {str(arguments.data)!r}; give one of pictures with a metadata.jsonl")
-    teacher = _load_teacher(arguments)
-    from rectified_diffusers.data.generate_real import generate_real_triplets
-
-    _report(arguments, generate_real_triplets(teacher, arguments.data, arguments.output_dir, config, progress=True))
-
-
-def _load_teacher(arguments: argparse.Namespace) -> Any:
-    """Check the output folder and load the teacher to the device of this process."""
-    check_output_dir(arguments.output_dir)
-    device = arguments.device
-    if "WORLD_SIZE" in os.environ:  # a process of accelerate launch, which has its own device
-        from rectified_diffusers.distributed import join_processes
-
-        device = str(join_processes().device) if device == "auto" else device
-    return load_pipeline(arguments.teacher, device, arguments.dtype)
-
-
-def _report(arguments: argparse.Namespace, dataset: Sized) -> None:
-    from rectified_diffusers.distributed import join_processes
-
-    if join_processes().is_main_process:
-        text = f"{arguments.output_dir}: {len(dataset)} triplets"
-        print_result(arguments, text, output_dir=arguments.output_dir, triplets=len(dataset))
 
 
 def add_verify(commands: Any) -> argparse.ArgumentParser:
     text = "Read a folder of triplets and compare every shard with its checksum."
-    parser = commands.add_parser("verify", help=text, description=text)
-    parser.add_argument("folder", type=Path, help="Folder that `triplets` wrote")
-    add_json(parser)
-    parser.set_defaults(run=run_verify)
-    return parser
+    return add_command(commands, "verify", text, run_verify, VerifyOptions)
+
+
+def run_triplets(arguments: argparse.Namespace) -> None:
+    options, config = options_from(arguments, TripletOptions), options_from(arguments, TripletConfig)
+    prompts = open_prompts(options.prompts, options.prompt_column, options.prompt_split)
+    teacher = _load_teacher(options)
+    from rectified_diffusers.data.generate import generate_triplets
+
+    _report(options, generate_triplets(teacher, prompts, options.output_dir, config, progress=True))
+
+
+def run_real_triplets(arguments: argparse.Namespace) -> None:
+    options, config = options_from(arguments, RealTripletOptions), options_from(arguments, RealTripletConfig)
+    if not options.data.is_dir():
+        raise CommandError(f"no folder {str(options.data)!r}; give a folder of images with a metadata.jsonl")
+    teacher = _load_teacher(options)
+    from rectified_diffusers.data.generate_real import generate_real_triplets
+
+    _report(options, generate_real_triplets(teacher, options.data, options.output_dir, config, progress=True))
+
+
+def _load_teacher(options: TeacherOptions) -> Any:
+    """Check the output folder and load the teacher to the device of this process."""
+    check_output_dir(options.output_dir)
+    device = options.device
+    if "WORLD_SIZE" in os.environ:  # a process of accelerate launch, which has its own device
+        from rectified_diffusers.distributed import join_processes
+
+        device = str(join_processes().device) if device == "auto" else device
+    return load_pipeline(options.teacher, device, options.dtype)
+
+
+def _report(options: TeacherOptions, dataset: Sized) -> None:
+    from rectified_diffusers.distributed import join_processes
+
+    if join_processes().is_main_process:
+        text = f"{options.output_dir}: {len(dataset)} triplets"
+        print_result(options, text, output_dir=options.output_dir, triplets=len(dataset))
 
 
 def run_verify(arguments: argparse.Namespace) -> None:
+    options = options_from(arguments, VerifyOptions)
     from rectified_diffusers.data.dataset import verify_triplets
 
-    dataset = verify_triplets(arguments.folder, progress=True)
-    text = f"{arguments.folder}: {len(dataset)} triplets, all sound"
-    print_result(arguments, text, folder=arguments.folder, triplets=len(dataset))
+    dataset = verify_triplets(options.folder, progress=True)
+    text = f"{options.folder}: {len(dataset)} triplets, all intact"
+    print_result(options, text, folder=options.folder, triplets=len(dataset))

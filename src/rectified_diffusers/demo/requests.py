@@ -1,10 +1,10 @@
-"""Requests of the page and their results: validated orders, images with captions."""
+"""Requests for images, validated, and their results."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +43,8 @@ Style = tuple[Path, float]
 
 
 @dataclass(frozen=True)
-class Order:
-    """A request for one image.
-
-    Args:
-        prompt: not empty, at most MAX_CHARACTERS.
-        seed: seed of the noise, in [0, MAX_SEED].
-        steps: Euler steps, in [1, MAX_STEPS].
-        guidance_scale: 1 means no guidance.
-        styles: files to apply, each with its scale.
-    """
+class ImageRequest:
+    """A request for one image; the values are checked, because they come from a browser."""
 
     prompt: str
     seed: int = 0
@@ -62,7 +54,7 @@ class Order:
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError("Say what to draw: the prompt is empty.")
+            raise ValueError("The prompt is empty. Describe an image.")
         if len(self.prompt) > MAX_CHARACTERS:
             raise ValueError(f"A prompt has at most {MAX_CHARACTERS} characters, got {len(self.prompt)}. Shorten it.")
         _check_number("seed", self.seed, 0, MAX_SEED, whole=True)
@@ -73,13 +65,8 @@ class Order:
 
     def describe(self) -> str:
         """Return the settings of the image as JSON, which is stored in the PNG file."""
-        known: dict[str, Any] = {"prompt": self.prompt, "seed": self.seed, "steps": self.steps}
-        known["guidance_scale"] = self.guidance_scale
-        known["styles"] = {path.name: scale for path, scale in self.styles if scale}
-        return json.dumps(known, ensure_ascii=False)
-
-    def with_steps(self, steps: int, guidance_scale: float) -> Order:
-        return replace(self, steps=steps, guidance_scale=guidance_scale)
+        styles = {path.name: scale for path, scale in self.styles if scale}
+        return json.dumps({**vars(self), "styles": styles}, ensure_ascii=False)
 
 
 def cut_prompt(text: Any) -> tuple[str, str]:
@@ -92,7 +79,7 @@ def cut_prompt(text: Any) -> tuple[str, str]:
 
 
 def check_frames(frames: Any) -> None:
-    _check_number("number of pictures on the way", frames, 1, MAX_FRAMES, whole=True)
+    _check_number("number of frames", frames, 1, MAX_FRAMES, whole=True)
 
 
 def _check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:
@@ -106,7 +93,7 @@ OWN_STEPS = 8  # steps of the model itself when it replaces a missing teacher
 
 
 @dataclass(frozen=True)
-class Drawing:
+class Generation:
     """A generated image, or the progress toward it while `step` is below `steps`.
 
     Attributes:
@@ -138,5 +125,5 @@ def comparison_with(teacher: bool, steps: int, guidance_scale: float) -> Compari
     """Return the comparison for the model: its teacher, or the model itself with OWN_STEPS steps."""
     if teacher:
         return Comparison("Teacher", steps, guidance_scale)
-    remark = "On the right is the same model, which learnt to need one step; --teacher MODEL puts another there."
+    remark = "On the right is the same model with more steps. Compare it with another model by --teacher MODEL."
     return Comparison("The same model", OWN_STEPS, 1.0, remark)

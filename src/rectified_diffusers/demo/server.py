@@ -43,6 +43,6 @@ def launch(page: gr.Blocks, host: str, port: int, *, open_browser: bool = False)
         max_file_size=MAX_UPLOAD,
         state_session_capacity=SESSIONS,
         theme=theme,
-        css=markup.CSS,
+        css=markup.packaged("page.css"),
     )
     return local_url

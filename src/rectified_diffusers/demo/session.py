@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from rectified_diffusers.demo.requests import MAX_SEED, PROMPTS, Drawing, Order, Style, cut_prompt
+from rectified_diffusers.demo.requests import MAX_SEED, PROMPTS, Generation, ImageRequest, cut_prompt
 from rectified_diffusers.demo.worker import AnyStudio
 
 LENGTH = 24
@@ -19,22 +19,27 @@ THUMBNAIL = 96  # pixels
 
 @dataclass(frozen=True)
 class Entry:
-    """A generated image in the history, with its order without styles, which generates it again."""
+    """A generated image in the history, with its request, without styles."""
 
-    order: Order
+    request: ImageRequest
     thumbnail: Image.Image
 
     @property
+    def settings(self) -> tuple[str, int, int, float]:
+        request = self.request
+        return request.prompt, request.seed, request.steps, request.guidance_scale
+
+    @property
     def caption(self) -> str:
-        steps = "" if self.order.steps == 1 else f", {self.order.steps} steps"
-        return f"{self.order.prompt[:60]} · seed {self.order.seed}{steps}"
+        steps = "" if self.request.steps == 1 else f", {self.request.steps} steps"
+        return f"{self.request.prompt[:60]} · seed {self.request.seed}{steps}"
 
 
-def remember(entries: Sequence[Entry], order: Order, image: Image.Image) -> list[Entry]:
-    """Return the history with an image at the front, replacing one of the same order, with at most LENGTH entries."""
+def remember(entries: Sequence[Entry], request: ImageRequest, image: Image.Image) -> list[Entry]:
+    """Return the history, at most LENGTH entries, with an image at the front; it replaces one of the same request."""
     thumbnail = image.convert("RGB")
     thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    return [Entry(order, thumbnail), *(entry for entry in entries if entry.order != order)][:LENGTH]
+    return [Entry(request, thumbnail), *(entry for entry in entries if entry.request != request)][:LENGTH]
 
 
 def pack(entries: Sequence[Entry]) -> list[dict[str, Any]]:
@@ -43,8 +48,13 @@ def pack(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     for entry in entries:
         file = io.BytesIO()
         entry.thumbnail.save(file, format="PNG")
-        order = entry.order
-        known = {"prompt": order.prompt, "seed": order.seed, "steps": order.steps, "guidance": order.guidance_scale}
+        request = entry.request
+        known = {
+            "prompt": request.prompt,
+            "seed": request.seed,
+            "steps": request.steps,
+            "guidance": request.guidance_scale,
+        }
         packed.append({**known, "thumbnail": base64.b64encode(file.getvalue()).decode()})
     return packed
 
@@ -54,11 +64,11 @@ def unpack(packed: Any) -> list[Entry]:
     entries = []
     for item in packed[:LENGTH] if isinstance(packed, list) else []:
         try:
-            order = Order(item["prompt"], item["seed"], item["steps"], item["guidance"])
+            request = ImageRequest(item["prompt"], item["seed"], item["steps"], item["guidance"])
             image = Image.open(io.BytesIO(base64.b64decode(item["thumbnail"], validate=True)), formats=["PNG"])
             if max(image.size) > THUMBNAIL:  # checked before its pixels are read
                 continue
-            entries.append(Entry(order, image.convert("RGB")))
+            entries.append(Entry(request, image.convert("RGB")))
         except (KeyError, TypeError, ValueError, SyntaxError, OSError, Image.DecompressionBombError):
             continue  # base64 and PIL raise all of these
     return entries
@@ -68,47 +78,47 @@ SLOTS = 6  # sliders for styles
 
 
 @dataclass(frozen=True)
-class Visit:
+class Session:
     """A visitor's files and images. The settings on the screen are passed with every call.
 
     Attributes:
         styles: style files, one per slider in use.
         entries: the most recent images, newest first.
         own_seconds: time of the model's last image, to compare with the teacher's.
-        shown: order of the model's image on the screen, including styles; None if the caption does not belong to it.
+        shown: request of the model's image on the screen, including styles; None if the caption does not belong to it.
     """
 
     styles: tuple[Path, ...] = ()
     entries: tuple[Entry, ...] = field(default=(), repr=False)
     own_seconds: float = 0.0
-    shown: Order | None = None
+    shown: ImageRequest | None = None
 
-    def order(self, prompt: Any, seed: Any, steps: Any, guidance: Any, scales: Sequence[Any]) -> tuple[Order, str]:
-        """Return the order for the settings on the screen, and a remark about what is not used."""
+    def request(self, prompt: Any, seed: Any, steps: Any, guidance: Any, *scales: Any) -> tuple[ImageRequest, str]:
+        """Return the request for the settings on the screen, and a remark about what is not used."""
         text, remark = cut_prompt(prompt)
-        styles: tuple[Style, ...] = tuple(zip(self.styles, scales, strict=False))
-        return Order(text, seed, steps, guidance, styles), remark
+        styles = tuple(zip(self.styles, scales, strict=False))
+        return ImageRequest(text, seed, steps, guidance, styles), remark
 
-    def add_style(self, file: str | Path) -> "Visit":
+    def add_style(self, file: str | Path) -> "Session":
         path = Path(file)
         if path in self.styles:
             return self
         if len(self.styles) >= SLOTS:
-            raise ValueError(f"The page has room for {SLOTS} styles; reload it to begin with none of yours.")
+            raise ValueError(f"The page has room for {SLOTS} styles. Reload it to remove yours.")
         return replace(self, styles=(*self.styles, path))
 
-    def drawn(self, order: Order, drawing: Drawing, *, keep: bool) -> "Visit":
-        """Return the visit after an image of the model; with `keep`, the image is added to the history."""
+    def with_generation(self, request: ImageRequest, generation: Generation, *, keep: bool) -> "Session":
+        """Return the session after an image of the model; with `keep`, the image is added to the history."""
         entries = self.entries
-        if keep and drawing.image is not None:
-            entries = tuple(remember(entries, replace(order, styles=()), drawing.image))
-        return replace(self, entries=entries, own_seconds=drawing.seconds, shown=order)
+        if keep and generation.image is not None:
+            entries = tuple(remember(entries, replace(request, styles=()), generation.image))
+        return replace(self, entries=entries, own_seconds=generation.seconds, shown=request)
 
 
 def unread_remark(studio: AnyStudio, prompt: str) -> str:
     unread = studio.unread(prompt)
     shown = unread if len(unread) <= 40 else f"… {unread[-38:]}"
-    return f"The model has no room for the end of this: “{shown}”." if unread else ""
+    return f"The prompt is too long for the model, which ignores its end: “{shown}”." if unread else ""
 
 
 def other_seed() -> int:

@@ -1,4 +1,4 @@
-"""Convert sketches, lines drawn in the browser, to the input image of a ControlNet. Does not import torch."""
+"""Convert sketches, lines drawn in the browser, to input images of a ControlNet. Does not import torch."""
 
 import json
 import math
@@ -9,64 +9,6 @@ from PIL import Image, ImageDraw
 
 MAX_POINTS = 50_000  # in all lines together
 WIDTH = 1 / 170  # line width relative to the image: 1 pixel at 64, 3 at 512, the width of Canny edges
-
-CANVAS = """
-<div class="sketch"><canvas width="512" height="512"></canvas>
-<p><button data-does="undo">Undo</button><button data-does="clear">Clear</button></p></div>
-"""
-
-# Lines are lists of points in [0, 1]^2. The value of the component is the JSON of all lines.
-CANVAS_SCRIPT = """
-const lines = [];
-let line = null, told = 0;
-const canvas = () => element.querySelector('canvas');
-function paint() {
-  const pen = canvas().getContext('2d'), size = canvas().width;
-  pen.fillStyle = '#fff';
-  pen.fillRect(0, 0, size, size);
-  pen.lineWidth = 9;
-  pen.lineCap = pen.lineJoin = 'round';
-  for (const points of lines) {
-    pen.beginPath();
-    pen.moveTo(points[0][0] * size, points[0][1] * size);
-    for (const [x, y] of points) pen.lineTo(x * size, y * size);
-    pen.stroke();
-  }
-}
-function tell() {
-  told = Date.now();
-  props.value = JSON.stringify(lines);
-  paint();
-  trigger('change');
-}
-function pointAt(event) {
-  const box = canvas().getBoundingClientRect();
-  const inside = (value) => Math.round(Math.min(1, Math.max(0, value)) * 1e4) / 1e4;
-  return [inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height)];
-}
-element.addEventListener('pointerdown', (event) => {
-  if (event.target !== canvas()) return;
-  event.preventDefault();
-  lines.push(line = [pointAt(event)]);
-  paint();
-});
-window.addEventListener('pointermove', (event) => {
-  if (!line) return;
-  line.push(pointAt(event));
-  paint();
-  if (Date.now() - told > 200) tell();
-});
-window.addEventListener('pointerup', () => {
-  if (line) { line = null; tell(); }
-});
-element.addEventListener('click', (event) => {
-  const does = event.target.dataset.does;
-  if (does === 'undo') lines.pop();
-  if (does === 'clear') lines.length = 0;
-  if (does) tell();
-});
-paint();
-"""
 
 
 def lines_of(sketch: Any, size: tuple[int, int]) -> Image.Image | None:
@@ -86,13 +28,13 @@ def lines_of(sketch: Any, size: tuple[int, int]) -> Image.Image | None:
         raise ValueError(f"A sketch is a list of lines of points in [0, 1]^2, {MAX_POINTS:,} at most. Clear it.")
     if not any(lines):
         return None
-    picture = Image.new("L", size, 0)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("L", size, 0)
+    pen = ImageDraw.Draw(image)
     width = max(1, round(min(size) * WIDTH))
     for line in lines:
         points = [(x * (size[0] - 1), y * (size[1] - 1)) for x, y in line]
         pen.line(points if len(points) > 1 else points * 2, fill=255, width=width, joint="curve")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 def _are_lines(value: Any) -> bool:

@@ -1,21 +1,22 @@
-"""Generate the images that visitors order with one model or two, one image at a time, and measure the duration."""
+"""Generate the images that visitors request with one model or two, one image at a time, and measure the duration."""
 
 import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from rectified_diffusers.demo.requests import Drawing, Order, check_frames, comparison_with
+from rectified_diffusers.demo.requests import Generation, ImageRequest, check_frames, comparison_with
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.demo.tasks import watch
 from rectified_diffusers.editing.interpolation import interpolate
-from rectified_diffusers.models.latents import unscale
+from rectified_diffusers.models.latents import latent_shape, unscale
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import (
     RectifiedFlowXLControlNetPipeline,
@@ -46,24 +47,23 @@ class Studio:
     ) -> None:
         self.name = own_name
         self._pipeline = pipeline
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._styles = Styles(pipeline)
-        self._sketcher = None if controlnet is None else with_controlnet(pipeline, controlnet)
+        self._sketch_pipeline = None if controlnet is None else with_controlnet(pipeline, controlnet)
         self._teacher = pipeline if teacher is None else teacher
         self.comparison = comparison_with(teacher is not None, teacher_steps, teacher_guidance_scale)
-        for each in (pipeline, teacher, self._sketcher):
+        for each in (pipeline, teacher, self._sketch_pipeline):
             if each is not None:
                 each.set_progress_bar_config(disable=True)
 
     @property
     def can_sketch(self) -> bool:
-        return self._sketcher is not None
+        return self._sketch_pipeline is not None
 
     def size(self) -> tuple[int, int]:
         """Return width and height of the images in pixels."""
-        size, factor = self._pipeline.unet.config.sample_size, self._pipeline.vae_scale_factor
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return width * factor, height * factor
+        _, height, width = latent_shape(self._pipeline)
+        return width * self._pipeline.vae_scale_factor, height * self._pipeline.vae_scale_factor
 
     def about(self) -> str:
         """Return a one-line description of the model: name, number of weights, image size, device and precision."""
@@ -80,35 +80,34 @@ class Studio:
         room = tokenizer.model_max_length - 1  # the last token it reads is the end-of-text token
         return tokenizer.decode(ids[room:-1]).strip() if len(ids) > tokenizer.model_max_length else ""
 
-    def draw(self, order: Order) -> Drawing:
-        """Generate an image with the model. Equal orders produce equal images, regardless of what came in between."""
-        with self._turn_wearing(order):
-            return draw(self._pipeline, order)
+    def generate(self, request: ImageRequest) -> Generation:
+        """Generate an image with the model. Equal requests produce equal images, regardless of earlier ones."""
+        with self._locked(request):
+            return generate(self._pipeline, request)
 
-    def draw_along(self, order: Order, lines: Image.Image, strength: float) -> Drawing:
+    def generate_from_sketch(self, request: ImageRequest, lines: Image.Image, strength: float) -> Generation:
         """Generate an image that follows the lines of a sketch, white on black as returned by `lines_of`."""
-        if self._sketcher is None:
+        if self._sketch_pipeline is None:
             raise ValueError("Sketches need a ControlNet: start the page with --controlnet.")
-        with self._turn_wearing(order):
-            return draw(self._sketcher, order, image=lines, controlnet_conditioning_scale=strength)
+        with self._locked(request):
+            return generate(self._sketch_pipeline, request, image=lines, controlnet_conditioning_scale=strength)
 
-    def compare(self, order: Order) -> Iterator[Drawing]:
+    def compare(self, request: ImageRequest) -> Iterator[Generation]:
         """Generate the same prompt from the same noise with the teacher. Yields the progress, then the result."""
-        beside = self.comparison
-        order = order.with_steps(beside.steps, beside.guidance_scale)
+        request = replace(request, steps=self.comparison.steps, guidance_scale=self.comparison.guidance_scale)
 
-        def work(emit: Callable[[Drawing], None]) -> None:
-            with self._turn_wearing(order) if self._teacher is self._pipeline else self._turn:
-                emit(draw(self._teacher, order, watch_steps=emit))
+        def work(emit: Callable[[Generation], None]) -> None:
+            with self._locked(request) if self._teacher is self._pipeline else self._lock:
+                emit(generate(self._teacher, request, watch_steps=emit))
 
         return watch(work)
 
-    def morph(self, start: Order, end: Order, frames: int, *, loop: bool) -> Iterator[Image.Image]:
-        """Yield the images from one order to another. Steps, guidance and styles are those of the first."""
+    def morph(self, start: ImageRequest, end: ImageRequest, frames: int, *, loop: bool) -> Iterator[Image.Image]:
+        """Yield the images from one request to another. Steps, guidance and styles are those of the first."""
         check_frames(frames)
 
         def work(emit: Callable[[Image.Image], None]) -> None:
-            with self._turn_wearing(start):
+            with self._locked(start):
                 interpolate(
                     _Watched(self._pipeline, emit),
                     [start.prompt, end.prompt],
@@ -122,15 +121,15 @@ class Studio:
 
         return watch(work)
 
-    def try_on(self, order: Order) -> None:
-        """Apply the styles of an order to the model and leave them applied; raise ValueError if they do not fit."""
-        with self._turn_wearing(order):
+    def apply_styles(self, request: ImageRequest) -> None:
+        """Apply the styles of a request to the model and leave them applied; raise ValueError if they do not fit."""
+        with self._locked(request):
             pass
 
     @contextmanager
-    def _turn_wearing(self, order: Order) -> Iterator[None]:
-        with self._turn:
-            self._styles.wear(order.styles)
+    def _locked(self, request: ImageRequest) -> Iterator[None]:
+        with self._lock:
+            self._styles.apply(request.styles)
             yield
 
 
@@ -168,11 +167,13 @@ def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
 PREVIEW_SHARE = 0.25  # maximum time for previews, relative to the generation time
 
 
-def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] | None = None, **more: Any) -> Drawing:
-    """Generate the image of an order with any diffusers text-to-image pipeline.
+def generate(
+    pipeline: Any, request: ImageRequest, *, watch_steps: Callable[[Generation], None] | None = None, **more: Any
+) -> Generation:
+    """Generate the image of a request with any diffusers text-to-image pipeline.
 
     Args:
-        watch_steps: called with a `Drawing` after each step except the last. It can stop the generation by raising.
+        watch_steps: called with a `Generation` after each step except the last. It can stop the generation by raising.
         more: further arguments of the pipeline call.
     """
     watch = _Stopwatch()
@@ -180,23 +181,23 @@ def draw(pipeline: Any, order: Order, *, watch_steps: Callable[[Drawing], None] 
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             with watch.paused():
-                if step + 1 < order.steps:
+                if step + 1 < request.steps:
                     image = _decode(pipeline, tensors.get("latents")) if watch.allows_preview() else None
-                    watch_steps(Drawing(image, watch.seconds, step + 1, order.steps))
+                    watch_steps(Generation(image, watch.seconds, step + 1, request.steps))
             return {}
 
         more["callback_on_step_end"] = on_step_end
     result = pipeline(
-        order.prompt,
-        num_inference_steps=order.steps,
-        guidance_scale=order.guidance_scale,
-        generator=torch.Generator().manual_seed(order.seed),  # on the CPU: the same noise on every device
+        request.prompt,
+        num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
         **more,
     )
     seconds = watch.seconds
     image: Image.Image = result.images[0]
-    image.info["rectified_diffusers"] = order.describe()
-    return Drawing(image, seconds, order.steps, order.steps)
+    image.info["rectified_diffusers"] = request.describe()
+    return Generation(image, seconds, request.steps, request.steps)
 
 
 class _Stopwatch:

@@ -1,4 +1,4 @@
-"""Apply LoRAs and weight deltas to one model, and remove them, according to the visitors' sliders."""
+"""Apply LoRAs and weight deltas to one model, and remove them."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,15 +8,12 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from rectified_diffusers.demo.requests import Style
-from rectified_diffusers.loading.lora import check_factor
+from rectified_diffusers.loading.lora import UNFIT, check_factor
 from rectified_diffusers.loading.lora_layers import is_lycoris
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
 
 MAX_LOADED = 8  # LoRAs that stay attached, active or not, so that moving a slider needs no loading
 StyleKind = Literal["lora", "delta"]
-
-# What diffusers, PEFT and safetensors raise if the keys or shapes of a file do not fit this model.
-_UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 def style_kind(path: Path) -> StyleKind:
@@ -24,15 +21,15 @@ def style_kind(path: Path) -> StyleKind:
     if path.suffix != ".safetensors":
         raise ValueError(
             f"A style is a .safetensors file, got {path.name!r}: other formats can run code when they are opened. "
-            "Convert it with safetensors, from its author's program."
+            "Convert it to safetensors first."
         )
     try:
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is no whole safetensors file ({error}). Download it again.") from error
+        raise ValueError(f"{path.name} is not a complete safetensors file ({error}). Download it again.") from error
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read any more ({error}). Upload it again.") from error
+        raise ValueError(f"{path.name} can no longer be read ({error}). Upload it again.") from error
     if "rectified_diffusers" in metadata:
         return "delta"
     return "lora" if any("lora" in name for name in names) and not is_lycoris(names) else "delta"
@@ -49,44 +46,39 @@ class Styles:
         self._pipeline = pipeline
         self._names = (f"style_{i}" for i in itertools.count())
         self._loras: dict[Path, str] = {}  # attached LoRAs and adapter names, least recently used first
-        self._worn: dict[Path, float] = {}
+        self._active: dict[Path, float] = {}
         self._deltas: dict[Path, float] = {}
         self._applied: AppliedDelta | None = None
 
-    def wear(self, wanted: Sequence[Style]) -> None:
+    def apply(self, wanted: Sequence[Style]) -> None:
         """Apply these files at these scales and remove all others.
 
         Raises:
             ValueError: a file does not fit this model or is damaged. No style is then applied to the model.
         """
-        kinds = {path: style_kind(path) for path, scale in wanted if scale and path not in self._known}
         loras, deltas = {}, {}
         for path, scale in wanted:
             if scale:
-                is_lora = path in self._loras or kinds.get(path) == "lora"
+                is_lora = path in self._loras or (path not in self._deltas and style_kind(path) == "lora")
                 (loras if is_lora else deltas)[path] = scale
         try:
             if deltas != self._deltas:
                 self._change_deltas(deltas)
-            if loras != self._worn:
+            if loras != self._active:
                 self._change_loras(loras)
-        except _UNFIT as error:
-            self.take_all_off()
+        except UNFIT as error:
+            self.remove_all()
             names = ", ".join(path.name for path in (*deltas, *loras))
-            raise ValueError(f"{names} cannot be worn by this model: {error}") from error
+            raise ValueError(f"{names} cannot be applied to this model: {error}") from error
 
-    def take_all_off(self) -> None:
+    def remove_all(self) -> None:
         """Restore the model to its loaded state and free the memory of the styles."""
         self._detach_loras()
-        self._take_deltas_back()
-
-    @property
-    def _known(self) -> set[Path]:
-        return {*self._loras, *self._deltas}
+        self._remove_deltas()
 
     def _change_deltas(self, deltas: dict[Path, float]) -> None:
         self._detach_loras()  # their layers rename the weights that a delta changes
-        self._take_deltas_back()
+        self._remove_deltas()
         if deltas:
             opened = [load_weight_delta(path) for path in deltas]
             self._applied = apply_weight_delta(self._pipeline, opened, list(deltas.values()))
@@ -105,7 +97,7 @@ class Styles:
             self._pipeline.set_adapters([self._loras[path] for path in loras], list(loras.values()))
         elif self._loras:
             self._pipeline.disable_lora()
-        self._worn = loras
+        self._active = loras
 
     def _attach(self, path: Path) -> None:
         name = next(self._names)
@@ -120,9 +112,9 @@ class Styles:
     def _detach_loras(self) -> None:
         if self._loras:
             self._pipeline.unload_lora_weights()
-        self._loras, self._worn = {}, {}
+        self._loras, self._active = {}, {}
 
-    def _take_deltas_back(self) -> None:
+    def _remove_deltas(self) -> None:
         if self._applied is not None:
             self._applied.take_back()
         self._applied, self._deltas = None, {}

@@ -29,7 +29,7 @@ def watch(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
             raise Stopped
         items.put(item)
 
-    worker = ThreadPoolExecutor(1, thread_name_prefix="drawing")
+    worker = ThreadPoolExecutor(1, thread_name_prefix="generation")
     future = worker.submit(work, emit)
     worker.shutdown(wait=False)  # the only task is submitted; closing the iterator does not wait for its end
     future.add_done_callback(lambda _: items.put(_END))
@@ -41,7 +41,7 @@ def watch(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
         closed.set()
 
 
-class Wishes:
+class Requests:
     """Counts the requests of each visitor, so that work for an old request can stop when there is a newer one.
 
     Args:
@@ -53,26 +53,25 @@ class Wishes:
         self._counts: OrderedDict[str, tuple[int, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def newer(self, visitor: str, wish: object = None, *, may_repeat: bool = False) -> None:
+    def record(self, visitor: str, request: object = None, *, may_repeat: bool = False) -> None:
         """Record a newer request, or that the visitor wants nothing more.
 
         Args:
-            wish: the request.
             may_repeat: whether a request equal to the last one is a repetition of it, and not a newer request.
         """
-        told = hash(repr(wish))  # the request itself can be long
+        key = hash(repr(request))  # the request itself can be long
         with self._lock:
             count, last = self._counts.pop(visitor, (0, 0))
-            is_newer = not (may_repeat and count and told == last)
-            self._counts[visitor] = count + is_newer, told
+            is_newer = not (may_repeat and count and key == last)
+            self._counts[visitor] = count + is_newer, key
             if len(self._counts) > self._visitors:
                 self._counts.popitem(last=False)
 
     def while_current(self, visitor: str, items: Iterable[T]) -> Iterator[T]:
         """Yield items until the visitor has a newer request."""
-        wish = self._count(visitor)
+        count = self._count(visitor)
         for item in items:
-            if self._count(visitor) != wish:
+            if self._count(visitor) != count:
                 return
             yield item
 

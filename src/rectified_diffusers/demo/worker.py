@@ -20,14 +20,10 @@ if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio
 
 
-class ComingStudio:
+class LoadingStudio:
     """Stand-in for a `Studio` that is loading. It has what the page shows; any other access waits for the studio.
 
-    Args:
-        name: name of the model.
-        comparison: the comparison shown next to it.
-        studio: the future studio. If it fails, every waiting caller gets its error.
-        can_sketch: whether it has a ControlNet.
+    If loading fails, every waiting caller gets the error.
     """
 
     def __init__(self, name: str, comparison: Comparison, studio: Future[Studio], *, can_sketch: bool) -> None:
@@ -37,7 +33,7 @@ class ComingStudio:
         self._studio = studio
 
     def about(self) -> str:
-        return self._studio.result().about() if self._studio.done() else f"{self.name} · is being loaded"
+        return self._studio.result().about() if self._studio.done() else f"{self.name} · loading"
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # looked up on a copy that has no attributes yet
@@ -45,7 +41,7 @@ class ComingStudio:
         return getattr(self._studio.result(), name)
 
 
-AnyStudio: TypeAlias = "Studio | ComingStudio"
+AnyStudio: TypeAlias = "Studio | LoadingStudio"
 
 POLL_SECONDS = 0.5  # interval between checks that the process is alive
 
@@ -103,8 +99,8 @@ class StudioProcess:
     def _ended(self) -> ChildProcessError:
         code = self._process.exitcode
         return ChildProcessError(
-            f"the process that draws has ended (exit code {code}); -9 is mostly a lack of memory. "
-            "Start the page again, if need be with a smaller model or --dtype float16."
+            f"the process that generates images has ended (exit code {code}); -9 usually means a lack of memory. "
+            "Start the page again, with a smaller model or --dtype float16 if needed."
         )
 
 
@@ -121,21 +117,21 @@ class _Maker:
 class _Failure(Exception):
     """Transfers an error of `make` and its traceback, so that it is not mistaken for a connection error."""
 
-    def __init__(self, error: Exception, told: str) -> None:
-        super().__init__(error, told)
+    def __init__(self, error: Exception, trace: str) -> None:
+        super().__init__(error, trace)
         self.error = error
-        self._told = told
+        self._trace = trace
 
     def __str__(self) -> str:
-        return f"in the process that draws:\n{self._told}"
+        return f"in the process that generates images:\n{self._trace}"
 
 
-class _Pictures(BaseProxy):
+class _Images(BaseProxy):
     """Proxy of an iterator in the other process, which is closed when this proxy is no longer referenced."""
 
     _exposed_ = ("__next__",)
 
-    def __iter__(self) -> _Pictures:
+    def __iter__(self) -> _Images:
         return self
 
     def __next__(self) -> Any:
@@ -147,8 +143,8 @@ class _Manager(BaseManager):
 
 
 _Manager.register("maker", _Maker, method_to_typeid={"make": "studio"})
-_Manager.register("studio", create_method=False, method_to_typeid={"compare": "pictures", "morph": "pictures"})
-_Manager.register("pictures", proxytype=_Pictures, create_method=False)
+_Manager.register("studio", create_method=False, method_to_typeid={"compare": "images", "morph": "images"})
+_Manager.register("images", proxytype=_Images, create_method=False)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def check_animation(path: Path) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in ANIMATIONS:
-        raise ValueError(f"an animation is a .gif or an .mp4, got {path.name!r}.")
+        raise ValueError(f"an animation must be a .gif or an .mp4, got {path.name!r}.")
     if suffix == ".mp4":
         _ffmpeg()
 
@@ -35,10 +35,10 @@ def save_animation(images: Sequence[Image.Image], path: str | Path, frames_per_s
     path = Path(path)
     check_animation(path)
     for image in images:
-        require_type("each of images", image, Image.Image, "Give what `interpolate` or a pipeline made.")
-    require_type("frames_per_second", frames_per_second, Real, "Give a number in (0, 50].")
+        require_type("each of images", image, Image.Image, "Pass the images of `interpolate` or of a pipeline.")
+    require_type("frames_per_second", frames_per_second, Real, "Pass a number in (0, 50].")
     if not images or len({image.size for image in images}) > 1:
-        raise ValueError(f"an animation needs pictures of one size, got sizes {[image.size for image in images]}.")
+        raise ValueError(f"an animation needs images of one size, got sizes {[image.size for image in images]}.")
     if not 0 < frames_per_second <= 50:
         raise ValueError(f"frames_per_second must be in (0, 50], got {frames_per_second}.")
     frames = [image.convert("RGB") for image in images]
@@ -64,7 +64,7 @@ def _ffmpeg() -> ModuleType:
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise ImportError(
-            "an .mp4 needs the package imageio-ffmpeg, which brings ffmpeg along: "
+            "an .mp4 needs the package imageio-ffmpeg, which contains ffmpeg: "
             'pip install "rectified_diffusers[video]"; or write a .gif.'
         ) from error
     return imageio_ffmpeg

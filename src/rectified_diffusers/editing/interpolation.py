@@ -3,8 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
-from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -12,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rectified_diffusers.checks import require_count, require_number, require_pipeline, require_texts, require_type
+from rectified_diffusers.checks import require_count, require_finite, require_number, require_pipeline, require_texts
+from rectified_diffusers.models.latents import latent_shape
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -31,14 +31,10 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
         dim: the dimensions that make up one vector.
     """
     for name, x in (("start", start), ("end", end)):
-        require_type(name, x, Tensor, "slerp turns tensors; make one with torch.as_tensor.")
-        if not x.is_floating_point() or not bool(x.isfinite().all()):
-            raise ValueError(f"{name} must be finite numbers in floating point, got {x.dtype} with NaN or whole ones.")
-    require_type("weight", weight, Real, "It is the share of the way, in [0, 1].")
+        require_finite(name, x)
+    require_number("weight", weight, 0, 1)
     if start.shape != end.shape:
         raise ValueError(f"slerp needs tensors of one shape, got {tuple(start.shape)} and {tuple(end.shape)}.")
-    if not 0 <= weight <= 1:
-        raise ValueError(f"weight is the share of the way, in [0, 1], got {weight}.")
     if weight in (0, 1):
         return end if weight else start
     wide = torch.promote_types(start.dtype, torch.float32)
@@ -47,7 +43,7 @@ def slerp(start: Tensor, end: Tensor, weight: float, dim: int | tuple[int, ...] 
     apart, together = (torch.linalg.vector_norm(x, dim=dim, keepdim=True) for x in (a - b, a + b))
     angle = 2 * torch.atan2(apart, together)  # equals acos(a b), and is exact for small angles too
     if bool((angle > math.pi - 1e-3).any()):
-        raise ValueError("slerp between opposite vectors has no direction to turn to; go by way of a third one.")
+        raise ValueError("slerp between opposite vectors is not unique; interpolate via a third vector.")
     # For a small angle the chord equals the arc, and the sine is too small to divide by.
     turn = angle.clamp(min=1e-3)
     from_a = torch.where(angle > 1e-3, ((1 - weight) * turn).sin() / turn.sin(), 1 - weight)
@@ -70,13 +66,13 @@ def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
     count = max(len(texts), len(numbers))
     if count < 2 or {len(texts), len(numbers)} - {1, count}:
         raise ValueError(
-            "an animation needs two prompts or seeds at least, and as many seeds as prompts or one of either; "
+            "an animation needs at least two prompts or two seeds, and as many seeds as prompts or a single one; "
             f"got {len(texts)} prompts and {len(numbers)} seeds."
         )
     for seed in numbers:
-        require_type("a seed", seed, SupportsIndex, "Pass whole numbers.")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"a seed must be in [0, 2^63), got {seed}.")
+        require_count("a seed", seed, at_least=0)
+        if seed >= 2**63:
+            raise ValueError(f"a seed must be below 2^63, got {seed}.")
     texts, numbers = (texts * (count // len(texts)), numbers * (count // len(numbers)))
     return list(zip(texts, numbers, strict=True))
 
@@ -113,7 +109,7 @@ def interpolate(
     require_count("frames", frames)
     require_count("num_inference_steps", num_inference_steps)
     require_number("guidance_scale", guidance_scale)
-    size = _picture_size(pipeline, height, width)
+    size = _image_size(pipeline, height, width)
     quiet = copy.copy(pipeline)  # no progress bar per image; the models are shared
     quiet.set_progress_bar_config(disable=True)
     guided = guidance_scale > 1
@@ -121,7 +117,7 @@ def interpolate(
     dtype = next(iter(embeds.values()))["prompt_embeds"].dtype
     noises = {seed: _noise(pipeline, seed, size, dtype) for _, seed in keys}
     images = []
-    for first, second, weight in tqdm(_way(keys, frames, loop), unit="picture", disable=not progress):
+    for first, second, weight in tqdm(_frames(keys, frames, loop), unit="image", disable=not progress):
         latents = slerp(noises[first[1]], noises[second[1]], weight, dim=(1, 2, 3))
         between = {name: slerp(x, embeds[second[0]][name], weight) for name, x in embeds[first[0]].items()}
         result = quiet(
@@ -139,11 +135,11 @@ def interpolate(
 Key = tuple[str, int]
 
 
-def _way(keys: list[Key], frames: int, loop: bool) -> list[tuple[Key, Key, float]]:
+def _frames(keys: list[Key], frames: int, loop: bool) -> list[tuple[Key, Key, float]]:
     """Return for each image the two keyframes that it lies between and its weight, 0 at the first."""
     ends = [*keys[1:], keys[0]] if loop else keys[1:]
-    way = [(a, b, i / frames) for a, b in zip(keys, ends, strict=False) for i in range(frames)]
-    return way if loop else [*way, (keys[-1], keys[-1], 0.0)]
+    between = [(a, b, i / frames) for a, b in zip(keys, ends, strict=False) for i in range(frames)]
+    return between if loop else [*between, (keys[-1], keys[-1], 0.0)]
 
 
 def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None) -> dict[str, Tensor]:
@@ -158,10 +154,10 @@ def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None
     return {name: x for name, x in zip(_EMBEDS, embeds, strict=False) if x is not None}
 
 
-def _picture_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
+def _image_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
     """Return height and width in pixels; the model's where None."""
-    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
-    own = size if isinstance(size, (list, tuple)) else (size, size)
+    factor = pipeline.vae_scale_factor
+    own = latent_shape(pipeline)[1:]
     given = tuple(pixels or latent * factor for pixels, latent in zip((height, width), own, strict=True))
     for name, pixels in zip(("height", "width"), given, strict=True):
         if pixels < 0 or pixels % factor:

@@ -108,9 +108,9 @@ def round_trip_error(
 
 def _time(strength: float) -> float:
     """Return the flow time t = 1 - strength, at which that share of the flow starts."""
-    require_type("strength", strength, Real, "It is a share, in (0, 1].")
+    require_type("strength", strength, Real, "Pass a number in (0, 1].")
     if not 0 < strength <= 1:
-        raise ValueError(f"strength is the share of the flow that is run, in (0, 1], got {strength}.")
+        raise ValueError(f"strength, the share of the flow that is run, must be in (0, 1], got {strength}.")
     return 1 - strength
 
 
@@ -131,7 +131,7 @@ def _solve(
     require_texts("prompts", prompts)
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(state):
-        raise ValueError(f"pass one prompt, or one per picture: got {len(prompts)} for {len(state)} pictures.")
+        raise ValueError(f"pass one prompt, or one per image: got {len(prompts)} for {len(state)} images.")
     velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
     solve, evaluations = _SOLVERS[solver]
     with pipeline.progress_bar(total=steps * evaluations) as bar:
@@ -149,7 +149,7 @@ def _data(pipeline: Any, pictures: Pictures) -> Tensor:
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, RectifiedFlowEulerScheduler) or hasattr(pipeline, "text_encoder_2"):
         raise TypeError(
-            "inversion needs a RectifiedFlowPipeline, or another of the Stable Diffusion family with a "
+            "inversion needs a RectifiedFlowPipeline, or a Stable Diffusion pipeline with a "
             f"RectifiedFlowEulerScheduler; got {type(pipeline).__name__} with {type(scheduler).__name__}."
         )
     channels = pipeline.vae.config.latent_channels

@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from rectified_diffusers.checks import require_plain_weights
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import stock_solver
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
@@ -99,13 +99,9 @@ def _write_index(pipeline: Any, scheduler: Any, output_dir: Path) -> None:
 
 def _check_onnx(pipeline: Any) -> None:
     """Check that the pipeline has exactly the three components and that the required packages are installed."""
-    names = ("text_encoder", "unet", "vae", "tokenizer", "scheduler")
-    missing = [name for name in names if getattr(pipeline, name, None) is None]
-    if missing or hasattr(pipeline, "text_encoder_2"):
-        raise ValueError(
-            f"export_onnx needs a pipeline of the Stable Diffusion family with one text encoder, a U-Net and a VAE; "
-            f"got {type(pipeline).__name__}" + (f" without {', '.join(missing)}." if missing else ".")
-        )
+    require_pipeline("export_onnx", pipeline, "text_encoder", "unet", "vae", "tokenizer", "scheduler")
+    if hasattr(pipeline, "text_encoder_2"):
+        raise ValueError(f"export_onnx needs a pipeline with one text encoder, got {type(pipeline).__name__}.")
     refuse_any_lora(pipeline)
     require_plain_weights("export_onnx", pipeline.components)
     if pipeline.unet.dtype == torch.bfloat16:
@@ -113,9 +109,7 @@ def _check_onnx(pipeline: Any) -> None:
     try:
         import onnx  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            'the export to ONNX needs more packages: pip install "rectified_diffusers[onnx]".'
-        ) from error
+        raise ImportError('export_onnx needs more packages: pip install "rectified_diffusers[onnx]".') from error
 
 
 def _text_encoder_graph(pipeline: Any) -> _Graph:
@@ -149,8 +143,8 @@ def _unet_graph(pipeline: Any) -> _Graph:
         predicted = unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
         return -predicted if towards_data else predicted
 
-    picture = {0: "batch", 2: "height", 3: "width"}
-    dynamic = {"sample": picture, "out_sample": picture, "encoder_hidden_states": {0: "batch"}}
+    image = {0: "batch", 2: "height", 3: "width"}
+    dynamic = {"sample": image, "out_sample": image, "encoder_hidden_states": {0: "batch"}}
     return _Graph(predict, inputs, ("out_sample",), dynamic)
 
 

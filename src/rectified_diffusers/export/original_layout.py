@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from diffusers import (
-    UNet2DConditionModel,
-)
+from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,16 +63,16 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     if unet_format not in get_args(UNetFormat):
         raise ValueError(f"unet_format must be one of {', '.join(get_args(UNetFormat))}, got {unet_format!r}.")
     if path.suffix != ".safetensors":
-        raise ValueError(f"a U-Net is exported to one file, whose name ends in .safetensors; got {str(path)!r}.")
+        raise ValueError(f"path must be a file whose name ends in .safetensors, got {str(path)!r}.")
     if type(unet) is not UNet2DConditionModel:
-        raise ValueError(f"the original layout is of a UNet2DConditionModel, and this is a {type(unet).__name__}.")
+        raise ValueError(f"the original layout needs a UNet2DConditionModel, got {type(unet).__name__}.")
     refuse_lora(unet.state_dict(), "the pipeline's unet")
     require_plain_weights("export_unet", {"unet": unet})
     if unet_format == "comfyui":
         if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
             raise ValueError(
-                "the export for ComfyUI is of a rectified flow, with a RectifiedFlowEulerScheduler; got "
-                f"{type(pipeline.scheduler).__name__}. The U-Net of a diffusion model needs no other sign: use 'ldm'."
+                "the format comfyui needs a rectified flow with a RectifiedFlowEulerScheduler, got "
+                f"{type(pipeline.scheduler).__name__}. A diffusion model keeps its sign: use 'ldm'."
             )
         require_straight(pipeline.scheduler, "export_unet for ComfyUI")
         if pipeline.scheduler.config["velocity_direction"] == "data":

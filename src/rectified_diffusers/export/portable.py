@@ -28,10 +28,9 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         images = pipeline(prompt, num_inference_steps=1, guidance_scale=1.0).images
 
-    - `trust_remote_code=True` lets diffusers run the scheduler's source. Without it, loading is an error.
-    - Pass the steps and the guidance explicitly: the stock class defaults to 50 steps at 7.5, which oversaturates
-      colors.
-    - `save_pretrained` of a pipeline loaded this way writes a folder without the source; copy the folder instead.
+    `trust_remote_code=True` lets diffusers run the scheduler's source. Pass the steps and the guidance: the stock
+    class defaults to 50 steps at 7.5. To save such a pipeline again, copy the folder: `save_pretrained` omits the
+    source.
 
     With this package, `RectifiedFlowPipeline.from_pretrained(folder)` loads the folder like any other: no trust
     needed, our defaults, our scheduler.
@@ -66,8 +65,8 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
     if type(scheduler) is not RectifiedFlowEulerScheduler:
         raise ValueError(
             f"A portable save ships the source of RectifiedFlowEulerScheduler, but the pipeline's scheduler is "
-            f"{type(scheduler).__name__}. Save a pipeline with a scheduler of diffusers by its save_pretrained; load "
-            "a portable folder with RectifiedFlowPipeline.from_pretrained to save it again."
+            f"{type(scheduler).__name__}. For a scheduler of diffusers, use save_pretrained; to save a portable "
+            "folder again, load it with RectifiedFlowPipeline.from_pretrained."
         )
     for name, component in components.items():
         if name != "scheduler" and _library(type(component)) == PACKAGE:
@@ -91,7 +90,7 @@ def _stock_class(pipeline_class: type[Any]) -> type[Any]:
     if adds_code or getattr(pipeline_class, "get_timesteps", None) is not getattr(stock, "get_timesteps", None):
         raise ValueError(
             f"{pipeline_class.__name__} has code of its own that {stock.__name__} of diffusers lacks, so without it "
-            "the pictures would be others. Save the same components by a class that starts from noise: "
+            "the images would differ. Save the same components by a class that starts from noise: "
             "save_portable(RectifiedFlowPipeline.from_pipe(pipeline), folder)."
         )
     return stock

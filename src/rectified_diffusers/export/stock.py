@@ -43,7 +43,7 @@ def export_diffusers(
         pipeline: a diffusers pipeline with a RectifiedFlowEulerScheduler and a UNet2DConditionModel.
         scheduler: the stock solver that the folder names. FlowMatchEulerDiscreteScheduler is not possible: the Stable
             Diffusion pipelines need an init_noise_sigma, which it does not have.
-        solver_order: 1 is the Euler method, as in our pipelines. 2 follows a flow that bends more closely with the same
+        solver_order: 1 is the Euler method, as in our pipelines. 2 follows a curved flow more closely with the same
             number of steps, and is the same as 1 in one step. A distilled model needs 1: its velocity is trained at
             t = 0 alone, so that what order 2 extrapolates from it is wrong.
     """
@@ -51,7 +51,7 @@ def export_diffusers(
     require_count("solver_order", solver_order)
     if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
         raise ValueError(
-            "export_diffusers makes a rectified flow stock, one with a RectifiedFlowEulerScheduler; got "
+            "export_diffusers needs a rectified flow with a RectifiedFlowEulerScheduler, got "
             f"{type(pipeline.scheduler).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
     require_straight(pipeline.scheduler, "export_diffusers")
@@ -59,7 +59,7 @@ def export_diffusers(
         raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
     solver = stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
-        raise ValueError(f"stock pipelines run a UNet2DConditionModel, and this is a {type(pipeline.unet).__name__}.")
+        raise ValueError(f"stock pipelines need a UNet2DConditionModel, got {type(pipeline.unet).__name__}.")
     refuse_any_lora(pipeline)
     require_plain_weights("export_diffusers", pipeline.components)
     stock = StableDiffusionXLPipeline if hasattr(pipeline, "text_encoder_2") else StableDiffusionPipeline
@@ -68,7 +68,7 @@ def export_diffusers(
     if beyond:
         raise ValueError(
             f"a {stock.__name__} has no {', '.join(beyond)}; export {stock.__name__}.from_pipe(pipeline, "
-            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} beside it."
+            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} separately."
         )
     parts = {name: pipeline.config[name] for name in names if name in pipeline.config}
     parts |= {name: part for name, part in pipeline.components.items() if name in names}

@@ -30,11 +30,9 @@ _active: ContextVar[bool] = ContextVar("complete_components", default=False)
 
 @contextmanager
 def complete_components() -> Iterator[None]:
-    """Raise an error for every incomplete model that `from_pretrained` loads inside this context, in this thread.
+    """Raise a ValueError for every incomplete model that `from_pretrained` loads inside this context, in this thread.
 
-    Raises:
-        ValueError: weights of a model are missing or unexpected, or its folder contains an adapter's config, which
-            would make transformers load another model in its place.
+    It also refuses a folder with an adapter's config, for which transformers would load another model.
     """
     _install()
     token = _active.set(True)
@@ -78,9 +76,9 @@ def _require_complete(name: str, model_class: type[Any], info: dict[str, Any]) -
         keys = sorted(key for key in keys if not _NOT_WEIGHTS.search(key))
         if keys:
             raise ValueError(
-                f"{name}: {len(keys)} weights are {kind}, the first {keys[0]!r}, so this is no complete "
-                f"{model_class.__name__} as this release of its library names the weights. Download or save it again; "
-                f"to use it all the same, load the {name} by its own class and pass it to from_pretrained."
+                f"{name}: {len(keys)} weights are {kind}, the first {keys[0]!r}, so this is not a complete "
+                f"{model_class.__name__} of the installed library. Download or save it again; to use it anyway, "
+                f"load the {name} by its own class and pass it to from_pretrained."
             )
 
 
@@ -99,6 +97,6 @@ def _refuse_adapter(name: str, source: Any, options: dict[str, Any]) -> None:
     hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
     if find_adapter_config_file(source, **hub) is not None:
         raise ValueError(
-            f"{name} holds an adapter_config.json, by which transformers would load an adapter and the model that it "
-            "names, expected plain weights. Remove the file, and load the adapter by load_lora_weights."
+            f"{name} contains an adapter_config.json, which makes transformers load an adapter and another model, "
+            "expected plain weights. Remove the file, and load the adapter by load_lora_weights."
         )

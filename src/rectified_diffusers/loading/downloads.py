@@ -19,9 +19,8 @@ _CHUNK = 1 << 20
 def checked_downloads(source: Any, cache_dir: str | Path | None = None) -> Iterator[None]:
     """Verify the hash of every file downloaded from the Hub inside this context; delete damaged files.
 
-    The check also runs if the context ends with an error. The Hub's client compares only lengths. This check also
-    finds a file of the right length with wrong bytes: it compares the file once, after its download, with the hash
-    that is its name in the cache.
+    The check also runs if the context ends with an error. The Hub's client compares only lengths; this compares the
+    content with the hash that is the file's name in the cache.
 
     Args:
         source: Hub id; for a path, or for data that is already in memory, nothing is checked.
@@ -71,8 +70,8 @@ def verify_downloads(source: str | os.PathLike[str], cache_dir: str | Path | Non
         for file in (*links, blob):
             file.unlink()
         raise OSError(
-            f"{source}: {', '.join(sorted(names)) or 'a file'} was damaged on its way from the Hub: expected the hash "
-            f"{blob.name}, got {got}. It has been deleted from the cache; load again, and it is fetched anew."
+            f"{source}: {', '.join(sorted(names)) or 'a file'} was damaged in the download: expected the hash "
+            f"{blob.name}, got {got}. It has been deleted from the cache: load again."
         )
 
 

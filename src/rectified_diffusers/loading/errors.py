@@ -68,8 +68,8 @@ def remedies(
             raise  # the Hub's own error messages explain the remedy
         cause = causes[0] if is_missing else error
         raise ConnectionError(
-            f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Nothing "
-            "half-fetched is used: load it again when the Hub answers (https://status.huggingface.co), or with "
+            f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Partial "
+            "downloads are not used: load it again when the Hub answers (https://status.huggingface.co), or with "
             "local_files_only=True if it is cached."
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -107,8 +107,8 @@ def _explain_absence(error: Exception, source: str | os.PathLike[str]) -> None:
     for cause in _chain(error):
         if isinstance(cause, (*_NETWORK, OfflineModeIsEnabled)) and not isinstance(cause, HfHubHTTPError):
             raise ConnectionError(
-                f"{source} is not whole in the Hub's cache of this machine, and the Hub cannot be reached ({cause}). "
-                f"Give a folder instead, fetched where there is a network: hf download {source} --local-dir FOLDER."
+                f"{source} is not completely in the local cache of the Hub, and the Hub cannot be reached ({cause}). "
+                f"Download it to a folder on a machine with a network: hf download {source} --local-dir FOLDER."
             ) from error
 
 
@@ -116,14 +116,14 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
     """Raise an error with the remedy if damaged files or pickles caused the error."""
     for file in (folder / "model_index.json", *sorted(folder.glob("*/*config.json"))):
         if file.is_file() and not is_json_object(file):
-            raise ValueError(f"{file} is no JSON object, as every config is. Download or save it again.") from error
+            raise ValueError(f"{file} must be a JSON object. Download or save it again.") from error
     if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
         for file, damage in _damaged_files(folder):
             # In the Hub's cache a snapshot contains links: as long as the file itself exists, it is used again.
             raise OSError(
-                f"{file} cannot be read: {damage}. The file was damaged or not written whole. Delete "
-                f"{os.path.realpath(file)} and load again (from the Hub, the file is fetched anew; "
-                "force_download=True does not replace it), or copy the folder again from where it is whole."
+                f"{file} cannot be read: {damage}. The file is damaged or incomplete. Delete "
+                f"{os.path.realpath(file)} and load again (from the Hub, the file is downloaded again; "
+                "force_download=True does not replace it), or copy the complete folder again."
             ) from error
     if "safetensors" not in str(error):
         return
@@ -152,8 +152,8 @@ def _check_indexes(folder: Path) -> None:
         for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
             if Path(shard).name != shard:
                 raise ValueError(
-                    f"{index} lists the shard {shard!r}, expected the name of a file beside it. It is not of a "
-                    "save by diffusers: download the model from where it was made."
+                    f"{index} lists the shard {shard!r}, expected a file name without a folder. diffusers does not "
+                    "save such an index: download the model from its original source."
                 )
 
 

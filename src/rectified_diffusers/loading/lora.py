@@ -18,16 +18,16 @@ _FACTOR = re.compile(
 )
 _OTHER = {"A": "B", "B": "A", "down": "up", "up": "down"}
 # What diffusers, PEFT and torch raise for a LoRA whose keys and shapes do not fit the model.
-_UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
-_AGAIN = "The file is damaged or no LoRA: download it again."
+UNFIT = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+_AGAIN = "The file is damaged or not a LoRA: download it again."
 _OLD_ATTENTION = re.compile(r"self_attn\.to_(q|k|v|out)_lora\.")  # text encoder; the U-Net's are attn1 and attn2
 
 
-def cannot_be_saved(model: nn.Module) -> bool:
-    """Return whether a LoRA in a model, active or not, makes `save_pretrained` write files that cannot be loaded.
+def has_lora(model: nn.Module) -> bool:
+    """Return whether a LoRA is attached to a model, active or not.
 
-    The layers of a LoRA rename the weights, so the loader reports the old names as missing. transformers instead saves
-    the LoRA with a path to its base model, outside the folder, which we do not follow.
+    `save_pretrained` of such a model writes files that cannot be loaded: the layers of a LoRA rename the weights, and
+    transformers saves the LoRA with a path to its base model.
     """
     return any(name.endswith(".base_layer") for name, _ in model.named_modules())
 
@@ -57,14 +57,14 @@ def mend_kohya(
         alphas: as `lora_state_dict` returns them: `unet.<layer>.alpha`.
     """
     downs = {f"{key.split('.lora.')[0]}.alpha": key for key in weights if key.endswith(".down.weight")}
-    levelled = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
-    if not levelled or not alphas.keys() <= levelled.keys():  # another layout: no known fix applies
+    alpha_of = {name: float(alphas.get(name, weights[down].shape[0])) for name, down in downs.items()}
+    if not alpha_of or not alphas.keys() <= alpha_of.keys():  # another layout: no known fix applies
         return dict(weights), dict(alphas)
-    ((commonest, _),) = Counter(levelled.values()).most_common(1)
-    ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in levelled.items() if alpha != commonest}
+    ((commonest, _),) = Counter(alpha_of.values()).most_common(1)
+    ups = {downs[name].replace(".down.", ".up."): alpha for name, alpha in alpha_of.items() if alpha != commonest}
     mended = {**weights, **{up: weights[up].float() * (alpha / commonest) for up, alpha in ups.items()}}
     renamed = {_OLD_ATTENTION.sub(r"self_attn.\1_proj.lora_linear_layer.", key): mended[key] for key in mended}
-    return renamed, dict.fromkeys(levelled, commonest)
+    return renamed, dict.fromkeys(alpha_of, commonest)
 
 
 def check_lora(
@@ -74,14 +74,10 @@ def check_lora(
 
     Args:
         weights: by name, in any layout; a pair of factors is recognized by the names that the layouts share.
-        alphas: of layers, if the file stores them separately.
         metadata: settings of PEFT, if the file has them: `unet.r` and so on.
-
-    Raises:
-        ValueError: with the name of what is wrong.
     """
     if not weights:
-        raise ValueError("A LoRA without weights: expected pairs of lora_down and lora_up, or lora_A and lora_B.")
+        raise ValueError("A LoRA must hold pairs of lora_down and lora_up, or lora_A and lora_B, got no weights.")
     alphas = dict(alphas or {})
     for name, tensor in weights.items():
         if name.endswith(".alpha") and isinstance(tensor, Tensor):
@@ -98,7 +94,7 @@ def check_lora(
             raise ValueError(f"{name!r} has no partner {other!r}: a LoRA has two factors per layer. {_AGAIN}")
         if found["side"] in ("A", "down") and tensor.shape[0] != weights[other].shape[1:2].numel():
             raise ValueError(
-                f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} are of "
+                f"{name!r} of shape {tuple(tensor.shape)} and {other!r} of shape {tuple(weights[other].shape)} have "
                 f"different ranks. {_AGAIN}"
             )
     numbers = {**alphas, **dict(_numbers(metadata or {}))}
@@ -164,7 +160,7 @@ def attaching(pipeline: Any, hotswap: bool) -> Iterator[None]:
     try:
         with unchanged_if_refused(pipeline, hotswap):
             yield
-    except _UNFIT as error:
+    except UNFIT as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         is_key = isinstance(error, (KeyError, IndexError))  # whose text is only the key
@@ -209,11 +205,8 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             ranks = key == "rank_pattern" or key.endswith(".rank_pattern")
-            inner = (
-                {f"{layer}.r": rank for layer, rank in inner.items()}
-                if ranks and isinstance(inner, Mapping)
-                else inner
-            )
+            if ranks and isinstance(inner, Mapping):
+                inner = {f"{layer}.r": rank for layer, rank in inner.items()}
             yield from _numbers(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, value

@@ -17,8 +17,8 @@ def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return loader options with which diffusers opens no pickle; refuse options that request one."""
     if options.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False asks for pickles, which can run code when they are opened; leave it out. "
-            "Load them with diffusers' own class, if you trust them, and save_pretrained(new_folder)."
+            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if "
+            "you trust them, load them with diffusers' own class and call save_pretrained(new_folder)."
         )
     return {**options, "use_safetensors": True}
 
@@ -31,8 +31,8 @@ def refuse_pickle(source: Any, conversion: str) -> None:
     """
     if isinstance(source, (str, os.PathLike)) and not os.fspath(source).endswith(".safetensors"):
         raise ValueError(
-            f"{Path(source).name} is no .safetensors file, and others can run code when they are opened. Convert it "
-            f"once, if you trust it: {conversion}."
+            f"{Path(source).name} is not a .safetensors file, and others can run code when they are opened. Convert "
+            f"it once, if you trust it: {conversion}."
         )
 
 
@@ -43,16 +43,13 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
 
 
 def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
-    """Refuse a local folder whose model index names classes of libraries that diffusers would import for it.
+    """Refuse a local folder whose model index names a library that diffusers would import for it.
 
     diffusers before 0.40 imports whatever an index names. Allowed are the libraries known to diffusers, the modules of
     its pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own check does the same.
 
     Args:
-        replaced: classes that are never loaded from where the index says, because others replace them.
-
-    Raises:
-        ValueError: a component is from another library.
+        replaced: classes that are not loaded from the named library, because others replace them.
     """
     index = Path(source, "model_index.json")
     if not index.is_file() or not is_json_object(index):  # a damaged index is explained where loading fails
@@ -65,8 +62,8 @@ def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] 
         if known or entry[-1] in replaced:
             continue
         raise ValueError(
-            f"{index}: {name} is of {library!r}, which is neither diffusers nor transformers nor imported here, so "
-            "loading it would run code. If you trust it, import it first, or pass trust_remote_code=True."
+            f"{index}: {name} is from {library!r}, expected diffusers, transformers or an imported library, because "
+            "loading it runs code. If you trust it, import it first, or pass trust_remote_code=True."
         )
 
 

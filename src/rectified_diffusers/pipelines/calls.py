@@ -85,7 +85,7 @@ def _check_call(given: dict[str, Any]) -> None:
     unknown = given.get("kwargs", {}).keys() - {"callback", "callback_steps"}
     if unknown:
         known = ", ".join(name for name in given if name not in ("self", "kwargs"))
-        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Is it misspelt?")
+        raise TypeError(f"There is no argument {min(unknown)!r}, expected one of {known}. Check the spelling.")
     copies = given.get("num_images_per_prompt")
     require_number("guidance_scale", given["guidance_scale"])
     if copies is not None:
@@ -102,7 +102,7 @@ def _check_call(given: dict[str, Any]) -> None:
         rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         if len(latents) != rows * (copies or 1):
             raise ValueError(
-                f"latents must hold one noise for each picture, {rows * (copies or 1)}, got {len(latents)}. Pass as "
+                f"latents must hold one noise for each image, {rows * (copies or 1)}, got {len(latents)}. Pass as "
                 "many prompts, or num_images_per_prompt."
             )
         # An optimized pipeline keeps them in float32, and rounds only what the network reads.

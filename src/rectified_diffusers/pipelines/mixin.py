@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from rectified_diffusers.loading.errors import dtype_option, remedies
-from rectified_diffusers.loading.lora import cannot_be_saved
+from rectified_diffusers.loading.lora import has_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import finish_saving
@@ -35,14 +35,9 @@ _OWNERS: WeakKeyDictionary[SchedulerMixin, "ref[RectifiedFlowMixin]"] = WeakKeyD
 class RectifiedFlowMixin(SafetensorsLoaders):
     """Make a diffusers pipeline sample a rectified flow, whatever scheduler its checkpoint was saved with.
 
-    A scheduler reaches a pipeline in three ways. Each is handled where it can be distinguished from the others:
-
-    - *stored*: the published InstaFlow checkpoints name PNDMScheduler, which samples a velocity as if it were noise.
-      The loader calls `extract_init_dict` for the components of a checkpoint. There it is replaced with ours, with a
-      message at info level.
-    - *carried over* by `from_pipe` from another pipeline: replaced with ours as well.
-    - *passed* to the constructor or a loader, or assigned: only the caller can have chosen it, so anything that is not
-      ours is an error. `None` selects the default.
+    A diffusion scheduler that is stored in a checkpoint (the published InstaFlow checkpoints name PNDMScheduler) or
+    comes from another pipeline through `from_pipe` is replaced with ours, with a message at info level. A scheduler
+    that the caller passes or assigns must be ours; `None` selects the default.
     """
 
     @classmethod
@@ -118,18 +113,13 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         super().__setattr__(name, value)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached.
-
-        Raises:
-            ValueError: a LoRA is attached to a model, which could not be loaded again.
-        """
+        """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached."""
         for name, model in self.components.items():
-            if isinstance(model, nn.Module) and cannot_be_saved(model):
+            if isinstance(model, nn.Module) and has_lora(model):
                 raise ValueError(
-                    f"A LoRA is attached to the {name}, expected plain weights: saved like this, they could not be "
-                    f"loaded. To keep the LoRA in the weights, fuse_lora(components=[{name!r}]) and then "
-                    "unload_lora_weights(); to save without it, unload_lora_weights(). save_lora_weights() saves a "
-                    "LoRA by itself."
+                    f"A LoRA is attached to the {name}, expected plain weights: the saved model could not be loaded. "
+                    f"Call fuse_lora(components=[{name!r}]) to keep the LoRA in the weights, then "
+                    "unload_lora_weights(); save_lora_weights() saves a LoRA by itself."
                 )
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -143,10 +133,10 @@ class RectifiedFlowMixin(SafetensorsLoaders):
 def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
     """Make a CLIP text model return the output of `clip_skip` layers before its last one, through its final norm."""
 
-    def ask_for_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def request_layers(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "output_hidden_states": True}
 
-    def answer_from_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
+    def return_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
         layers = len(output.hidden_states) - 1  # the first is the embedding
         if not 0 <= clip_skip <= layers:
             raise ValueError(
@@ -155,8 +145,8 @@ def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
         return (model.final_layer_norm(output.hidden_states[layers - clip_skip]),)
 
     hooks = [
-        text_encoder.register_forward_pre_hook(ask_for_layers, with_kwargs=True),
-        text_encoder.register_forward_hook(answer_from_layer),
+        text_encoder.register_forward_pre_hook(request_layers, with_kwargs=True),
+        text_encoder.register_forward_hook(return_layer),
     ]
     try:
         yield
@@ -224,10 +214,8 @@ class StartFromImage(RectifiedFlowMixin):
         Args:
             num_inference_steps: N, spent between 1 - strength and 1; with `denoising_start`, between 0 and 1.
             strength: share of the flow that is run again, in (0, 1].
-            device: of the timesteps.
-            denoising_start: Stable Diffusion XL's argument, instead of `strength`: continue from latents that another
-                pipeline brought to this t with `denoising_end`. Both pipelines then share one grid of N steps, which
-                diffusers splits.
+            denoising_start: Stable Diffusion XL's argument, instead of `strength`: continue another pipeline's
+                latents, which end at this t by its `denoising_end`, on the same grid of N steps.
         """
         if denoising_start is not None:
             stock: Any = super()
@@ -235,15 +223,15 @@ class StartFromImage(RectifiedFlowMixin):
             if left < 1:
                 raise ValueError(
                     f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}: "
-                    "the pipeline before has taken them all, and its latents are done. Take more steps in both, or "
-                    "pass strength instead, after which every step is spent."
+                    "the first pipeline has run them all. Pass more steps to both, or strength instead of "
+                    "denoising_start."
                 )
             return timesteps, left
         if not 0 < strength <= 1:
-            raise ValueError(f"strength is the share of the flow that is run again, in (0, 1], got {strength}.")
-        laid = self.scheduler.sigmas[:-1]
+            raise ValueError(f"strength, the share of the flow that is run again, must be in (0, 1], got {strength}.")
+        full = self.scheduler.sigmas[:-1]
         self.scheduler.set_timesteps(num_inference_steps, device, start=1 - strength)
-        if not torch.allclose(self.scheduler.sigmas[:-1], strength * laid):  # the caller's own grid: keep its shape
-            timesteps = self.scheduler.config["num_train_timesteps"] * strength * laid
+        if not torch.allclose(self.scheduler.sigmas[:-1], strength * full):  # the caller's own grid: keep its shape
+            timesteps = self.scheduler.config["num_train_timesteps"] * strength * full
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         return self.scheduler.timesteps, num_inference_steps

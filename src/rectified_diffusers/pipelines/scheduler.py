@@ -68,7 +68,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 f"(noise - data, as Stable Diffusion 3 and Flux), got {velocity_direction!r}."
             )
         if not 0 < shift < math.inf:
-            raise ValueError(f"shift must be above 0 and finite (1 leaves the grid as it is), got {shift}.")
+            raise ValueError(f"shift must be above 0 and finite (1 is no shift), got {shift}.")
         if prediction_type not in _PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. This "
@@ -91,18 +91,16 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Keep only those entries of another scheduler's config that have the same meaning here.
 
-        diffusers users swap schedulers with `from_config(pipeline.scheduler.config)`. A diffusion scheduler's betas
-        and its prediction type must not be taken over, neither as arguments nor as unused keys of our config.
+        `from_config(pipeline.scheduler.config)` must not take over a diffusion scheduler's betas and prediction type.
         """
         if "velocity_direction" not in config_dict:
             # DPM-Solver++, UniPC and others become flow schedulers by a setting, which `export_diffusers` uses.
             of_a_flow = "shift" in config_dict or config_dict.get("use_flow_sigmas")
             if of_a_flow and "velocity_direction" not in kwargs:
                 raise ValueError(
-                    "The config is of a flow scheduler that does not say velocity_direction; those of diffusers "
-                    "(FlowMatchEulerDiscreteScheduler, or any with use_flow_sigmas) serve models that predict "
-                    "noise - data. "
-                    f"Say so: {cls.__name__}.from_config(config, velocity_direction='noise')."
+                    "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
+                    "schedulers predict noise - data: pass it as "
+                    f"{cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
             count = config_dict.get("num_train_timesteps", 0)
             exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
@@ -141,7 +139,6 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         """Set the grid of the next run: N equal steps from `start` to 1, or a grid from the caller.
 
         Args:
-            num_inference_steps: N, at least 1.
             device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
             timesteps: the grid as timesteps, descending, without the final 0.
             sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.
@@ -157,11 +154,11 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             if not isinstance(start, Real):
                 raise TypeError(f"start must be a number in [0, 1), got {start!r}. Pass a float.")
             if not 0 <= start < 1:
-                raise ValueError(f"start is the flow time of the first step, in [0, 1), got {start}.")
+                raise ValueError(f"start, the flow time of the first step, must be in [0, 1), got {start}.")
             grid = _uniform_sigmas(num_inference_steps)
         else:
             if start != 0:
-                raise ValueError("Pass start or a grid of your own, not both: the grid already says where it begins.")
+                raise ValueError("Pass start or a grid, not both: the grid defines its own start.")
             try:
                 grid = torch.as_tensor(given, dtype=torch.float64, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:
@@ -171,7 +168,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             self._check_grid(grid, num_inference_steps)
         if mu is not None and not math.isfinite(mu):
             raise ValueError(
-                f"mu is the logarithm of a shift, a finite number, got {mu}. Leave it out for the config's."
+                f"mu, the logarithm of a shift, must be finite, got {mu}. Omit it to use the config's shift."
             )
         # Timesteps are used unchanged: they are the times at which the model is evaluated.
         shift = self.config["shift"] if mu is None else math.exp(mu)
@@ -243,7 +240,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             sample: x_t, `(B, C, H, W)`; its dtype is kept.
         """
         if self.num_inference_steps is None:
-            raise ValueError("The grid is not laid yet: call set_timesteps(num_inference_steps) before step.")
+            raise ValueError("There is no grid yet: call set_timesteps(num_inference_steps) before step.")
         _check_tensors(model_output=model_output, sample=sample)
         index = self._step_index
         if index is None:

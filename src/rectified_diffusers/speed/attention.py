@@ -58,8 +58,8 @@ class _Attention(TorchFunctionMode):
 
 def _is_plain(tensors: tuple[Tensor, ...], options: dict[str, Any]) -> bool:
     """Return whether a call is inference in bfloat16 on a CPU with no mask, no dropout and equally many key heads."""
-    asked = any(options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
-    if asked or options.get("attn_mask") is not None or torch.is_grad_enabled():
+    options_set = any(options.get(name) for name in ("dropout_p", "is_causal", "enable_gqa"))
+    if options_set or options.get("attn_mask") is not None or torch.is_grad_enabled():
         return False
     alike = all(each.ndim == 4 and each.shape[:2] == tensors[0].shape[:2] for each in tensors)
     return alike and all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in tensors)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rectified_diffusers.speed.patching import replaced
 
@@ -42,7 +43,7 @@ def cached_prompts(pipeline: Any) -> Iterator[Forget]:
     """
     stock = pipeline.encode_prompt
     signature = inspect.signature(stock)
-    answers: OrderedDict[Any, Any] = OrderedDict()
+    results: OrderedDict[Any, Any] = OrderedDict()
     made_by: list[Any] = [None]
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
@@ -52,17 +53,17 @@ def cached_prompts(pipeline: Any) -> Iterator[Forget]:
         if key is None or torch.is_grad_enabled():
             return stock(*args, **kwargs)
         if (now := _encoders_of(pipeline)) != made_by[0]:
-            answers.clear()
+            results.clear()
             made_by[0] = now
-        if key not in answers:
-            answers[key] = stock(*args, **kwargs)
-            if len(answers) > PROMPTS:
-                answers.popitem(last=False)
-        answers.move_to_end(key)
-        return _copied(answers[key])
+        if key not in results:
+            results[key] = stock(*args, **kwargs)
+            if len(results) > PROMPTS:
+                results.popitem(last=False)
+        results.move_to_end(key)
+        return tree_map_only(Tensor, torch.clone, results[key])  # so that no caller can modify the cache
 
     with replaced(pipeline, "encode_prompt", encode_prompt):
-        yield answers.clear
+        yield results.clear
 
 
 def _encoders_of(pipeline: Any) -> tuple[Any, ...]:
@@ -86,13 +87,6 @@ def _frozen(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, torch.device, torch.dtype)):
         return type(value).__name__, value
     return None
-
-
-def _copied(answer: Any) -> Any:
-    """Copy the tensors of a result, so that no caller can modify the cache."""
-    if isinstance(answer, (list, tuple)):
-        return type(answer)(_copied(part) for part in answer)
-    return answer.clone() if isinstance(answer, Tensor) else answer
 
 
 @contextmanager
@@ -146,7 +140,7 @@ _CHANGES_WEIGHTS = (
 def watched(pipeline: Any, changed: Forget) -> Iterator[None]:
     """Call `changed` after each method of the pipeline that replaces or scales weights."""
 
-    def telling(method: Any) -> Any:
+    def notifying(method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return method(*args, **kwargs)
@@ -158,5 +152,5 @@ def watched(pipeline: Any, changed: Forget) -> Iterator[None]:
     with ExitStack() as stack:
         for name in _CHANGES_WEIGHTS:
             if hasattr(pipeline, name):
-                stack.enter_context(replaced(pipeline, name, telling(getattr(pipeline, name))))
+                stack.enter_context(replaced(pipeline, name, notifying(getattr(pipeline, name))))
         yield

@@ -11,12 +11,12 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from torch import nn
 from typing_extensions import Self
 
-from rectified_diffusers.checks import require_plain_weights
+from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
-from rectified_diffusers.speed.patching import can_keep_memory, kept_memory, pictures_on_device, replaced
+from rectified_diffusers.speed.patching import can_keep_memory, images_on_device, kept_memory, replaced
 from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
 from rectified_diffusers.speed.projections import can_fuse, fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling
@@ -27,12 +27,7 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
-
-    Args:
-        pipeline: that was optimized, in place.
-        switches: the value of each switch.
-    """
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit."""
 
     pipeline: Any
     switches: dict[str, Any]
@@ -45,11 +40,7 @@ class Optimized:
             each()
 
     def restore(self) -> None:
-        """Restore the pipeline, bit for bit; a second call does nothing.
-
-        The original weights come back: anything fused into them since (`fuse_lora`, a weight delta) is lost where
-        `dtype` or `channels_last` had replaced them.
-        """
+        """Restore the pipeline bit for bit; what was fused into weights that `optimize` replaced is lost."""
         self._undo.close()
 
     def __reduce__(self) -> Any:
@@ -102,7 +93,7 @@ def optimize(
         keep_memory: of the entire process: return none to the system before `restore`; auto is on for CPUs with glibc.
     """
     pipe = _checked(pipeline)
-    asked = {
+    requested = {
         "dtype": dtype,
         "compile": compile,
         "channels_last": channels_last,
@@ -113,7 +104,7 @@ def optimize(
         "cache_times": cache_times,
         "keep_memory": keep_memory,
     }
-    switches = _choose(pipe, lossless, asked) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
+    switches = _choose(pipe, lossless, requested) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
     result = Optimized(pipe, switches)
     try:
         _turn_on(result, compile_mode)
@@ -128,20 +119,20 @@ def is_optimized(pipeline: Any) -> bool:
     return vars(pipeline).get(_MARK) is not None
 
 
-def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, Any]:
+def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[str, Any]:
     """Replace each "auto" by the setting for the pipeline's device; refuse invalid values of a switch."""
-    for name, value in asked.items():
+    for name, value in requested.items():
         if name != "dtype" and value not in (True, False, "auto"):
             raise ValueError(f"{name} must be True, False or 'auto', got {value!r}.")
     device = pipeline.unet.device
     on_cpu, on_cuda = device.type == "cpu", device.type == "cuda"
-    dtype = asked["dtype"]
+    dtype = requested["dtype"]
     if not (dtype in ("auto", None) or isinstance(dtype, torch.dtype)):
         raise TypeError(f"dtype must be a torch.dtype such as torch.float16, 'auto' or None, got {dtype!r}.")
     if dtype == "auto":
         dtype = None if lossless else fast_dtype(device, wide_range="text_encoder_2" in pipeline.components)
     computed_in = pipeline.unet.dtype if dtype is None else dtype
-    compiles = (on_cuda and not lossless) if asked["compile"] == "auto" else asked["compile"]
+    compiles = (on_cuda and not lossless) if requested["compile"] == "auto" else requested["compile"]
     automatic = {
         "compile": compiles,
         "channels_last": not lossless and (on_cpu or on_cuda),
@@ -151,28 +142,20 @@ def _choose(pipeline: Any, lossless: bool, asked: dict[str, Any]) -> dict[str, A
         "cache_times": on_cpu and not compiles,
         "keep_memory": on_cpu and can_keep_memory(),
     }
-    chosen = {**asked, "dtype": dtype}
+    chosen = {**requested, "dtype": dtype}
     return {name: automatic[name] if value == "auto" else value for name, value in chosen.items()}
 
 
 def _checked(pipeline: Any) -> Any:
-    components = getattr(pipeline, "components", {})
-    missing = [name for name in ("unet", "vae") if not isinstance(components.get(name), nn.Module)]
-    if missing:
-        raise TypeError(
-            f"optimize needs a pipeline with a unet and a vae, got {type(pipeline).__name__} without "
-            f"{' and '.join(missing)}. Compile a transformer with torch.compile(pipeline.transformer)."
-        )
+    require_pipeline("optimize", pipeline, "unet", "vae")
     if is_optimized(pipeline):
-        raise ValueError("This pipeline is optimized already: call restore() on that result before another optimize.")
-    require_plain_weights("optimize", components)
-    offloaded = [
-        name for name, each in components.items() if isinstance(each, nn.Module) and hasattr(each, "_hf_hook")
-    ]
-    if offloaded:
+        raise ValueError("This pipeline is already optimized: call restore() on that result first.")
+    require_plain_weights("optimize", pipeline.components)
+    models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
+    if offloaded := [name for name, model in models.items() if hasattr(model, "_hf_hook")]:
         raise ValueError(
             f"CPU offload moves the weights of {', '.join(offloaded)} on every call. Call remove_all_hooks() on the "
-            "pipeline and move it to one device, then optimize."
+            "pipeline, move it to one device, then optimize."
         )
     return pipeline
 
@@ -193,7 +176,7 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
     if found != expected:
         raise ValueError(
             f"The decoder reads latents of {found[0]} channels at 1/{found[1]} of the size, expected {expected[0]} at "
-            f"1/{expected[1]} as the pipeline's VAE makes them. Take the AutoencoderTiny of this family of models."
+            f"1/{expected[1]}. Use the AutoencoderTiny of this family of models."
         )
     return tiny.to(vae.device, vae.dtype).eval()
 
@@ -226,7 +209,7 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
     if on["compile"]:
         stack.enter_context(compiled(pipe, mode=compile_mode))
     if getattr(pipe, "image_processor", None) is not None:
-        stack.enter_context(pictures_on_device(pipe))
+        stack.enter_context(images_on_device(pipe))
     if on["keep_memory"]:
         stack.enter_context(kept_memory())
     stack.enter_context(watched(pipe, result.forget))

@@ -98,15 +98,15 @@ def kept_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def to_pictures(images: Tensor) -> list[Image.Image]:
+def to_images(images: Tensor) -> list[Image.Image]:
     """Convert `(B, 3, H, W)` in [-1, 1] to images; in float32 the bytes equal those of diffusers' image processor."""
     require_finite_images(images)
     levels = ((images.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+    return [Image.fromarray(image) for image in levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
 @contextmanager
-def pictures_on_device(pipeline: Any) -> Iterator[None]:
+def images_on_device(pipeline: Any) -> Iterator[None]:
     """Convert images to bytes on the device before the transfer: a quarter of the data, and no arithmetic in numpy."""
     processor = pipeline.image_processor
     stock = processor.postprocess
@@ -115,9 +115,9 @@ def pictures_on_device(pipeline: Any) -> Iterator[None]:
         image: Any, output_type: str = "pil", do_denormalize: Sequence[bool] | None = None, **kwargs: Any
     ) -> Any:
         scales = processor.config.do_normalize if do_denormalize is None else all(do_denormalize)
-        colours = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 3
-        if output_type == "pil" and scales and colours and not kwargs:
-            return to_pictures(image)
+        is_rgb = isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == 3
+        if output_type == "pil" and scales and is_rgb and not kwargs:
+            return to_images(image)
         return stock(image, output_type, do_denormalize, **kwargs)
 
     with replaced(processor, "postprocess", postprocess):

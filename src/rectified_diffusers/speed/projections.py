@@ -11,6 +11,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from rectified_diffusers.loading.lora import has_lora
 from rectified_diffusers.speed.caches import weights_state
 from rectified_diffusers.speed.patching import Hook
 
@@ -36,7 +37,7 @@ def fused_projections(unet: Any) -> Iterator[Callable[[], None]]:
     def refresh(model: nn.Module, args: Any) -> None:
         if made_of[0] != _state(layers):
             _unfuse(unet, layers)
-            if not _has_lora(unet) and can_fuse(unet):
+            if not has_lora(unet) and can_fuse(unet):
                 unet.fuse_qkv_projections()
             made_of[0] = _state(layers)
 
@@ -58,10 +59,6 @@ def _unfuse_copy(unet: Any, args: Any) -> None:
 def _state(layers: list[Any]) -> tuple[Any, ...]:
     projections = (getattr(layer, name, None) for layer in layers for name in ("to_q", "to_k", "to_v"))
     return tuple(weights_state(each) for each in projections if each is not None)
-
-
-def _has_lora(unet: nn.Module) -> bool:
-    return any(name.endswith(".base_layer") for name, _ in unet.named_modules())
 
 
 def _unfuse(unet: Any, layers: list[Any]) -> None:

@@ -113,7 +113,7 @@ def _fold_sequence(sequence: nn.Sequential, stack: ExitStack) -> list[_Folded]:
         doubles = isinstance(before, nn.Upsample) and before.scale_factor == 2 and before.mode == "nearest"
         if doubles and _is_plain(after):
             folds.append(_Folded(after))  # pyright: ignore[reportArgumentType]
-            stack.enter_context(replaced(before, "forward", _unless_training(before.forward, _pass_on)))
+            stack.enter_context(replaced(before, "forward", _unless_training(before.forward, nn.Identity())))
             stack.enter_context(replaced(after, "forward", _unless_training(after.forward, folds[-1])))
     return folds
 
@@ -123,7 +123,3 @@ def _unless_training(stock: Any, fast: Any) -> Any:
         return stock(features) if torch.is_grad_enabled() else fast(features)
 
     return forward
-
-
-def _pass_on(features: Tensor) -> Tensor:
-    return features
