@@ -16,7 +16,7 @@ from PIL import Image
 from rectified_diffusers.evaluation.plots import new_figure, plot_straightness
 from rectified_diffusers.evaluation.straightness import Straightness
 from rectified_diffusers.files import write_atomically
-from rectified_diffusers.training.run_folder import RECORD
+from rectified_diffusers.training.run_folder import FILES, RECORD, STARTING_MODEL
 
 REPORT = "report.html"
 MAX_SHEETS, MAX_WIDTH = 24, 1280
@@ -181,7 +181,8 @@ def _data_uri(path: Path) -> str:
 def _options(record: dict[str, Any]) -> str:
     if not record:
         return ""
-    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in record.items()}
+    hidden = (STARTING_MODEL, FILES)
+    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in record.items() if name not in hidden}
     rows = "".join(f"<tr><th>{html.escape(name)}<td>{html.escape(value)}" for name, value in shown.items())
     return f"<section><h2>Options</h2><table>{rows}</table><p>From {RECORD}, next to this file.</p></section>"
 

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.data.teacher import fingerprints
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
@@ -27,6 +29,7 @@ from rectified_diffusers.training.checkpoint import (
     newest_checkpoint,
     recorded_options,
     require_room,
+    require_same_model,
     require_same_run,
     write_checkpoint,
 )
@@ -42,7 +45,7 @@ from rectified_diffusers.training.model_card import (
 )
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.report import REPORT, render_report
-from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
+from rectified_diffusers.training.run_folder import STARTING_MODEL, RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
@@ -286,8 +289,14 @@ class Trainer(ABC, Generic[Config]):
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
             "dataset_manifest": self.dataset.manifest.fingerprint,
+            STARTING_MODEL: self.starting_model,
             **config_to_json(self.config),
         }
+
+    @cached_property
+    def starting_model(self) -> dict[str, str]:
+        """Digests of the parts of the pipeline that training starts from and that the finished pipeline contains."""
+        return fingerprints(self.pipeline)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name; every process must call this."""
@@ -319,6 +328,8 @@ class Trainer(ABC, Generic[Config]):
             )
         if checkpoint:
             recorded = recorded_options(checkpoint.state["run"], self.config)
+            started = recorded.setdefault(STARTING_MODEL, self.starting_model)  # runs of preview releases lack it
+            require_same_model(started, self.starting_model, self.output.path)
             require_same_run(recorded, self.identity(), self.output.path)
             self.load(checkpoint)
         if self.accelerator.is_main_process:
