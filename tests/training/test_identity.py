@@ -170,7 +170,7 @@ def test_without_a_record_of_files_the_headers_are_checked(
     variant: str, begun: Path, dataset: TripletDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = digests(begun)
-    forget(begun / RECORD)
+    forget(begun)
     damage, name = DAMAGES[variant]
     damage(begun / name)
     with caplog.at_level(logging.WARNING):
@@ -179,22 +179,23 @@ def test_without_a_record_of_files_the_headers_are_checked(
     assert digests(begun) == before
 
 
-def test_a_whole_result_is_left_alone(begun: Path, dataset: TripletDataset, tmp_path: Path) -> None:
+def test_a_whole_result_is_left_alone(begun: Path, dataset: TripletDataset) -> None:
     times = {path: path.stat().st_mtime_ns for path in begun.rglob("*") if path.is_file()}
-    (begun / "README.md").write_text((text := (begun / "README.md").read_text()) + "my own words")
+    kept = {name: (begun / name).read_text() for name in ("README.md", RECORD, FILES)}
+    (begun / "README.md").write_text(kept["README.md"] + "my own words")
     make_trainer("distill", dataset, begun, max_steps=2).train()
     assert (begun / "README.md").read_text().endswith("my own words")
-    (begun / "README.md").write_text(text)
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.parent != begun)
-    record = (begun / RECORD).read_text()
-    forget(begun / RECORD)
+    forget(begun)
     make_trainer("distill", dataset, begun, max_steps=2).train()
     assert STARTING_MODEL not in json.loads((begun / RECORD).read_text())
-    (begun / RECORD).write_text(record)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path.parent != begun)
+    for name, text in kept.items():
+        (begun / name).write_text(text)
 
 
-def forget(path: Path) -> None:
-    """Remove from a record what preview releases did not write."""
-    record = json.loads(path.read_text())
-    del record[FILES], record[STARTING_MODEL]
-    path.write_text(json.dumps(record, indent=2) + "\n")
+def forget(folder: Path) -> None:
+    """Remove what preview releases did not write."""
+    (folder / FILES).unlink()
+    record = json.loads((folder / RECORD).read_text())
+    del record[STARTING_MODEL]
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")

@@ -28,7 +28,7 @@ _NETWORK: Any = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
 )
 # What diffusers and transformers raise for a config whose values have wrong types.
-_WRONG_TYPES: Any = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
+_WRONG_TYPES: Any = (TypeError, AttributeError, KeyError, IndexError, RecursionError, OverflowError, MemoryError)
 if hasattr(errors, "StrictDataclassError"):  # of huggingface_hub, since 0.31
     _WRONG_TYPES = (*_WRONG_TYPES, errors.StrictDataclassError)
 
@@ -88,7 +88,9 @@ def remedies(
     except (*_WRONG_TYPES, RuntimeError) as error:
         folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
-        if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
+        if not isinstance(error, _WRONG_TYPES) and not re.search(
+            "mismatch|dimension|shape|allocate|overflow|larger than|out of range", str(error)
+        ):
             raise
         _explain_redirects(error, source)
         _explain_files(error, source, folder)

@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
 RECORD = "training.json"
 STARTING_MODEL = "starting_model"
-FILES = "files"
-"""Entries of the record: digests of the parts of the starting model; size and digest of each file of the result."""
+"""Entry of the record: digests of the parts of the starting model."""
+FILES = "files.json"
+"""Size and digest of each file of the finished pipeline. Not in the record, which is equal wherever the model lay."""
 
 
 class RunFolder:
@@ -79,14 +80,13 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.validation):
             remove_leftovers(folder)
         if self.log.exists():
-            whole = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            kept = "".join(line for line, entry in read_log(self.log) if entry["step"] <= step)
             write_atomically(self.log, lambda path: path.write_text(kept))
 
     def last_line(self) -> dict[str, Any]:
         """Return the last line of the log; empty if there is none."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return json.loads(lines[-1]) if lines else {}
+        entries = [entry for _, entry in read_log(self.log)] if self.log.exists() else []
+        return entries[-1] if entries else {}
 
     def contains(self, record: dict[str, Any]) -> bool:
         """Return whether the folder holds a complete pipeline with this record, whose files are as they were written.
@@ -99,9 +99,10 @@ class RunFolder:
             return False
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
+            listed = self.path / FILES
+            files = dict(json.loads(listed.read_text(encoding="utf-8"))) if listed.exists() else None
+        except (ValueError, TypeError):
             return False
-        files = found.pop(FILES, None)
         expected = json.loads(_text_of(record))
         if STARTING_MODEL not in found:
             expected.pop(STARTING_MODEL, None)
@@ -139,7 +140,8 @@ class RunFolder:
             (staging / name).write_text(text, encoding="utf-8")
         written = sorted(file for file in staging.rglob("*") if file.is_file() and file.name not in texts)
         files = {file.relative_to(staging).as_posix(): file_digest(file) for file in written}
-        (staging / RECORD).write_text(_text_of({**record, FILES: files}))
+        (staging / FILES).write_text(_text_of(files))
+        (staging / RECORD).write_text(_text_of(record))
         flush(staging)
         for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
             target = self.path / part.name
@@ -147,6 +149,24 @@ class RunFolder:
             part.replace(target)
         staging.rmdir()
         flush(self.path, recursive=False)
+
+
+def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of a log with its entry. Damaged lines are left out with a warning.
+
+    A last line without a line break is left out silently: a process is writing it, or was killed.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError("expected an object with a step")
+        except (ValueError, RecursionError) as error:
+            logger.warning("%s, line %d is damaged and left out (%s).", path, number, error)
+        else:
+            yield line.decode(), entry
 
 
 def _reset_tokenizers(pipeline: Any) -> None:
