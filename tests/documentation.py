@@ -1,5 +1,7 @@
 """Run the code blocks of a page as a reader would: in order, in one folder, the Hub's models being tiny ones.
 
+Examples in docstrings of public names run in the same way, after the code of docs/reference/api.md.
+
 Python blocks are executed and commands are called, with two changes. Numbers that say how much work is done are made
 small (`SMALL`), and "cuda" is "cpu". What stands behind `<!-- not run: reason -->` is only parsed. Commands of other
 programs are not run; of a script of ours it is looked up that it exists and knows the options.
@@ -7,16 +9,20 @@ programs are not run; of a script of ours it is looked up that it exists and kno
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import re
 import shlex
 import textwrap
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import rectified_diffusers
 from rectified_diffusers import cli
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +42,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "interpolate": {"frames": 2},
 }
 PARSED = {"demo"}  # serves until it is stopped
+SMALL_TRAINER = {**TRAINING, "max_steps": 2, "steps_per_round": 1, "fake_updates": 1}
+SMALL_EVALUATION = {"num_pictures": 2, "seeds": (0,), "diversity_prompts": 0, "straightness_prompts": 0}
+
+EXAMPLE = re.compile(r"^Example:\n    ```python\n(.*?)^    ```$", re.DOTALL | re.MULTILINE)
+SET_UP = "docs/reference/api.md"  # its code makes what the examples of the docstrings use
 
 
 @dataclass(frozen=True)
@@ -69,15 +80,44 @@ def run_page(page: str, folder: str) -> int:
     blocks = blocks_of(ROOT / page)
     with inside(folder), small_trainings():
         for block in blocks:
-            said = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with quiet() as printed:
+                try:
                     run_block(block, namespace)
-            except BaseException as error:  # noqa: BLE001 (it goes to another process, as text)
-                raise AssertionError(
-                    f"{page}:{block.line}: {type(error).__name__}: {error}\n{said.getvalue()}"
-                ) from None
+                except BaseException as error:  # noqa: BLE001 (it goes to another process, as text)
+                    raise AssertionError(
+                        f"{page}:{block.line}: {type(error).__name__}: {error}\n{printed.getvalue()}"
+                    ) from None
     return len(blocks)
+
+
+def examples() -> dict[str, str]:
+    """Return the code of the example in the docstring of every public name that has one."""
+    docstrings = {name: inspect.cleandoc(getattr(rectified_diffusers, name).__doc__ or "") for name in public_names()}
+    found = {name: EXAMPLE.search(docstring + "\n") for name, docstring in docstrings.items()}
+    return {name: textwrap.dedent(match[1]) for name, match in found.items() if match is not None}
+
+
+def public_names() -> list[str]:
+    """Return the public names that this package defines, in an order in which `evaluate` precedes `Evaluation`."""
+    others = {"ModelMixin", "SchedulerMixin", "__version__"}
+    return sorted(set(rectified_diffusers.__all__) - others, key=str.lower)
+
+
+def run_examples(folder: str, left_out: set[str]) -> dict[str, str]:
+    """Run the examples of the docstrings in a folder, after their common set-up, and return the errors by name."""
+    set_up: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    with quiet(), inside(folder), small_trainings(), small_evaluations():
+        for block in blocks_of(ROOT / SET_UP):
+            run_block(block, set_up)
+        for name, code in examples().items():
+            if name in left_out:
+                continue
+            try:
+                exec(compile(code, f"example of {name}", "exec"), {**set_up})
+            except Exception:  # noqa: BLE001 (all errors are reported together)
+                errors[name] = traceback.format_exc()
+    return errors
 
 
 def run_block(block: Block, namespace: dict[str, Any]) -> None:
@@ -126,6 +166,14 @@ def check_others(words: list[str]) -> None:
 
 
 @contextlib.contextmanager
+def quiet() -> Iterator[io.StringIO]:
+    """Collect what is printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        yield printed
+
+
+@contextlib.contextmanager
 def small_trainings() -> Iterator[None]:
     """Let every trainer that is made do two steps."""
     from rectified_diffusers.training.trainer import Trainer
@@ -134,11 +182,7 @@ def small_trainings() -> Iterator[None]:
 
     def make(self: Any, pipeline: Any, dataset: Any, config: Any) -> None:
         settable = {field.name for field in dataclasses.fields(config) if field.init}
-        changes = {
-            name: value
-            for name, value in {**TRAINING, "max_steps": 2, "steps_per_round": 1}.items()
-            if name in settable
-        }
+        changes = {name: value for name, value in SMALL_TRAINER.items() if name in settable}
         original(self, pipeline, dataset, dataclasses.replace(config, **changes))
 
     Trainer.__init__ = make
@@ -146,6 +190,22 @@ def small_trainings() -> Iterator[None]:
         yield
     finally:
         Trainer.__init__ = original
+
+
+@contextlib.contextmanager
+def small_evaluations() -> Iterator[None]:
+    """Let every evaluation compare two images, by random features in place of downloaded ones."""
+    from rectified_diffusers.evaluation import scorers
+    from rectified_diffusers.evaluation.config import EvaluationConfig
+    from tests.evaluation.conftest import Pooled
+
+    def shrink(self: Any) -> None:
+        for name, value in SMALL_EVALUATION.items():
+            object.__setattr__(self, name, value)
+
+    pooled = mock.patch.object(scorers, "mobilenet_scorer", return_value=scorers.Scorer("pooled", Pooled, False))
+    with mock.patch.object(EvaluationConfig, "__post_init__", shrink), pooled:
+        yield
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The code of the README and of every page runs, and the pages are complete: nothing public is missing from them."""
 
-import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,22 @@ from safetensors.torch import save_file
 
 import rectified_diffusers
 from rectified_diffusers import cli
-from tests.documentation import ROOT, blocks_of, run_page
+from tests.documentation import ROOT, blocks_of, examples, public_names, run_examples, run_page
 from tests.hub.client import Client
 from tests.hub.conftest import INSTAFLOW, TWO_FLOW, save_published
 from tests.hub.server import Repository, read_files, the_hub
-from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
+from tests.tiny import (
+    make_adapter_unet,
+    make_tiny_adapter,
+    make_tiny_controlnet,
+    make_tiny_pipeline,
+    make_tiny_xl_pipeline,
+)
+from tests.tiny_inputs import write_pictures
 
 DOCS = ROOT / "docs"
+MAX_EXAMPLE_LINES = 5
+EXTRAS = {"export_onnx": "onnx"}  # what an example needs beyond the dependencies of every installation
 LONG = ("docs/start.md", "docs/how_to/reflow.md", "docs/how_to/distill.md")  # several trainings each
 SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -37,12 +46,16 @@ def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
     for seed, name in enumerate(("base", "fine-tune")):
         make_tiny_pipeline("diffusion", seed).save_pretrained(make / name)
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(make / "canny")
+    make_tiny_controlnet(make_tiny_xl_pipeline().unet).save_pretrained(make / "xl-canny")
+    make_tiny_adapter().save_pretrained(make / "adapter")
     folders = {
         INSTAFLOW: "instaflow",
         TWO_FLOW: "two-flow",
         "stable-diffusion-v1-5/stable-diffusion-v1-5": "base",
         "Lykon/dreamshaper-7": "fine-tune",
         "lllyasviel/control_v11p_sd15_canny": "canny",
+        "diffusers/controlnet-canny-sdxl-1.0": "xl-canny",
+        "TencentARC/t2iadapter_canny_sd15v2": "adapter",
     }
     hub = the_hub()
     for repo_id, folder in folders.items():
@@ -60,7 +73,7 @@ def readers_folder(tmp_path: Path) -> Path:
     """What the pages say that a reader has: prompts, a teacher, pictures with and without captions, LoRA files."""
     (tmp_path / "prompts.txt").write_text("a red apple\nthe sea\n")
     make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "TEACHER")
-    for name in ("photo.png", "edges.png"):
+    for name in ("photo.png", "edges.png", "mask.png"):
         Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / name)
     (tmp_path / "pictures").mkdir()
     Image.effect_noise((32, 32), 50).save(tmp_path / "pictures" / "a.png")
@@ -88,6 +101,22 @@ def name_of(page: Path) -> str:
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
     assert reader.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
+
+
+def test_every_public_class_has_a_short_example():
+    classes = {name for name in public_names() if isinstance(getattr(rectified_diffusers, name), type)}
+    assert classes - examples().keys() == set()
+    assert {name: code for name, code in examples().items() if code.count("\n") > MAX_EXAMPLE_LINES} == {}
+
+
+def test_the_examples_of_docstrings_run(reader, readers_folder):
+    write_pictures(readers_folder / "pictures")
+    make_tiny_xl_pipeline().save_pretrained(readers_folder / "XL-FLOW")
+    flow = make_tiny_pipeline("flow")
+    flow.register_modules(unet=make_adapter_unet())
+    flow.save_pretrained(readers_folder / "2-rectified-flow")
+    left_out = {name for name, extra in EXTRAS.items() if importlib.util.find_spec(extra) is None}
+    assert reader.call(run_examples, str(readers_folder), left_out) == {}
 
 
 @pytest.mark.parametrize("page", PARSED, ids=name_of)

@@ -151,7 +151,7 @@ def test_a_pickle_under_the_name_of_safetensors(tmp_path, trap, folder):
     pipeline = make_tiny_pipeline("flow")
     with pytest.raises(ValueError, match="cannot be loaded into"):
         pipeline.load_lora_weights(tmp_path, weight_name="model.safetensors")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_weight_delta(file)
 
 
@@ -473,13 +473,13 @@ def test_headers_that_lie(folder, tmp_path, damage):
     for name in ("delta", "lora"):
         file = tmp_path / f"{name}.safetensors"
         file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         apply_weight_delta(pipeline.unet, tmp_path / "delta.safetensors")
     with pytest.raises(
         ValueError, match="The LoRA cannot be loaded into RectifiedFlowPipeline: Error while deserializing"
     ):
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         Styles(pipeline).apply([(tmp_path / "lora.safetensors", 1.0)])
     after = pipeline.unet.state_dict()
     assert after.keys() == before.keys()
@@ -598,7 +598,7 @@ def test_a_hostile_lora_is_refused_and_changes_nothing(tmp_path, worn, weights, 
     assert "\n" not in str(error.value)
     assert {name for names in pipeline.get_list_adapters().values() for name in names} == {"mine"}
     assert torch.equal(sample(pipeline), before)
-    with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
+    with pytest.raises(ValueError, match=r"lora\.safetensors cannot be applied to this model"):
         styles.apply([(file, 1.0)])
 
 
@@ -606,7 +606,7 @@ def test_a_hostile_lora_is_refused_and_changes_nothing(tmp_path, worn, weights, 
 def test_the_demo_looks_itself_at_a_lora_for_a_stock_pipeline(tmp_path, kind):
     weights, _ = HOSTILE_LORAS[kind]
     save_file(weights, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"lora\.safetensors cannot be worn by this model"):
+    with pytest.raises(ValueError, match=r"lora\.safetensors cannot be applied to this model"):
         Styles(make_tiny_pipeline("diffusion")).apply([(tmp_path / "lora.safetensors", 1.0)])
 
 

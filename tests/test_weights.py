@@ -238,7 +238,7 @@ def test_files_that_are_missing_or_damaged(models, tmp_path):
         load_weight_delta(tmp_path)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(models["delta"].read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"cut.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"cut.safetensors is not a complete safetensors file"):
         load_weight_delta(cut)
 
 

@@ -1,4 +1,4 @@
-"""Rectified flow on diffusers: from a sentence to an image in one step.
+"""Rectified flow for diffusers: text-to-image generation in one step.
 
 Public names are loaded on first use: importing this package imports neither torch nor diffusers. It registers our
 classes with diffusers once that is imported (see `registration`; RECTIFIED_DIFFUSERS_REGISTER=0 disables this).

@@ -90,6 +90,8 @@ def as_images(name: str, value: Any, channels: int = 3, latent_channels: int | N
         return value
     if isinstance(value, Image.Image):
         return to_rgb(value) if channels == 3 else to_rgb(value).convert("L")
+    if _is_ready(value, channels):
+        return value
     pixels, batched = _channels_last(name, value)
     if pixels.dtype.kind != "f":
         images = [as_images(name, _to_pil(name, item), channels) for item in pixels]
@@ -139,6 +141,12 @@ def _is_start(value: Any, latent_channels: int) -> bool:
     return value.shape[-3] == latent_channels or (
         value.shape[-3] == 3 and -1 <= float(value.min()) < 0 and float(value.max()) <= 1
     )
+
+
+def _is_ready(value: Any, channels: int) -> bool:
+    """Return whether a value is a floating-point tensor of `channels`, all in [0, 1]."""
+    is_image = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim in (3, 4)
+    return is_image and value.shape[-3] == channels and float(value.min()) >= 0 and float(value.max()) <= 1
 
 
 def _channels_last(name: str, value: Any) -> tuple[np.ndarray, bool]:
@@ -200,7 +208,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _like(value: Any, pixels: np.ndarray, batched: bool) -> torch.Tensor:
     """Return pixels `(B, H, W, C)` as a tensor with the device, the dtype and the batch axis of `value`."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).movedim(-1, -3)
+    tensor = torch.from_numpy(pixels).movedim(-1, -3).contiguous()
     tensor = tensor.to(value.device, value.dtype) if isinstance(value, torch.Tensor) else tensor
     return tensor if batched else tensor[0]
 

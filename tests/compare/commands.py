@@ -33,6 +33,7 @@ COMMANDS: dict[str, list[str]] = {
         "interpolate 'a red apple' 'the sea' -o interpolate.gif -o interpolate.png -o interpolate.mp4 "
         "--seeds 1 2 --frames 3 --loop"
     ],
+    "inspect": ["inspect inputs/teacher --json"],
     "triplets": [MAKE_TRIPLETS],
     "triplets-stored": [
         "triplets --teacher inputs/v-teacher --prompts inputs/prompts.jsonl --output-dir triplets-stored "

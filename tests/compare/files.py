@@ -58,8 +58,9 @@ def _of_safetensors(before: Path, after: Path) -> str | None:
 
 
 def _parsed(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """Read the values that are JSON."""
-    return {key: json.loads(value) if value[:1] in ("{", "[") else value for key, value in (metadata or {}).items()}
+    """Read the values that are JSON, without what follows it: in a shard, its checksum."""
+    read = json.JSONDecoder().raw_decode
+    return {key: read(value)[0] if value[:1] in ("{", "[") else value for key, value in (metadata or {}).items()}
 
 
 def _same(before: torch.Tensor, after: torch.Tensor) -> bool:

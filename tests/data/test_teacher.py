@@ -189,7 +189,7 @@ def test_tokens_of_flux_are_turned_into_latents():
 
 def test_latents_of_another_shape_raise(pipeline, monkeypatch):
     monkeypatch.setattr(type(pipeline), "__call__", lambda self, **call: (call["latents"].flatten(2),))
-    with pytest.raises(ValueError, match=r"latents of shape \(1, 4, 64\) to noise of shape \(1, 4, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"latents of shape \(1, 4, 64\) for noise of shape \(1, 4, 8, 8\)"):
         Teacher.of(pipeline, config())(["a"], torch.randn(1, 4, 8, 8))
 
 

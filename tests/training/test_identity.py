@@ -140,7 +140,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     **{f"{name} truncated": (truncate, name) for name in (UNET, VAE, TEXT)},
     **{f"{name} changed, of equal size": (flip, name) for name in (UNET, VAE, TEXT)},
     **{f"{name} missing": (Path.unlink, name) for name in (UNET, VAE, "scheduler/scheduler_config.json")},

@@ -14,10 +14,12 @@ from PIL import Image
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
+from rectified_diffusers.speed.optimize import optimize
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.trainer import Trainer
 from tests.tiny import make_tiny_pipeline
+from tests.training import helpers
 from tests.training.helpers import PROMPTS, TRAINERS, make_ends, make_trainer, write_dataset
 
 
@@ -180,6 +182,17 @@ def test_nan_loss_before_the_first_checkpoint(dataset: TripletDataset, output_di
 def test_other_pipelines_are_refused(dataset: TripletDataset, output_dir: Path) -> None:
     with pytest.raises(TypeError, match=r"Expected one of StableDiffusionPipeline, .* got object"):
         ReflowTrainer(object(), dataset, ReflowConfig(output_dir=output_dir))
+
+
+@pytest.mark.parametrize("method", ["reflow", "distill"])
+def test_an_optimized_pipeline_is_refused_until_it_is_restored(dataset, output_dir, method, monkeypatch) -> None:
+    pipeline = make_tiny_pipeline("flow")
+    optimized = optimize(pipeline, dtype=torch.bfloat16)
+    monkeypatch.setattr(helpers, "make_tiny_pipeline", lambda kind: pipeline)
+    with pytest.raises(ValueError, match=r"Call restore\(\)"):
+        make_trainer(method, dataset, output_dir)
+    optimized.restore()
+    make_trainer(method, dataset, output_dir)
 
 
 def test_triplets_of_another_vae_are_refused(output_dir: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rectified_diffusers.cli.demo import add_demo
 from rectified_diffusers.cli.evaluate import add_evaluate
 from rectified_diffusers.cli.export import add_export
 from rectified_diffusers.cli.generate import add_generate
+from rectified_diffusers.cli.inspect import add_inspect
 from rectified_diffusers.cli.interpolate import add_interpolate
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser
 from rectified_diffusers.cli.training import add_distill, add_dmd, add_progressive, add_reflow
@@ -31,6 +32,7 @@ COMMANDS = (
     add_generate,
     add_interpolate,
     add_demo,
+    add_inspect,
     add_triplets,
     add_real_triplets,
     add_verify,

@@ -63,7 +63,14 @@ class StoredTripletConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TripletConfig(StoredTripletConfig):
-    """Options of `generate_triplets`. Steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380)."""
+    """Options of `generate_triplets`. Steps, solver and guidance follow InstaFlow on SD 1.5 (arXiv:2309.06380).
+
+    Example:
+        ```python
+        config = TripletConfig(num_triplets=4, num_inference_steps=4, solver="HeunDiscreteScheduler")
+        more = generate_triplets(teacher, read_prompts("prompts.txt"), "more-triplets", config)
+        ```
+    """
 
     num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
     guidance_scale: float = option(
@@ -87,7 +94,14 @@ class TripletConfig(StoredTripletConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RealTripletConfig(StoredTripletConfig):
-    """Options of `generate_real_triplets`. Real pairs come from 2-RF++ (arXiv:2405.20320) and later work."""
+    """Options of `generate_real_triplets`. Real pairs come from 2-RF++ (arXiv:2405.20320) and later work.
+
+    Example:
+        ```python
+        config = RealTripletConfig(num_triplets=8, num_inference_steps=0)  # new noise, for distribution matching
+        real_triplets = generate_real_triplets(teacher, "pictures", "real-triplets", config)
+        ```
+    """
 
     least_steps = 0
 

@@ -30,6 +30,12 @@ class Triplets:
 
     `text_embeddings` maps names to the prompts' embeddings `(B, ...)` as returned by `Denoiser.encode`. It is empty
     if they are not stored.
+
+    Example:
+        ```python
+        batch = TripletDataset("triplets").rows([0, 1])
+        print(batch.prompts, batch.noise.shape, batch.data.shape)
+        ```
     """
 
     prompts: list[str]
@@ -75,6 +81,12 @@ class TripletDataset:
     """Triplets in a folder, read on demand. Memory use does not grow with their number.
 
     Opening a dataset reads only a few rows. Use `verify_triplets` to read all of them.
+
+    Example:
+        ```python
+        triplets = TripletDataset("triplets")
+        print(len(triplets), triplets.rows([0]).prompts)
+        ```
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -207,6 +219,12 @@ class JoinedTriplets(TripletDataset):
 
     A folder's share of the training equals its share of all triplets; a folder passed twice counts twice. The folders
     may come from different teachers and guidance scales, but must share one VAE and one size.
+
+    Example:
+        ```python
+        joined = JoinedTriplets(["triplets", "real-triplets"])
+        print(len(joined))
+        ```
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:

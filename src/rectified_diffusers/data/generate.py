@@ -43,6 +43,13 @@ def generate_triplets(
         teacher: a diffusers text-to-image pipeline (epsilon, v or flow prediction) on the device of this process. It
             is not modified.
         prompts: a list, or the result of `open_prompts`.
+
+    Example:
+        ```python
+        config = TripletConfig(num_triplets=8, num_inference_steps=25)
+        triplets = generate_triplets(teacher, open_prompts("prompts.txt"), "triplets", config)
+        print(triplets.rows([0]).prompts)
+        ```
     """
     require_type("config", config, TripletConfig, "Make one: TripletConfig(num_triplets=1000).")
     prompts = check_prompts(prompts)

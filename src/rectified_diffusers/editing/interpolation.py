@@ -103,6 +103,12 @@ def interpolate(
             (K - 1) * frames + 1 images, or K * frames with `loop`.
         loop: return from the last keyframe to the first, for a seamless animation.
         height, width: in pixels; the model's size by default.
+
+    Example:
+        ```python
+        frames = interpolate(pipeline, ["dog face", "cat face"], [0, 1], frames=8, loop=True)
+        save_animation(frames, "faces.gif")
+        ```
     """
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")

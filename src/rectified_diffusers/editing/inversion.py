@@ -49,6 +49,12 @@ def invert(
 
     Returns:
         The state `(B, C, H, W)` in float32 or wider; at strength 1 this is noise.
+
+    Example:
+        ```python
+        noise = invert(pipeline, image, "a red apple", steps=16)
+        returned = pipeline("a red apple", latents=noise, num_inference_steps=16).images[0]
+        ```
     """
     data = _data(pipeline, pictures)
     return _solve(pipeline, data, prompts, guidance_scale, solver, steps, 1.0, _time(strength))
@@ -75,6 +81,12 @@ def edit(
         source_guidance_scale, guidance_scale: guidance of the backward and of the forward flow.
         strength: share of the flow that is run backward and forward, in (0, 1]. Smaller values preserve more of the
             image.
+
+    Example:
+        ```python
+        edited = edit(pipeline, image, "a red apple", "a green apple", steps=16, strength=0.6)[0]
+        edited.save("green.png")
+        ```
     """
     start = _time(strength)
     data = _data(pipeline, pictures)

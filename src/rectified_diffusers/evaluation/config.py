@@ -13,7 +13,14 @@ _AT_LEAST_ZERO = ("diversity_prompts", "straightness_prompts")
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Options of `evaluate`."""
+    """Options of `evaluate`.
+
+    Example:
+        ```python
+        pictures, config = read_pictures("pictures", size=512), EvaluationConfig(num_pictures=500, seeds=(0, 1))
+        evaluation = evaluate(pipeline, pictures, "metrics-500", config, name="flow")
+        ```
+    """
 
     steps: tuple[int, ...] = option((1,), "Numbers of sampling steps, each a row of the table.")
     guidance_scale: float = option(1.0, "Guidance scale; 1 is no guidance, as one-step models expect.")

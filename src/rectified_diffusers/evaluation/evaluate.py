@@ -59,6 +59,13 @@ def evaluate(
     Args:
         pipeline: a diffusers text-to-image pipeline, flow or diffusion. Diffusion pipelines use DPM-Solver++.
         name: name of the model in the table. A row with the same name, steps and guidance is replaced.
+
+    Example:
+        ```python
+        pictures, config = read_pictures("pictures", size=512), EvaluationConfig(steps=(1,))
+        evaluation = evaluate(pipeline, pictures, "metrics", config, name="2-rectified-flow")
+        print(evaluation.as_markdown())
+        ```
     """
     require_pipeline("evaluate", pipeline, "vae", "scheduler", "components")
     require_type("pictures", pictures, RealPictures, "Open a folder: read_pictures(folder, size).")

@@ -79,6 +79,12 @@ class Evaluation:
         settings: all settings that affect the metrics, besides the model.
         real: metrics of real images. For the distances, this is the floor: the distance between sets of real images.
         prompts: the first captions of the first seed, used in the grids.
+
+    Example:
+        ```python
+        evaluation = Evaluation.read("metrics")  # the output folder of `evaluate`
+        print(evaluation.as_markdown())
+        ```
     """
 
     settings: dict[str, Any]

@@ -61,6 +61,11 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
     sigmas, set to the Euler method (see `export_diffusers`). A diffusion model keeps its prediction and its scheduler.
     latent_sample is data / scaling_factor, from vae_decoder/config.json. A graph has the dtype of the pipeline. Above
     2 GB, its weights are stored next to it, in model.onnx_data.
+
+    Example:
+        ```python
+        export_onnx(pipeline, "onnx")
+        ```
     """
     _check_onnx(pipeline)
     output_dir = Path(output_dir)

@@ -57,6 +57,11 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
         pipeline: with a UNet2DConditionModel of the layout of Stable Diffusion 1.x or 2.x. `comfyui` needs our
             scheduler, which defines the sign.
         path: a file that ends in .safetensors; it is replaced.
+
+    Example:
+        ```python
+        export_unet(pipeline, "comfyui.safetensors")
+        ```
     """
     require_pipeline("export_unet", pipeline, "unet", "scheduler")
     path, unet = Path(path), pipeline.unet

@@ -22,11 +22,8 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save a pipeline as a folder, or a repository for the Hub, that loads where this package is not installed.
 
     The folder names diffusers' own class, `StableDiffusionPipeline` for `RectifiedFlowPipeline`, and contains the
-    source of our scheduler next to its settings. Images are bit-identical. Without this package, load and call it
-    with:
-
-        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-        images = pipeline(prompt, num_inference_steps=1, guidance_scale=1.0).images
+    source of our scheduler next to its settings. Images are bit-identical. The example shows how to load and call it
+    without this package.
 
     `trust_remote_code=True` lets diffusers run the scheduler's source. Pass the steps and the guidance: the stock
     class defaults to 50 steps at 7.5. To save such a pipeline again, copy the folder: `save_pretrained` omits the
@@ -39,6 +36,14 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
         pipeline: one of ours that starts from noise (text to image, ControlNet), or one of diffusers with our
             scheduler. Pipelines that start from an image, and models of this package, need the package where they run.
         folder: created if it does not exist; an earlier save in it is replaced.
+
+    Example:
+        ```python
+        save_portable(pipeline, "portable")
+        image = DiffusionPipeline.from_pretrained("portable", trust_remote_code=True)(
+            "a red apple", num_inference_steps=1, guidance_scale=1.0
+        ).images[0]
+        ```
     """
     folder = Path(folder)
     _check_components(pipeline)

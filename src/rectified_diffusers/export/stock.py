@@ -46,6 +46,13 @@ def export_diffusers(
         solver_order: 1 is the Euler method, as in our pipelines. 2 follows a curved flow more closely with the same
             number of steps, and is the same as 1 in one step. A distilled model needs 1: its velocity is trained at
             t = 0 alone, so that what order 2 extrapolates from it is wrong.
+
+    Example:
+        ```python
+        export_diffusers(pipeline, "stock")
+        stock = StableDiffusionPipeline.from_pretrained("stock")
+        image = stock("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+        ```
     """
     require_pipeline("export_diffusers", pipeline, "unet", "scheduler", "components")
     require_count("solver_order", solver_order)

@@ -44,6 +44,13 @@ class StackedUNet(UNet2DConditionModel):
             epsilon, the conversion multiplies the errors of the second half, which is new to its features, by 1 /
             alpha at the noise. Easier initializations for a stack are a U-Net that predicts v, and one whose flow was
             initialized from bare weights.
+
+    Example:
+        ```python
+        pipeline = RectifiedFlowPipeline.from_pretrained("XCLiu/2_rectified_flow_from_sd_1_5")
+        pipeline.unet = StackedUNet.from_unet(pipeline.unet)
+        trainer = DistillTrainer(pipeline, triplets, DistillConfig(output_dir=Path("stacked")))
+        ```
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

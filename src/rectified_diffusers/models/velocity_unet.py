@@ -51,6 +51,13 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
     Args: those of `UNet2DConditionModel`, and
         diffusion_schedule: `prediction_type` and the settings that determine alphas_cumprod, as named by diffusers'
             schedulers. `from_unet` reads it from a scheduler.
+
+    Example:
+        ```python
+        unet = DiffusionVelocityUNet.from_unet(teacher.unet, teacher.scheduler)
+        flow = RectifiedFlowPipeline.from_pipe(teacher, unet=unet)
+        image = flow("a red apple", num_inference_steps=25, guidance_scale=5.0).images[0]
+        ```
     """
 
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:

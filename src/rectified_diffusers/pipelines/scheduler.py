@@ -43,6 +43,13 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         shift: warp of the grid, sigma' = shift * sigma / (1 + (shift - 1) * sigma) with sigma = 1 - t; 1 is none.
         prediction_type: always stored as "flow_prediction", so that training scripts written for diffusion stop
             instead of training epsilon.
+
+    Example:
+        ```python
+        scheduler = RectifiedFlowEulerScheduler()
+        pipeline = StableDiffusionPipeline.from_pretrained("XCLiu/instaflow_0_9B_from_sd_1_5", scheduler=scheduler)
+        image = pipeline("a red apple", num_inference_steps=1, guidance_scale=1.0).images[0]
+        ```
     """
 
     _compatibles: list[str] = []  # noqa: RUF012 (the type is diffusers')

@@ -27,7 +27,15 @@ _MARK = "_optimized_by_rectified_diffusers"
 
 @dataclass
 class Optimized:
-    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit."""
+    """Record of what `optimize` did to a pipeline, to undo it; also a context manager that undoes it on exit.
+
+    Example:
+        ```python
+        with optimize(pipeline) as optimized:
+            print(optimized.switches)
+            image = pipeline("a red apple").images[0]
+        ```
+    """
 
     pipeline: Any
     switches: dict[str, Any]
@@ -116,7 +124,7 @@ def optimize(
 
 def is_optimized(pipeline: Any) -> bool:
     """Return whether a pipeline is optimized; its weights may be rounded then, until `restore`."""
-    return vars(pipeline).get(_MARK) is not None
+    return getattr(pipeline, _MARK, None) is not None
 
 
 def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[str, Any]:

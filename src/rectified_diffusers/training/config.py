@@ -23,7 +23,15 @@ _INSTAFLOW: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Options common to all trainers; defaults follow InstaFlow (arXiv:2309.06380)."""
+    """Options common to all trainers; defaults follow InstaFlow (arXiv:2309.06380).
+
+    Example:
+        ```python
+        config = ReflowConfig.preset("modern", output_dir=Path("flow"), max_steps=10_000)
+        assert isinstance(config, TrainerConfig)
+        trainer = ReflowTrainer(teacher, triplets, config)
+        ```
+    """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -125,7 +133,14 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReflowConfig(TrainerConfig):
-    """Options of `ReflowTrainer`; defaults are those of the paper's second reflow, except for its batch of 1024."""
+    """Options of `ReflowTrainer`; defaults are those of the paper's second reflow, except for its batch of 1024.
+
+    Example:
+        ```python
+        config = ReflowConfig(output_dir=Path("lora-flow"), max_steps=1000, learning_rate=1e-4, lora_rank=4)
+        trainer = ReflowTrainer(teacher, triplets, config)
+        ```
+    """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 25_000, "time_density": "uniform", "loss": "l2"},
@@ -162,7 +177,14 @@ class ReflowConfig(TrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainerConfig):
-    """Options of `DistillTrainer`; the paper does not state its learning rate for distillation."""
+    """Options of `DistillTrainer`; the paper does not state its learning rate for distillation.
+
+    Example:
+        ```python
+        config = DistillConfig(output_dir=Path("one-step"), loss="pseudo_huber", max_steps=21_500)
+        trainer = DistillTrainer(pipeline, triplets, config)
+        ```
+    """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "instaflow": {**_INSTAFLOW, "batch_size": 1024, "max_steps": 21_500, "loss": "l2"},
@@ -189,7 +211,14 @@ class DistillConfig(TrainerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ProgressiveConfig(TrainerConfig):
-    """Options of `ProgressiveTrainer` (arXiv:2202.00512); the rounds determine the number of optimizer steps."""
+    """Options of `ProgressiveTrainer` (arXiv:2202.00512); the rounds determine the number of optimizer steps.
+
+    Example:
+        ```python
+        config = ProgressiveConfig(output_dir=Path("two-steps"), teacher_steps=16, student_steps=2)
+        trainer = ProgressiveTrainer(pipeline, triplets, config)
+        ```
+    """
 
     teacher_steps: int = option(32, "Euler steps of the first teacher; a student's are half of its teacher's.")
     student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
@@ -241,6 +270,13 @@ class DistributionMatchingConfig(TrainerConfig):
 
     Source: arXiv:2405.14867. The authors' script for SD 1.5 does 10 updates of the fake velocity; the paper finds 5
     sufficient.
+
+    Example:
+        ```python
+        one_step = RectifiedFlowPipeline.from_pretrained("XCLiu/instaflow_0_9B_from_sd_1_5")
+        config = DistributionMatchingConfig(output_dir=Path("sharp"), max_steps=1000, fake_updates=10)
+        trainer = DistributionMatchingTrainer(one_step, triplets, config, teacher)
+        ```
     """
 
     teacher_guidance_scale: float = option(

@@ -16,6 +16,13 @@ class DistillTrainer(Trainer[DistillConfig]):
     """Fit data_hat = noise + v(noise, t = 0) to the data of a 2-Rectified Flow, the last stage of InstaFlow.
 
     The paper (arXiv:2309.06380) trains with `loss="l2"` first and then, from the result, with `loss="lpips"`.
+
+    Example:
+        ```python
+        config = DistillConfig(output_dir=Path("one-step"), max_steps=21_500, batch_size=64)
+        DistillTrainer(pipeline, triplets, config).train()
+        one_step = RectifiedFlowPipeline.from_pretrained("one-step")
+        ```
     """
 
     time_density = FixedTime(0.0)

@@ -74,6 +74,14 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         teacher: a diffusion pipeline, or a flow trained on new noise for its data, with the VAE and the text encoders
             of the student. A reflowed model is unsuitable: its velocity depends on the noise paired with its data.
         real_data: triplets of real images, of which the data and the prompts are used, but not the noise.
+
+    Example:
+        ```python
+        one_step = RectifiedFlowPipeline.from_pretrained("XCLiu/instaflow_0_9B_from_sd_1_5")
+        config = DistributionMatchingConfig(output_dir=Path("sharp"), max_steps=1000)
+        DistributionMatchingTrainer(one_step, triplets, config, teacher, real_triplets).train()
+        sharp = RectifiedFlowPipeline.from_pretrained("sharp")
+        ```
     """
 
     validation_steps = (1,)

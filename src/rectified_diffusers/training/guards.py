@@ -12,6 +12,7 @@ from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import Triplets
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.denoiser import Conditioning
+from rectified_diffusers.speed.optimize import is_optimized
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
 
@@ -25,6 +26,15 @@ def require_config(trainer: type, config: Any) -> None:
     named = [kind for base in getattr(trainer, "__orig_bases__", ()) for kind in get_args(base)]
     expected = next((kind for kind in named if isinstance(kind, type)), TrainerConfig)
     require_type("config", config, expected, f"{trainer.__name__} has options of its own.")
+
+
+def require_own_weights(pipeline: Any) -> None:
+    """Raise if a pipeline is optimized: training would start from its rounded weights."""
+    if is_optimized(pipeline):
+        raise ValueError(
+            f"Training needs the pipeline's own weights, got an optimized {type(pipeline).__name__}. "
+            "Call restore() on the result of optimize first."
+        )
 
 
 def require_same_latents(vae: Any, manifest: Manifest) -> None:

@@ -15,7 +15,15 @@ from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """Inputs of a U-Net, x_t `(B, C, H, W)` and timesteps `(B,)` in [0, 1000], and its velocity target."""
+    """Inputs of a U-Net, x_t `(B, C, H, W)` and timesteps `(B,)` in [0, 1000], and its velocity target.
+
+    Example:
+        ```python
+        noise, data = torch.randn(2, 8, 4, 64, 64)
+        flow = FlowObjective().prepare(noise=noise, data=data)
+        flow.x_t.shape, flow.timesteps.shape, flow.velocity.shape  # (8, 4, 64, 64), (8,), (8, 4, 64, 64)
+        ```
+    """
 
     x_t: Tensor
     timesteps: Tensor
@@ -31,14 +39,19 @@ class FlowObjective:
     `randint(0, 1000)` never returns timestep 1000, the first timestep of every flow sampler and the only one of a
     one-step sampler.
 
-        flow = objective.prepare(noise=noise, data=latents)
-        prediction = unet(flow.x_t, flow.timesteps, prompt_embeds).sample
-        loss = objective.loss(prediction, flow)
-
     Args:
         time_density: density of t.
         at_noise: share of examples, in [0, 1], at exactly t = 0 instead, which a density never samples.
         loss_kind: l2, the loss of diffusers' scripts, or pseudo_huber.
+
+    Example:
+        ```python
+        batch, objective = triplets.rows([0, 1]), FlowObjective()
+        prompt_embeds, _ = pipeline.encode_prompt(batch.prompts, "cpu", 1, False)
+        flow = objective.prepare(noise=batch.noise, data=batch.data)
+        prediction = pipeline.unet(flow.x_t, flow.timesteps, prompt_embeds).sample
+        loss = objective.loss(prediction, flow)
+        ```
     """
 
     time_density: TimeDensity = field(default_factory=Uniform)

@@ -27,6 +27,13 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
 
     The pipeline must be a flow, or be converted to one with `initialisation="snr_matching"`. Training uses the data of
     the triplets, and their noise only with `pairs="coupled"`.
+
+    Example:
+        ```python
+        config = ProgressiveConfig(output_dir=Path("few-steps"), teacher_steps=2, steps_per_round=1000)
+        ProgressiveTrainer(pipeline, triplets, config).train()
+        one_step = RectifiedFlowPipeline.from_pretrained("few-steps")
+        ```
     """
 
     validation_steps = (1, 2, 4)

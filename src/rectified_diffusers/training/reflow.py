@@ -21,6 +21,13 @@ class ReflowTrainer(Trainer[ReflowConfig]):
     epsilon model or a flow. For a k-th reflow, run it again on the triplets of the result. The other losses have the
     same minimum only where few paths cross, so that a single velocity is correct; 2-RF++ (arXiv:2405.20320) finds that
     this holds for the pairs of a good teacher.
+
+    Example:
+        ```python
+        config = ReflowConfig(output_dir=Path("flow"), max_steps=25_000, batch_size=64)
+        ReflowTrainer(teacher, triplets, config).train()
+        flow = RectifiedFlowPipeline.from_pretrained("flow")
+        ```
     """
 
     validation_steps = (1, 25)

@@ -34,7 +34,13 @@ from rectified_diffusers.training.checkpoint import (
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import ROWS, require_config, require_direction, require_pairs
+from rectified_diffusers.training.guards import (
+    ROWS,
+    require_config,
+    require_direction,
+    require_own_weights,
+    require_pairs,
+)
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -62,6 +68,15 @@ class Trainer(ABC, Generic[Config]):
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
     text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
     or a transformer, is not changed.
+
+    Example:
+        ```python
+        class ClippedReflow(ReflowTrainer):
+            def compute_loss(self, batch, t):
+                return super().compute_loss(batch, t).clamp(max=10.0)  # (B,)
+
+        trainer = ClippedReflow(teacher, triplets, ReflowConfig(output_dir=Path("clipped")))
+        ```
     """
 
     config: Config
@@ -76,6 +91,7 @@ class Trainer(ABC, Generic[Config]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
         require_config(type(self), config)
+        require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:

@@ -16,7 +16,15 @@ from rectified_diffusers.weights.weight_files import check_same_shapes
 
 @dataclass(frozen=True)
 class SwappedComponents:
-    """Hold the components that `swap_components` removed from a pipeline, to restore them."""
+    """Hold the components that `swap_components` removed from a pipeline, to restore them.
+
+    Example:
+        ```python
+        swapped = swap_components(pipeline, "Lykon/dreamshaper-7")
+        image = pipeline("a red apple").images[0]
+        swapped.take_back()
+        ```
+    """
 
     pipeline: DiffusionPipeline
     originals: dict[str, nn.Module]

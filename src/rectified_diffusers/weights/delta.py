@@ -50,6 +50,13 @@ class WeightDelta:
         weights: the differences, under the names of the U-Net's weights, or the factors of a LyCORIS file.
         metadata: what `compute_weight_delta` recorded: kind, format_version, fine_tune, base and dtype. Empty for a
             plain file such as PeRFlow's; {"kind": "lycoris"} for a LyCORIS file.
+
+    Example:
+        ```python
+        delta = load_weight_delta("loha.safetensors")
+        print(delta.metadata)
+        apply_weight_delta(pipeline, [delta, delta], [0.7, 0.3]).take_back()
+        ```
     """
 
     weights: StoredWeights
@@ -143,7 +150,15 @@ class _Term:
 
 
 class AppliedDelta:
-    """Record of what `apply_weight_delta` did to a U-Net or a pipeline, used to undo it."""
+    """Record of what `apply_weight_delta` did to a U-Net or a pipeline, used to undo it.
+
+    Example:
+        ```python
+        applied = apply_weight_delta(pipeline, "loha.safetensors")
+        image = pipeline("a red apple").images[0]
+        applied.take_back()
+        ```
+    """
 
     def __init__(
         self, models: Mapping[str, nn.Module], terms: Sequence[_Term], undo: dict[str, Tensor] | None
@@ -198,6 +213,15 @@ def apply_weight_delta(
         keep_undo: keep a copy of the changed weights on the CPU for `take_back()`, which for a full delta needs as
             much memory as the U-Net. Without it, a delta costs a few copies of one tensor, and the only way to undo it
             is to load the model again.
+
+    Example:
+        ```python
+        fine_tune, base = "Lykon/dreamshaper-7", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        delta = compute_weight_delta(fine_tune, base, "delta.safetensors")
+        applied = apply_weight_delta(pipeline.unet, delta, 0.7)
+        image = pipeline("a red apple").images[0]
+        applied.take_back()
+        ```
     """
     models = _models_of(unet)
     opened = _scaled(delta, scale)

@@ -155,8 +155,8 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
                 pass
         except SafetensorError as error:
             raise ValueError(
-                f"{name}: {path.name} is no whole safetensors file ({error}); it was cut, damaged or is something "
-                "else. Download or make it again."
+                f"{name}: {path.name} is not a complete safetensors file ({error}); it was cut, damaged "
+                "or is something else. Download or make it again."
             ) from error
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -1,0 +1,204 @@
+"""Run the adapter's self-test on the tiny pipelines of diffusers' own tests, and write the table of families.
+
+    git clone --depth 1 --branch v0.40.0 https://github.com/huggingface/diffusers
+    python -m tests.diffusers_suite.families --diffusers diffusers --output docs/families.md
+
+The pipelines are built by `get_dummy_components` of the checkout's tests; what these load from the Hub is made here.
+Weights that diffusers initializes with zero get random values, so that every input has an effect. The installed
+diffusers is tested. The run fails if fewer flows pass than `--at-least` says.
+"""
+
+import argparse
+import copy
+import importlib
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers.processors import TemplateProcessing
+
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from rectified_diffusers.models.self_test import self_test
+from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+from tests.models_any.text import make_chat_tokenizer
+from tests.tiny import make_t5_encoder, make_t5_tokenizer, make_tokenizer
+
+FAMILIES = [
+    "flux.test_pipeline_flux",
+    "bria.test_pipeline_bria",
+    "bria_fibo.test_pipeline_bria_fibo",
+    "chroma.test_pipeline_chroma",
+    "ovis_image.test_ovis_image",
+    "flux2.test_pipeline_flux2",
+    "flux2.test_pipeline_flux2_klein",
+    "stable_diffusion_3.test_pipeline_stable_diffusion_3",
+    "aura_flow.test_pipeline_aura_flow",
+    "prx.test_pipeline_prx",
+    "sana.test_sana",
+    "nucleusmoe_image.test_nucleusmoe_image",
+    "hidream_image.test_pipeline_hidream",
+    "hunyuan_image_21.test_hunyuanimage",
+    "kandinsky5.test_kandinsky5_t2i",
+    "qwenimage.test_qwenimage",
+    "lumina.test_lumina_nextdit",
+    "lumina2.test_pipeline_lumina2",
+    "z_image.test_z_image",
+    "krea2.test_krea2",
+    "cogview4.test_cogview4",
+    "wan.test_wan",
+    "ltx.test_ltx",
+    "hunyuan_video.test_hunyuan_video",
+    "mochi.test_mochi",
+    "kandinsky5.test_kandinsky5",
+    "pixart_alpha.test_pixart",
+    "pixart_sigma.test_pixart",
+    "hunyuandit.test_hunyuan_dit",
+    "cogview3.test_cogview3plus",
+    "latte.test_latte",
+    "sana_video.test_sana_video",
+    "stable_diffusion_xl.test_stable_diffusion_xl",
+    "cosmos.test_cosmos2_text2image",
+    "omnigen.test_pipeline_omnigen",
+    "dreamlite.test_pipeline_dreamlite",
+    "prx.test_pipeline_prx_pixel",
+    "sana.test_sana_sprint",
+    "wan.test_wan_22",
+    "motif_video.test_motif_video",
+    "glm_image.test_glm_image",
+]
+SIZES = ("height", "width", "num_frames", "video_length", "text_encoder_out_layers", "use_resolution_binning")
+HEAD = "| pipeline | network | kind | Euler loop | prediction | guidance |\n|---|---|---|---|---|---|\n"
+
+
+def substitute(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+    """Take the place of `from_pretrained`: return a tiny object of the kind that a test asks the Hub for."""
+    name, source = cls.__name__, str(source)
+    made = {"tiny-random-clip": make_tokenizer, "T5EncoderModel": lambda: make_t5_encoder(32)}
+    if "Config" in name:
+        return make_t5_encoder(32).config
+    if "T5EncoderModel" in name:
+        return made["T5EncoderModel"]()
+    if "tiny-random-clip" in source:
+        return made["tiny-random-clip"]()
+    if "t5" in source:
+        return make_t5_tokenizer()
+    small = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    if name == "LlamaForCausalLM":
+        llama = transformers.LlamaConfig(**{**small, "hidden_size": 16}, num_attention_heads=4)
+        return transformers.LlamaForCausalLM(llama).eval()
+    if name == "BertModel":
+        return transformers.BertModel(transformers.BertConfig(**small, num_attention_heads=4)).eval()
+    tokenizer: Any = copy.deepcopy(make_chat_tokenizer())
+    tokenizer.tokenizer = tokenizer  # of a processor
+    if "glm" in source:
+        start = [("<bos>", tokenizer.bos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=start)
+    return tokenizer
+
+
+def prepare(checkout: Path) -> None:
+    """Make the checkout's `tests` importable, and keep them from the Hub."""
+    for make in (make_tokenizer, make_t5_tokenizer, make_chat_tokenizer):
+        make()  # by the real from_pretrained; kept
+    for name in [name for name in sys.modules if name == "tests" or name.startswith("tests.")]:
+        del sys.modules[name]
+    sys.path.insert(0, str(checkout))
+    for name in ("parameterized", "torchsde", "requests_mock"):
+        stub: Any = types.ModuleType(name)
+        stub.parameterized = types.SimpleNamespace(expand=lambda *args, **kwargs: lambda test: test)
+        sys.modules.setdefault(name, stub)
+    loaders = ("AutoTokenizer", "PreTrainedTokenizerBase", "AutoConfig", "AutoProcessor", "ProcessorMixin")
+    for name in (*loaders, "PreTrainedModel"):
+        getattr(transformers, name).from_pretrained = classmethod(substitute)
+
+
+def fill(pipeline: Any) -> None:
+    """Give values to weights that are zero or not initialized, and enough embeddings to text encoders."""
+    generator = torch.Generator().manual_seed(3)
+    for part in pipeline.components.values():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        part.eval()
+        for weight in [*part.parameters(), *part.buffers()]:
+            blank = weight.is_floating_point() and not (bool(weight.isfinite().all()) and bool(weight.any()))
+            if blank and (isinstance(part, diffusers.ModelMixin) or not bool(weight.isfinite().all())):
+                weight.data.normal_(std=0.05, generator=generator)
+        if isinstance(part, transformers.PreTrainedModel) and "CLIP" not in type(part).__name__:
+            embeddings: Any = part.get_input_embeddings()
+            if embeddings is not None and embeddings.num_embeddings < 300:
+                part.resize_token_embeddings(400)
+
+
+def build(module: str) -> tuple[Any, dict[str, Any]]:
+    """Return the pipeline of a test module of diffusers, and the arguments of its call that make it small."""
+    tests = importlib.import_module(f"tests.pipelines.{module}")
+    case = next(
+        cls
+        for cls in vars(tests).values()
+        if isinstance(cls, type) and hasattr(cls, "get_dummy_components") and cls.__module__ == tests.__name__
+    )
+    test: Any = object.__new__(case)
+    pipeline = case.pipeline_class(**test.get_dummy_components())
+    try:
+        inputs = test.get_dummy_inputs("cpu")
+    except TypeError:
+        inputs = test.get_dummy_inputs()
+    fill(pipeline)
+    return pipeline, {name: value for name, value in inputs.items() if name in SIZES}
+
+
+def rows(modules: list[str]) -> Iterator[tuple[str, bool]]:
+    """Yield a line of the table for each family, and whether it is a flow that passed."""
+    for module in modules:
+        name, passed = module, False
+        try:
+            pipeline, options = build(module)
+            name = type(pipeline).__name__
+            denoiser = PipelineDenoiser(pipeline, options=options)
+            result, guidance = self_test(denoiser), denoiser.guidance_found.kind
+            passed = result.euler is not None
+            euler = f"{result.euler:.0e}" if result.euler is not None else ""
+            kind = "flow" if passed else "diffusion"
+            cells = [type(denoiser.network).__name__, kind, euler, f"{result.prediction:.0e}", guidance]
+        except UnsupportedPipelineError as error:
+            cells = ["", "refused", "", "", " ".join(str(error).split())[:160]]
+        except (ImportError, AttributeError, StopIteration) as error:  # not in this version of diffusers
+            cells = ["", "not built", "", "", " ".join(str(error).split())[:160]]
+        line = f"| {' | '.join([name, *cells])} |"
+        print(line, flush=True)
+        yield line, passed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--diffusers", type=Path, required=True, help="root of a source checkout of diffusers")
+    parser.add_argument("--families", nargs="+", default=FAMILIES, help="test modules under tests/pipelines")
+    parser.add_argument("--at-least", type=int, default=22, help="flows that must pass (default: 22)")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    prepare(arguments.diffusers)
+    found = list(rows(list(arguments.families)))
+    count = sum(passed for _, passed in found)
+    versions = f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    text = (
+        "# Families of pipelines\n\n"
+        "The adapter for any pipeline passes its self-test on tiny random models of these families. Euler loop is the "
+        "relative difference of an Euler loop on the adapter's velocity to the latents of the stock pipeline; "
+        "prediction is that of the network's prediction. Noise and decoding are equal bit for bit. Guidance says how "
+        "the stock pipeline guides, or why a pipeline is refused.\n\n"
+        f"{HEAD}" + "\n".join(line for line, _ in found) + f"\n\n{count} flows pass. Made by "
+        f"`python -m tests.diffusers_suite.families --diffusers CHECKOUT --output docs/families.md` with {versions}.\n"
+    )
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+    print(f"{count} flows pass")
+    return 0 if count >= arguments.at_least else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
