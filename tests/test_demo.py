@@ -220,7 +220,7 @@ def test_comparison_shows_every_step_and_ends_with_the_picture(studio):
     assert [generation.step for generation in generations] == [*range(1, OWN_STEPS), OWN_STEPS]
     assert pixels(generations[-1]) == pixels(studio.generate(ImageRequest("a red apple", seed=3, steps=OWN_STEPS)))
     assert any(generation.image is not None and not generation.done for generation in generations)
-    assert "--teacher" in studio.comparison.remark
+    assert studio.comparison.remark == "The image on the right is from the same model, with more steps."
 
 
 def test_a_diffusion_teacher_draws_beside_with_its_own_steps_and_guidance():

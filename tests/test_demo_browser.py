@@ -1,6 +1,7 @@
-"""The demo in a real Chromium, as a visitor uses it; the pictures of it in docs/images are made here.
+"""The demo in a real Chromium, as a visitor uses it, and its screenshots.
 
-The page is drawn with the bundled model, and served by the command itself.
+The page is served by the command itself with the bundled model. With the environment variable WRITE_SCREENSHOTS=1, the
+screenshots replace those in docs/images. The accessibility checker is axe-core, which npm fetches where it can.
 """
 
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("gradio", reason='no gradio: pip install "rectified_diffuser
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+AXE, WIDTHS = "axe-core@4.14.1", (360, 390, 768, 1280)
 WAIT = 120_000  # milliseconds: a test waits for what it asserts, and gives up late
 
 
@@ -75,9 +78,33 @@ def browser():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory):
+    """Return the source of the accessibility checker."""
+    folder = tmp_path_factory.mktemp("axe")
+    if (
+        not (npm := shutil.which("npm"))
+        or subprocess.run([npm, "pack", AXE], cwd=folder, capture_output=True).returncode
+    ):
+        pytest.skip(f"no {AXE}: needs npm and its registry")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        return archive.extractfile("package/axe.min.js").read().decode()
+
+
 @pytest.fixture
-def page(browser, url):
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+def images(tmp_path):
+    return IMAGES if os.environ.get("WRITE_SCREENSHOTS") else tmp_path
+
+
+@pytest.fixture
+def screen():
+    return 1280, "light"
+
+
+@pytest.fixture
+def page(browser, url, screen):
+    width, scheme = screen
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(WAIT)
     page.broken, page.hosts = [], set()
@@ -249,13 +276,13 @@ def draw_house(page):
         page.mouse.up()
 
 
-def test_an_animation_is_drawn_and_can_be_stopped(page):
+def test_an_animation_is_drawn_and_can_be_stopped(page, images):
     page.get_by_role("tab", name="Morph").click()
     page.get_by_label("Frames").first.fill("4")
     page.click("#animate")
     playwright.expect(page.locator("#morph-caption")).to_contain_text("8 frames", timeout=WAIT)
     assert shown(page, "morph-picture").endswith(".gif")
-    page.screenshot(path=IMAGES / "demo-morph.png")
+    page.screenshot(path=images / "demo-morph.png")
     page.get_by_label("Frames").first.fill("60")
     page.click("#animate")
     playwright.expect(page.locator("#morph-caption")).to_contain_text("of 120", timeout=WAIT)
@@ -265,8 +292,108 @@ def test_an_animation_is_drawn_and_can_be_stopped(page):
     wait_for_caption(page, "own-caption", "a red apple!")
 
 
-def test_the_picture_of_the_page_for_the_readme(page):
+@pytest.mark.parametrize("screen", [(width, scheme) for width in WIDTHS for scheme in ("light", "dark")])
+def test_every_screen_shows_the_page_without_scrolling_sideways(page, screen, images):
+    width, scheme = screen
     for prompt in ("sun", "a red heart", "rocket", "tropical fish", "birthday cake", "a red apple, 3d style"):
         ask(page, prompt)
-    page.screenshot(path=IMAGES / "demo.png")
-    assert (IMAGES / "demo.png").stat().st_size > 10_000
+    page.screenshot(path=images / f"demo-{width}-{scheme}.png", full_page=True)
+    for tab in ("Sketch", "Morph", "Generate"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        right = "[...document.querySelectorAll('button, input, textarea, canvas, .image, .caption > *')]"
+        right += ".filter((x) => x.checkVisibility() && !x.closest('.visually-hidden'))"
+        assert page.evaluate(f"Math.max(...{right}.map((x) => x.getBoundingClientRect().right))") <= width
+    cut = "[...document.querySelectorAll('.caption')].filter((x) => x.scrollHeight > x.clientHeight).length"
+    assert page.evaluate(cut) == 0
+
+
+@pytest.mark.parametrize("screen", [(width, scheme) for width in (390, 1280) for scheme in ("light", "dark")])
+def test_the_accessibility_checker_finds_nothing(page, screen, axe):
+    ask(page, "a red heart")
+    page.evaluate(axe)
+    for tab in ("Generate", "Sketch", "Morph"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(500)  # for the colors of the transition
+        found = page.evaluate("axe.run()")
+        assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found["violations"]] == []
+        assert len(found["passes"]) > 20
+
+
+def test_everything_has_a_name(page):
+    ask(page, "a red heart")
+    assert page.get_by_role("textbox", name="Prompt", exact=True).input_value() == "a red heart"
+    assert page.get_by_role("img", name="a red heart (One step)", exact=True).count() == 1
+    assert page.get_by_role("img", name="a red heart (The same model, 8 steps)", exact=True).count() == 1
+    assert page.get_by_role("button", name="a red heart · seed 0", exact=True).count() == 1
+    page.get_by_role("tab", name="Sketch").click()
+    assert page.get_by_role("img", name="No image yet").is_visible()
+    page.get_by_role("tab", name="Morph").click()
+    page.get_by_label("Frames").first.fill("2")
+    page.click("#animate")
+    page.get_by_role("img", name="a red heart → grinning face (4 frames)", exact=True).wait_for()
+    playwright.expect(page.get_by_role("status").filter(has_text="more steps")).not_to_contain_text("--")
+
+
+FOCUSED = """() => {
+  const e = document.activeElement, style = getComputedStyle(e);
+  const name = e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText || e.querySelector('img')?.alt;
+  const outlined = style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2;
+  return [(name || '').trim(), outlined || e === document.body];
+}"""
+
+
+def tab_stops(page, count):
+    """Return the names of the next elements that the Tab key reaches; each has a visible focus."""
+    names = []
+    for _ in range(count):
+        page.keyboard.press("Tab")
+        name, is_visible = page.evaluate(FOCUSED)
+        assert is_visible, name
+        names.append(name)
+    return names
+
+
+def test_the_keyboard_reaches_everything(page):
+    ask(page, "a red heart")
+    names = tab_stops(page, 24)
+    order = ["Generate", "Surprise me", "Stop", "Generate", "Sketch", "Morph", "Fullscreen", "Download"]
+    order += ["a red heart (One step)", "Fullscreen", "Download", "a red heart (The same model, 8 steps)"]
+    order += ["a red heart · seed 0", "a red apple · seed 0", "Seed", "New seed"]
+    assert [name for name in names if name][: len(order)] == order
+    rest = " / ".join(names[len(order) :])
+    assert all(name in rest for name in ("Steps", "Guidance", "Styles", "Add a LoRA or weight delta"))
+
+
+def test_a_sketch_is_drawn_with_the_keyboard(page):
+    page.get_by_role("tab", name="Sketch").press("Enter")
+    page.locator("#sketch canvas").focus()
+    for key in ("ArrowLeft", " ", *["ArrowUp"] * 12, *["ArrowRight"] * 12, " "):
+        page.keyboard.press(key)
+    page.wait_for_selector("#sketch-picture img")
+    before = shown(page, "sketch-picture")
+    assert tab_stops(page, 1) == ["Undo"]
+    page.keyboard.press("Enter")
+    page.locator("#sketch canvas").focus()
+    for key in (" ", *["ArrowDown"] * 12, " "):
+        page.keyboard.press(key)
+    wait_for_another(page, before, "sketch-picture")
+
+
+def test_a_file_is_chosen_with_the_keyboard(page, style):
+    page.locator("#upload").focus()
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files(style)
+    page.locator("#styles").get_by_label(re.compile("shifted")).first.wait_for()
+
+
+def test_a_file_that_is_too_large_is_refused_on_the_page(page, tmp_path):
+    file = tmp_path / "large.safetensors"
+    with file.open("wb") as opened:
+        opened.truncate(300 * 2**20)
+    with page.expect_file_chooser() as chooser:
+        page.click("#upload")
+    chooser.value.set_files(file)
+    page.get_by_text(re.compile("exceed the maximum allowed size")).first.wait_for()

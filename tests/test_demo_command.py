@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from rectified_diffusers import cli
 from rectified_diffusers.cli import demo as demo_command
-from rectified_diffusers.demo.worker import StudioProcess
+from rectified_diffusers.demo.requests import comparison_with
+from rectified_diffusers.demo.worker import LoadingStudio, StudioProcess
 from tests.forks import forked_studios
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
@@ -37,6 +39,11 @@ def model(tmp_path_factory) -> str:
         (["--teacher", "no/where/at all"], "no folder"),
         (["--controlnet", "no/where/at all"], "no folder"),
         (["--controlnet", "tests"], "the folder 'tests' holds no config.json, so it is no saved ControlNet"),
+        (["--auth", "ann"], "--auth takes USER:PASSWORD, or @FILE"),
+        (["--auth", ":secret"], "--auth takes USER:PASSWORD"),
+        (["--auth", "ann:"], "--auth takes USER:PASSWORD"),
+        (["--auth", "@setup.cfg"], "--auth takes USER:PASSWORD"),
+        (["--auth", "@nowhere"], "--auth cannot read 'nowhere'"),
         (["--style", "setup.cfg"], "a style is a .safetensors file, got 'setup.cfg'"),
     ],
 )
@@ -55,21 +62,25 @@ def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
     served = []
 
     @contextmanager
-    def serve(studio, styles, arguments):
+    def serve(studio, styles, arguments, auth):
         yield
-        served.append((studio, studio.about(), arguments))
+        served.append((studio, studio.about(), arguments, auth))
 
     monkeypatch.setattr(demo_command, "_served", serve)
     monkeypatch.setattr(StudioProcess, "wait", lambda self: None)
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(tmp_path / "controlnet")
     options = ["--teacher", model, "--teacher-steps", "3", "--controlnet", str(tmp_path / "controlnet")]
+    (tmp_path / "auth").write_text("ann:se:cret\nmore\n")
+    options += ["--auth", f"@{tmp_path / 'auth'}", "--allow-host", "a.example", "--allow-host", "b.example"]
     with forked_studios():
         assert cli.main(["demo", "--model", model, "--device", "cpu", *options]) == 0
-    ((studio, about, arguments),) = served
+    ((studio, about, arguments, auth),) = served
     assert studio.comparison.steps == 3
     assert studio.can_sketch
     assert studio.name == Path(model).name
     assert arguments.host == "127.0.0.1"
+    assert arguments.allow_hosts == ("a.example", "b.example")
+    assert auth == ("ann", "se:cret")
     assert about.startswith(f"{Path(model).name} · 0 M weights")
 
 
@@ -86,6 +97,23 @@ def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatc
     assert "error:" in told.err
     with pytest.raises(OSError):
         urllib.request.urlopen(address, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("host", "auth", "warning"),
+    [
+        ("127.0.0.1", None, ""),
+        ("0.0.0.0", None, "warning: everyone who can reach this address"),
+        ("0.0.0.0", ("ann", "secret"), "warning: the password travels unencrypted"),
+    ],
+)
+def test_a_page_that_others_can_reach_warns(host, auth, warning, capsys):
+    pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectified_diffusers[demo]"')
+    studio = LoadingStudio("no model", comparison_with(False, 8, 1.0), Future(), can_sketch=False)
+    with demo_command._served(studio, [], demo_command.DemoOptions(host=host, port=0), auth):
+        told = capsys.readouterr()
+    assert told.err.startswith(warning)
+    assert bool(told.err) == bool(warning)
 
 
 def test_the_page_is_served_without_waiting_for_torch():

@@ -117,11 +117,11 @@ def test_a_visitor_who_leaves_does_not_hold_up_the_others(server, monkeypatch):
     steps = []
     noticed, stepped = threading.Event(), page_module.markup.comparison_caption
 
-    def caption(beside, generation=None, own_seconds=0.0):
+    def caption(beside, generation=None, *rest):
         if generation is not None:
             steps.append(generation.step)
             noticed.set()
-        return stepped(beside, generation, own_seconds)
+        return stepped(beside, generation, *rest)
 
     monkeypatch.setattr(page_module.markup, "comparison_caption", caption)
     monkeypatch.setattr(server.studio, "comparison", server.studio.comparison.__class__("x", 50, 1.0))

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio
     from rectified_diffusers.demo.worker import LoadingStudio
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+WITHOUT_PASSWORD = "everyone who can reach this address can generate images and upload style files; see --auth"
+WITHOUT_ENCRYPTION = "the password travels unencrypted, unless a server with HTTPS stands in front"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,22 @@ class DemoOptions(ModelOptions):
     )
     host: str = option("127.0.0.1", "Address to serve at; by default, only this machine can reach it.")
     port: int = option(7860, "Port to serve at.")
+    allow_hosts: tuple[str, ...] = option(
+        (),
+        "Further name of the server that browsers may use, for example that of a reverse proxy; repeat the option for "
+        "several.",
+        flags=["--allow-host"],
+        action="append",
+        nargs=None,
+        metavar="NAME",
+        shown="none",
+    )
+    auth: str | None = option(
+        None,
+        "User name and password that visitors have to enter. Other users of this machine can read the command line: "
+        "@FILE reads them from the first line of a file.",
+        metavar="USER:PASSWORD",
+    )
     open: bool = flag("Open the page in the browser.")
 
     def __post_init__(self) -> None:
@@ -82,6 +99,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
     """Serve the page until Ctrl-C, while another process loads the models and generates images."""
     options = options_from(arguments, DemoOptions)
     styles = [_style(text) for text in options.styles]
+    auth = None if options.auth is None else _credentials(options.auth)
     check_model(options.source)
     if options.teacher is not None:
         check_model(options.teacher)
@@ -96,26 +114,31 @@ def run_demo(arguments: argparse.Namespace) -> None:
         )
         can_sketch = options.controlnet is not None
         studio = LoadingStudio(Path(options.source).name, comparison, process.studio, can_sketch=can_sketch)
-        with _served(studio, styles, options):
+        with _served(studio, styles, options, auth):
             process.studio.result()
             process.wait()
 
 
 @contextmanager
-def _served(studio: LoadingStudio, styles: list[tuple[Path, float]], options: DemoOptions) -> Iterator[None]:
+def _served(
+    studio: LoadingStudio, styles: list[tuple[Path, float]], options: DemoOptions, auth: tuple[str, str] | None
+) -> Iterator[None]:
+    from rectified_diffusers.demo.guard import LOOPBACK
     from rectified_diffusers.demo.page import build_page
-    from rectified_diffusers.demo.server import launch
+    from rectified_diffusers.demo.server import launch, private_folder
 
-    page = build_page(studio, styles)
-    address = launch(page, options.host, options.port, open_browser=options.open)
-    try:
-        print_result(options, f"{address}  (stop with Ctrl-C)", address=address)
-        if options.host not in LOOPBACK:
-            warning = "everyone who can reach this address can generate images and upload style files"
-            print(warning, file=sys.stderr, flush=True)
-        yield
-    finally:
-        page.close(verbose=False)  # its message would not be JSON
+    with private_folder():
+        page = build_page(studio, styles)
+        more = {"allowed_hosts": options.allow_hosts, "auth": auth}
+        address = launch(page, options.host, options.port, open_browser=options.open, **more)
+        try:
+            print_result(options, f"{address}  (stop with Ctrl-C)", address=address)
+            if options.host not in LOOPBACK:
+                warning = WITHOUT_PASSWORD if auth is None else WITHOUT_ENCRYPTION
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            yield
+        finally:
+            page.close(verbose=False)  # its message would not be JSON
 
 
 def _load_studio(options: DemoOptions, styles: list[tuple[Path, float]]) -> Studio:
@@ -148,6 +171,18 @@ def _style(text: str) -> tuple[Path, float]:
     if Path(name).suffix != ".safetensors":
         raise CommandError(f"a style is a .safetensors file, got {name!r}; others can run code when they are opened")
     return Path(name).resolve(), scale
+
+
+def _credentials(text: str) -> tuple[str, str]:
+    if text.startswith("@"):
+        try:
+            text = Path(text[1:]).expanduser().read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandError(f"--auth cannot read {text[1:]!r}: {error}") from error
+    user, _, password = text.partition(":")
+    if not user.strip() or not password:
+        raise CommandError("--auth takes USER:PASSWORD, or @FILE with them in its first line")
+    return user.strip(), password
 
 
 def _load_controlnet(name: str, dtype: Any) -> Any:

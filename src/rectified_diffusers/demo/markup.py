@@ -34,7 +34,9 @@ def own_caption(generation: Generation | None = None, prompt: str = "") -> str:
     return caption(steps, "", f'<span class="time fast">{seconds(generation.seconds)}</span>', prompt)
 
 
-def comparison_caption(comparison: Comparison, generation: Generation | None = None, own_seconds: float = 0.0) -> str:
+def comparison_caption(
+    comparison: Comparison, generation: Generation | None = None, own_seconds: float = 0.0, prompt: str = ""
+) -> str:
     """Return the caption of the comparison: its name, a progress bar while it runs, and its relative duration."""
     name, text, time, progress = f"{comparison.name}, {comparison.steps} steps", "press Enter to generate", "", 0.0
     if generation is not None:
@@ -43,7 +45,7 @@ def comparison_caption(comparison: Comparison, generation: Generation | None = N
         if not generation.done:
             text, progress = f"step {generation.step}", generation.step / generation.steps
     bar = f'<div class="bar"><div style="width: {100 * progress:.0f}%"></div></div>'
-    return caption(name, text, time) + bar
+    return caption(name, text, time, prompt) + bar
 
 
 def remark(*parts: str) -> str:

@@ -11,6 +11,7 @@ import gradio as gr
 from PIL import Image
 
 from rectified_diffusers.demo import markup
+from rectified_diffusers.demo.guard import GuardedBlocks
 from rectified_diffusers.demo.requests import (
     MAX_CHARACTERS,
     MAX_FRAMES,
@@ -41,6 +42,7 @@ QUEUE_LENGTH = 256  # further visitors get the message that the queue is full
 CACHE_SECONDS = (600, 4 * 3600)  # interval of the search for old image files, and the age at which they are old
 FRAMES_PER_SECOND = 15
 IMAGE_HEIGHT = 380  # screen pixels
+PHONE_COLUMN = 140  # least width of an image, so that two are side by side on a phone
 
 
 def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
@@ -50,7 +52,7 @@ def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> 
         studio: generates images for all visitors, in the order of their requests.
         styles: files available to every visitor, each with the initial scale of its slider.
     """
-    with gr.Blocks(title="rectified-diffusers", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
+    with GuardedBlocks(title="rectified-diffusers", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         _Page(studio, styles).connect(page)
     page.queue(max_size=QUEUE_LENGTH, default_concurrency_limit=1)
     return page
@@ -70,6 +72,7 @@ class _Page:
         with gr.Row(equal_height=True):
             self.prompt = gr.Textbox(
                 PROMPTS[0],
+                label="Prompt",
                 placeholder="Describe an image",
                 max_length=MAX_CHARACTERS,
                 max_lines=4,
@@ -96,10 +99,10 @@ class _Page:
 
     def _lay_out_images(self) -> None:
         with gr.Row():
-            with gr.Column():
+            with gr.Column(min_width=PHONE_COLUMN):
                 self.caption = _html(markup.own_caption(), "own-caption")
                 self.image = _image("picture")
-            with gr.Column():
+            with gr.Column(min_width=PHONE_COLUMN):
                 self.comparison_caption = _html(markup.comparison_caption(self.studio.comparison), "beside-caption")
                 self.comparison = _image("beside")
         self.remark = _html(markup.remark(self.studio.comparison.remark), "remark")
@@ -136,9 +139,9 @@ class _Page:
         with gr.Row():
             with gr.Column():
                 _html(markup.caption("Interpolate", "from the prompt and seed above to these"))
-                self.end_prompt = gr.Textbox(PROMPTS[1], label="Prompt", max_length=MAX_CHARACTERS)
+                self.end_prompt = gr.Textbox(PROMPTS[1], label="Second prompt", max_length=MAX_CHARACTERS)
                 with gr.Row():
-                    self.end_seed = gr.Number(1, label="Seed", precision=0, minimum=0, maximum=MAX_SEED)
+                    self.end_seed = gr.Number(1, label="Second seed", precision=0, minimum=0, maximum=MAX_SEED)
                     self.frames = gr.Slider(2, MAX_FRAMES, 16, step=1, label="Frames", buttons=[])
                 self.loop = gr.Checkbox(True, label="Loop back to the start")
                 self.animate = gr.Button("Animate", variant="primary", elem_id="animate")
@@ -250,12 +253,13 @@ class _Page:
         comparison = self.studio.comparison
         with _shown_errors():
             image_request, _ = session.request(*screen)
+            prompt = image_request.prompt
             # Yield once at the start: otherwise a request that is immediately obsolete would leave blanks.
             yield gr.skip(), markup.comparison_caption(comparison, Generation(None, 0, 0, comparison.steps))
             generations = self.studio.compare(image_request)
             for generation in self.requests.while_current(str(request.session_hash), generations):
                 image = gr.skip() if generation.image is None else generation.image
-                yield image, markup.comparison_caption(comparison, generation, session.own_seconds)
+                yield image, markup.comparison_caption(comparison, generation, session.own_seconds, prompt)
 
     def _generate_from_sketch(self, session: Session, *values: Any) -> tuple[Any, str]:
         *screen, sketch, strength = values
@@ -274,16 +278,18 @@ class _Page:
             start, _ = session.request(*screen)
             end, _ = session.request(end_prompt, end_seed, start.steps, start.guidance_scale)
             total = 2 * frames if loop else frames + 1
+            ends = f"{start.prompt} → {end.prompt}"
             generated = self.studio.morph(start, end, frames, loop=loop)
             for image in self.requests.while_current(str(request.session_hash), generated):
                 images.append(image)
-                yield image, markup.caption(f"Frame {len(images)}", f"of {total}")
+                yield image, markup.caption(f"Frame {len(images)}", f"of {total}", tooltip=ends)
             if len(images) < total:  # stopped
                 return
             file = Path(folder, "morph.gif")
             save_animation(images, file, FRAMES_PER_SECOND)
             # gradio copies the file before it requests the next item.
-            yield file, markup.caption(f"{len(images)} frames", f"{start.prompt[:40]} → {end.prompt[:40]}")
+            shown = f"{start.prompt[:40]} → {end.prompt[:40]}"
+            yield file, markup.caption(f"{len(images)} frames", shown, tooltip=ends)
 
     def _add_style(self, session: Session, *values: Any) -> tuple[Any, ...]:
         *screen, file = values

@@ -125,5 +125,5 @@ def comparison_with(teacher: bool, steps: int, guidance_scale: float) -> Compari
     """Return the comparison for the model: its teacher, or the model itself with OWN_STEPS steps."""
     if teacher:
         return Comparison("Teacher", steps, guidance_scale)
-    remark = "On the right is the same model with more steps. Compare it with another model by --teacher MODEL."
+    remark = "The image on the right is from the same model, with more steps."
     return Comparison("The same model", OWN_STEPS, 1.0, remark)
