@@ -10,7 +10,9 @@ import io
 import json
 import logging
 import math
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -204,20 +206,28 @@ def check_folder_is_writable(folder: Path) -> None:
 def load_pipeline(model: str, device: str, dtype: str) -> Any:
     """Load any diffusers pipeline, from this package or not, from a folder or the Hub."""
     check_model(model)
+    announce(f"loading {model}")
     resolved = _device(device)
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
     from rectified_diffusers.loading.errors import dtype_option, remedies
-    from rectified_diffusers.loading.safety import refuse_foreign_code
+    from rectified_diffusers.loading.safety import refuse_foreign_code, require_components
     from rectified_diffusers.pipelines.registration import register
 
     register()
     refuse_foreign_code(model)
+    require_components(model)
     with without_bars_of_libraries(), remedies(model):
         precision = dtype_option(_dtype(dtype, resolved))
         pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)
     return pipeline.to(resolved)
+
+
+def announce(phase: str) -> None:
+    """Print the phase that begins, at a terminal: importing and loading models takes up to half a minute."""
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{PROG}: {phase} ...", file=sys.stderr, flush=True)
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

@@ -28,7 +28,16 @@ _NETWORK: Any = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
 )
 # What diffusers and transformers raise for a config whose values have wrong types.
-_WRONG_TYPES = (TypeError, AttributeError, KeyError, IndexError, RecursionError, errors.StrictDataclassError)
+_WRONG_TYPES = (
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    errors.StrictDataclassError,
+)
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -81,7 +90,9 @@ def remedies(
         raise
     except (*_WRONG_TYPES, RuntimeError) as error:
         verify_downloads(source, cache_dir, before)
-        if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
+        if not isinstance(error, _WRONG_TYPES) and not re.search(
+            "mismatch|dimension|shape|allocate|overflow|larger than|out of range", str(error)
+        ):
             raise
         _explain_redirects(error, source)
         _explain_files(error, source, _folder_of(source, cache_dir, revision))
@@ -107,7 +118,7 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
         if file.is_file() and not is_json_object(file):
             raise ValueError(f"{file} must be a JSON object. Download or save it again.") from error
     if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
-        for file, damage in _damaged_files(folder):
+        for file, damage in damaged_files(folder):
             # In the Hub's cache a snapshot contains links: as long as the file itself exists, it is used again.
             raise OSError(
                 f"{file} cannot be read: {damage}. The file is damaged or incomplete. Delete "
@@ -161,7 +172,7 @@ def _folder_of(source: str | os.PathLike[str], cache_dir: str | Path | None, rev
     return Path(index).parent if isinstance(index, str) else Path(str(source))
 
 
-def _damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
+def damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
     """Yield the safetensors files whose header cannot be read or does not match their length, each with its error."""
     for file in sorted(folder.rglob("*.safetensors")):
         try:

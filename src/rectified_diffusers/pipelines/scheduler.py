@@ -107,7 +107,11 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
                     f"schedulers need {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
+            count = config_dict.get("num_train_timesteps", 0)
+            exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
+            if exported:
+                config_dict["num_train_timesteps"] = count - 1
         # Recorded by a reflow along a path that is not straight, see `require_straight`; not an argument.
         path = {key: value for key, value in config_dict.items() if key == "interpolation"}
         config_dict = {key: value for key, value in config_dict.items() if key not in path}

@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.mkdir()
         for name, tensors in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-        files = {name: _fingerprint(temporary / name) for name in sorted(checkpoint.tensors)}
+        files = {name: file_digest(temporary / name) for name in sorted(checkpoint.tensors)}
         state = {"step": checkpoint.step, **checkpoint.state, "files": files}
         (temporary / STATE).write_text(sealed(state))
 
@@ -121,7 +121,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = unsealed((path / STATE).read_text())
         files, step = state.pop("files"), state.pop("step")
         for name, expected in files.items():
-            found = _fingerprint(path / name)
+            found = file_digest(path / name)
             if found != expected:
                 raise ValueError(f"{name} should be {expected} and is {found}")
         return Checkpoint(step, {name: load_file(path / name) for name in files}, state)
@@ -174,6 +174,16 @@ def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], outp
             )
 
 
+def require_same_model(expected: Mapping[str, str], found: Mapping[str, str], output_dir: Path) -> None:
+    """Raise a `ValueError` that names the part in which the starting model differs from that of the run to resume."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{output_dir} holds a run that started from a model with another {name}. Give that model to resume "
+                "the run, or another output_dir to start a new one."
+            )
+
+
 def sealed(state: Mapping[str, Any]) -> str:
     """Return a state as JSON whose last entry is the digest of the other entries."""
     digest = hashlib.blake2b(json.dumps(state).encode(), digest_size=16).hexdigest()
@@ -193,7 +203,7 @@ def unsealed(text: str) -> dict[str, Any]:
     return state
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def file_digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the BLAKE2b digest of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:

@@ -12,6 +12,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
 from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.training.lora import WEIGHTS
+from rectified_diffusers.training.run_folder import STARTING_MODEL
 from rectified_diffusers.training.tracking import FOLDER
 
 METHODS = {
@@ -84,7 +85,8 @@ class Card:
 
     def _training(self) -> str:
         lines = ["## Training", "", "| option | value |", "|---|---|"]
-        lines += [f"| {name} | {_plain(value)} |" for name, value in self.record.items() if name != "lpips_weights"]
+        hidden = ("lpips_weights", STARTING_MODEL)
+        lines += [f"| {name} | {_plain(value)} |" for name, value in self.record.items() if name not in hidden]
         lines += ["", "## Measured", ""]
         if "loss" in self.last_line:
             loss, step = self.last_line["loss"], self.last_line["step"]

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,28 +16,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.data.teacher import fingerprints
 from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
+from rectified_diffusers.training import guards
 from rectified_diffusers.training.checkpoint import (
     Checkpoint,
     config_to_json,
     newest_checkpoint,
     recorded_options,
     require_room,
+    require_same_model,
     require_same_run,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import (
-    ROWS,
-    require_config,
-    require_direction,
-    require_own_weights,
-    require_pairs,
-)
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -48,7 +45,7 @@ from rectified_diffusers.training.model_card import (
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
-from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
+from rectified_diffusers.training.run_folder import STARTING_MODEL, RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
@@ -90,24 +87,17 @@ class Trainer(ABC, Generic[Config]):
     """Whether the network must predict a velocity before the first step."""
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
-        require_config(type(self), config)
-        require_own_weights(pipeline)
+        guards.require_config(type(self), config)
+        guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
-            require_pairs(dataset.manifest)
+            guards.require_pairs(dataset.manifest)
         if self.needs_flow and not self.starts_as_flow:
-            raise ValueError(
-                f"{type(self).__name__} needs a pipeline that predicts a velocity, got {type(pipeline).__name__} with "
-                f"{type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
-            )
+            raise guards.not_a_flow(type(self).__name__, pipeline)
         self.accelerator = training_accelerator(config.mixed_precision, **tracker_arguments(config))
         self.sharded = is_sharded(self.accelerator)
-        if config.batch_size % self.accelerator.num_processes:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
-                f"got {config.batch_size}. Choose another batch size or number of processes."
-            )
+        guards.require_divisible(config.batch_size, self.accelerator.num_processes)
         self.reader = RowReader(dataset, config.num_workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
@@ -214,8 +204,8 @@ class Trainer(ABC, Generic[Config]):
 
     def check_direction(self, predict_velocity: Callable[[Tensor, Tensor, list[str]], Tensor]) -> None:
         """Raise if v(x_t, t, prompts) points away from the data of the first triplets."""
-        rows = torch.arange(min(ROWS, self.config.micro_batch_size or ROWS, len(self.dataset)))
-        require_direction(predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
+        rows = torch.arange(min(guards.ROWS, self.config.micro_batch_size or guards.ROWS, len(self.dataset)))
+        guards.require_direction(predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -320,8 +310,14 @@ class Trainer(ABC, Generic[Config]):
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
             "dataset_manifest": self.dataset.manifest.fingerprint,
+            STARTING_MODEL: self.starting_model,
             **config_to_json(self.config),
         }
+
+    @cached_property
+    def starting_model(self) -> dict[str, str]:
+        """Digests of the parts of the pipeline that training starts from and that the finished pipeline contains."""
+        return fingerprints(self.pipeline)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name; every process must call this."""
@@ -346,13 +342,11 @@ class Trainer(ABC, Generic[Config]):
         """Load the newest checkpoint, if there is one, and return the number of completed steps."""
         checkpoint = newest_checkpoint(self.output.checkpoints)
         step = checkpoint.step if checkpoint else 0
-        if step > self.config.max_steps:
-            raise ValueError(
-                f"{self.output.path} holds a run of {step} steps, got max_steps={self.config.max_steps}. "
-                "Raise max_steps to go on, or give another output_dir."
-            )
+        guards.require_steps_left(step, self.config)
         if checkpoint:
             recorded = recorded_options(checkpoint.state["run"], self.config)
+            started = recorded.setdefault(STARTING_MODEL, self.starting_model)  # runs of preview releases lack it
+            require_same_model(started, self.starting_model, self.output.path)
             require_same_run(recorded, self.identity(), self.output.path)
             self.load(checkpoint)
         if self.accelerator.is_main_process:
