@@ -82,8 +82,9 @@ class Stage:
         # Distribution matching: per update of the fake score, one pass of the student and three of the fake score; per
         # update of the student, three of the student, one of the fake score, two of the guided teacher. With a
         # discriminator the fake score also sees as many real images, and the student's update runs through it once
-        # more, forwards and backwards.
+        # more, forwards and backwards. A student of N steps takes (N - 1) / 2 steps before each update, on average.
         passes = 7 * FAKE_UPDATES + 9 if self.discriminator else 4 * FAKE_UPDATES + 6
+        passes += Fraction((FAKE_UPDATES + 1) * (self.options.get("student_steps", 1) - 1), 2)
         matching = Fraction(passes, 3) if self.method == "dmd" else Fraction(1)
         return matching * (2 if self.stacked else 1)
 
@@ -104,10 +105,19 @@ def reflow(share: str, **options: Any) -> Stage:
     return Stage("reflow", Fraction(share), options)
 
 
-def distillation(share: str, stacked: bool = False) -> tuple[Stage, ...]:
+def distillation(share: str, stacked: bool = False, **options: Any) -> tuple[Stage, ...]:
     """Return an L2 stage and then an LPIPS stage, as in the paper, each with half of the share."""
     half = Fraction(share) / 2
-    return tuple(Stage("distill", half, {"loss": loss}, stacked) for loss in ("l2", "lpips"))
+    return tuple(Stage("distill", half, {"loss": loss, **options}, stacked) for loss in ("l2", "lpips"))
+
+
+def few_steps(steps: int, matching: bool = False) -> Line:
+    """Return 2-RF + distillation to a number of steps; with `matching`, a quarter is distribution matching."""
+    options = {"student_steps": steps} if steps > 1 else {}
+    if not matching:
+        return Line("2-RF + distillation", (reflow("1/2"), *distillation("1/2", **options)), steps)
+    stages = (reflow("3/8"), *distillation("3/8", **options), Stage("dmd", Fraction(1, 4), options))
+    return Line("2-RF + distillation + distribution matching", stages, steps)
 
 
 def progressive(steps: int) -> Line:
@@ -124,7 +134,12 @@ ROWS = {
     "progressive-4": progressive(4),
     "progressive-2": progressive(2),
     "progressive-1": progressive(1),
-    "2rf-distill": Line("2-RF + distillation", (reflow("1/2"), *distillation("1/2")), 1),
+    "2rf-distill": few_steps(1),
+    "2rf-distill-2": few_steps(2),
+    "2rf-distill-4": few_steps(4),
+    "2rf-distill-dmd": few_steps(1, matching=True),
+    "2rf-distill-dmd-2": few_steps(2, matching=True),
+    "2rf-distill-dmd-4": few_steps(4, matching=True),
     "3rf-distill": Line("3-RF + distillation", (reflow("1/3"), reflow("1/3"), *distillation("1/3")), 1),
     "stacked-distill": Line(
         "2-RF + distillation, stacked U-Net", (reflow("1/2"), *distillation("1/2", stacked=True)), 1

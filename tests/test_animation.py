@@ -171,7 +171,7 @@ def test_interpolate_refuses(pipeline, prompts, seeds, frames, message):
 
 
 def test_interpolate_refuses_a_size_that_is_no_whole_number_of_latents(pipeline):
-    with pytest.raises(ValueError, match="width must be a multiple of 4, got 33"):
+    with pytest.raises(ValueError, match="width must be a multiple of 4 for this VAE, got 33"):
         interpolate(pipeline, "a fox", [0, 1], width=33)
 
 

@@ -88,7 +88,9 @@ def axe(tmp_path_factory):
     ):
         pytest.skip(f"no {AXE}: needs npm and its registry")
     with tarfile.open(next(folder.glob("*.tgz"))) as archive:
-        return archive.extractfile("package/axe.min.js").read().decode()
+        file = archive.extractfile("package/axe.min.js")
+        assert file is not None
+        return file.read().decode()
 
 
 @pytest.fixture

@@ -528,8 +528,11 @@ HOSTILE_LORAS = {
     "rank 0": (peft_lora(0), "expected a matrix of rank 1"),
     "a vector": ({**peft_lora(), A: torch.ones(16)}, "expected a matrix"),
     "a number": ({**peft_lora(), A: torch.tensor(1.0)}, "expected a matrix"),
-    "ranks that differ": ({**peft_lora(), A: torch.ones(3, 16)}, "different ranks"),
-    "one factor": ({A: torch.ones(2, 16)}, "has no partner .*lora_B"),
+    "ranks that differ": (
+        {**peft_lora(), A: torch.ones(3, 16)},
+        "lora_B.* has the shape .16, 2., but its layer's weight has",
+    ),
+    "one factor": ({A: torch.ones(2, 16)}, "has no lora_up, expected both factors"),
     "other inputs": ({**peft_lora(), A: torch.ones(2, 7)}, "its layer's weight has"),
     "other outputs": ({**peft_lora(), B: torch.ones(7, 2)}, "its layer's weight has"),
     "one foreign layer": (

@@ -291,7 +291,7 @@ def test_what_is_no_image_is_refused_by_name(convert, value, text):
 
 
 def test_an_empty_mask_cannot_be_cropped_around(stock_levels):
-    with pytest.raises(ValueError, match="mask_image: expected masked pixels to crop around"):
+    with pytest.raises(ValueError, match="mask_image: expected masked pixels, got none"):
         image_to_image(
             stock_levels,
             COLOR,

@@ -211,7 +211,7 @@ def test_what_came_into_the_cache_is_compared_with_its_name(tmp_path, right, err
 
 
 def test_an_error_of_the_network_names_what_was_asked_for():
-    words = r"a/b could not be fetched: \w+: cut off\. Partial downloads are not used"
+    words = r"a/b could not be fetched: \w+: cut off\. Load it again later"
     with pytest.raises(ConnectionError, match=words), remedies("a/b"):
         raise _NETWORK[-1]("cut off")
 

@@ -338,7 +338,7 @@ def assert_same(now: dict[str, Any], before: dict[str, Any]) -> None:
 A = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PROJ_IN, CONV1 = "lora_unet_mid_block_attentions_0_proj_in", "lora_unet_mid_block_resnets_0_conv1"
 REFUSED: dict[str, tuple[Callable[[], File], str]] = {
-    "a LoHa layer": (lambda: {f"{PROJ_IN}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+    "a LoHa layer": (lambda: {f"{PROJ_IN}.hada_w1_a": torch.ones(2, 2)}, "is of a LyCORIS file"),
     "a difference of a bias": (lambda: {f"{PROJ_IN}.diff_b": torch.ones(32)}, "LyCORIS"),
     "an unknown tensor": (lambda: {f"{A}.oft_blocks": torch.ones(2)}, "unexpected tensor"),
     "a textual inversion": (lambda: {"bundle_emb.x.string_to_param": torch.ones(2)}, "unexpected tensor"),

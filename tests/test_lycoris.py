@@ -245,7 +245,7 @@ def test_several_at_once_and_on_top_of_each_other(pipeline):
     applied.take_back()
     assert unchanged(pipeline, before)
     records = [apply_weight_delta(pipeline, file) for file in (first, second)]
-    with pytest.raises(ValueError, match="Take back first what came later"):
+    with pytest.raises(ValueError, match="Undo later changes first, in reverse order"):
         records[0].take_back()
     for record in reversed(records):
         record.take_back()
@@ -298,8 +298,12 @@ QUERY = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 def spoiled() -> Iterator[tuple[str, Callable[[Parts], Any], str]]:
     yield "a foreign layer", lambda f: f.update({"lora_unet_x.diff": torch.ones(2)}), "x.* is in this|layer 'x'"
     yield "an unknown tensor", lambda f: f.update({f"{QUERY}.oft_blocks": torch.ones(2, 2)}), "unexpected tensor"
-    yield "a factor less", lambda f: f.pop(f"{QUERY}.hada_w2_b"), "expected those of one LoRA, LoHa"
-    yield "two kinds", lambda f: f.update({f"{QUERY}.diff": torch.ones(16, 16)}), "expected those of one LoRA, LoHa"
+    yield "a factor less", lambda f: f.pop(f"{QUERY}.hada_w2_b"), "expected those of one layer"
+    yield (
+        "two kinds",
+        lambda f: f.update({f"{QUERY}.diff": torch.ones(16, 16)}),
+        "expected those of one layer of LoRA, ",
+    )
     yield "one core", lambda f: f.update({f"{QUERY}.hada_t1": torch.ones(2, 2, 1, 1)}), "expected those of one"
     yield "NaN", lambda f: f[f"{QUERY}.hada_w1_a"].fill_(torch.nan), "NaN or infinity"
     yield "NaN alpha", lambda f: f[f"{QUERY}.alpha"].fill_(torch.nan), "NaN or infinity"

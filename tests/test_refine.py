@@ -101,7 +101,7 @@ def test_the_default_is_the_published_refiner(model, tmp_path, capsys):
             ["--refine", "x/y", "--refine-steps", "3"],
             "--refine-strength 0.3 of --refine-steps 3 is less than one step",
         ),
-        (["--refine", "x/y", "--refine-steps", "0"], "is less than one step; raise either"),
+        (["--refine", "x/y", "--refine-steps", "0"], "is less than one step"),
         (["--refine", "no-such-folder"], "no folder 'no-such-folder', and it is no Hub id"),
     ],
     ids=" ".join,
@@ -116,7 +116,7 @@ def test_refuses(model, tmp_path, capsys, arguments, message):
 def test_a_pipeline_that_is_no_refiner_is_refused(model, tmp_path, capsys):
     command = ["generate", "a fox", "-o", str(tmp_path / "a.png"), "--model", model, "--device", "cpu"]
     assert cli.main([*command, "--refine", model]) == 2
-    assert "--refine needs a StableDiffusionXLImg2ImgPipeline such as" in capsys.readouterr().err
+    assert "--refine needs an SDXL refiner such as" in capsys.readouterr().err
 
 
 def test_example(model, refiner, tmp_path, monkeypatch):

@@ -254,7 +254,7 @@ def test_a_used_up_grid_is_an_error():
     x = randn(1, 4, 8, 8)
     scheduler = make_scheduler(2)
     run(scheduler, x, a_velocity)
-    with pytest.raises(ValueError, match="All 2 steps of the grid are taken"):
+    with pytest.raises(ValueError, match="All 2 steps are taken"):
         scheduler.step(x, 1000.0, x)
 
 
@@ -392,8 +392,8 @@ def test_a_new_scheduler_has_the_grid_of_its_training():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"num_train_timesteps": True}, TypeError, "must be a whole number, got True"),
-        ({"num_train_timesteps": 2.5}, TypeError, "must be a whole number, got 2.5"),
+        ({"num_train_timesteps": True}, TypeError, "must be an integer, got True"),
+        ({"num_train_timesteps": 2.5}, TypeError, "must be an integer, got 2.5"),
         ({"shift": "3"}, TypeError, "shift must be a number, got '3'"),
         ({"shift": float("inf")}, ValueError, "shift must be above 0 and finite"),
     ],

@@ -171,11 +171,9 @@ def test_what_is_no_diffusion_unet_is_refused() -> None:
         from_unet(make_unet(9), scheduler)
     with pytest.raises(ValueError, match="RectifiedFlowEulerScheduler with prediction_type 'flow_prediction'"):
         from_unet(make_unet(), rectified_diffusers.RectifiedFlowEulerScheduler())
-    with pytest.raises(
-        ValueError, match="predicts epsilon cannot be turned into a flow on a schedule that ends in pure"
-    ):
+    with pytest.raises(ValueError, match="predicts epsilon has no flow on a schedule that ends in pure noise"):
         from_unet(make_unet(), make_diffusion_scheduler(rescale_betas_zero_snr=True))
-    with pytest.raises(ValueError, match=r"Make the model with DiffusionVelocityUNet.from_unet\(unet, scheduler\)"):
+    with pytest.raises(ValueError, match=r"Create the model with DiffusionVelocityUNet.from_unet\(unet, scheduler\)"):
         DiffusionVelocityUNet(sample_size=8)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.square()
     with pytest.raises(ValueError, match="DDIMScheduler does not give its alphas_cumprod"):

@@ -1,13 +1,18 @@
 """Process groups of `accelerate launch` and torchrun, also connected on machines with only CPUs."""
 
+import logging
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+
+logger = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(days=30)  # how long finished processes wait for the slowest
+_TRAINING_PATIENCE = timedelta(hours=2)  # for one that writes 192 GB, the checkpoint of a model of 12B, or validates
 
 
 def several_on_cpu() -> bool:
@@ -15,10 +20,34 @@ def several_on_cpu() -> bool:
 
     accelerate connects them only on request; otherwise each would work alone, all in the same folder.
     """
+    _warn_of_missing_processes()
     devices = getattr(torch, "accelerator", torch.cuda)  # torch.accelerator exists since torch 2.6
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not devices.is_available()
+
+
+def _warn_of_missing_processes() -> None:
+    """Warn if `accelerate launch --cpu --num_processes N` was called, which starts one process for any N.
+
+    It sets the address of a process group only for several processes, but no size.
+    """
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    launched = parse_flag_from_env("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ
+    if launched and not any(name in os.environ for name in sizes):
+        logger.warning(
+            "accelerate launch --cpu has started one process, whatever its --num_processes. Start N with "
+            "torchrun --nproc_per_node N -m rectified_diffusers.cli COMMAND ..."
+        )
 
 
 def join_processes() -> PartialState:
     """Join the process group and return its state; processes wait for each other for up to 30 days."""
     return PartialState(cpu=several_on_cpu() or parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
+
+
+def training_accelerator(mixed_precision: str, **arguments: Any) -> Accelerator:
+    """Return the accelerator of a training, whose processes wait for each other for up to two hours."""
+    # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
+    # the trainers apply themselves, so one process can do runs of either precision; fp16 needs a scaler.
+    precision = "fp16" if mixed_precision == "fp16" else "no"
+    group = InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)  # ten minutes by default
+    return Accelerator(cpu=several_on_cpu(), mixed_precision=precision, kwargs_handlers=[group], **arguments)

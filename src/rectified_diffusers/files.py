@@ -102,6 +102,7 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[bool | None]:
         return
     held: bool | None = True
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,7 +112,21 @@ def lock(folder: Path, *, shared: bool = False) -> Iterator[bool | None]:
             held = None
         yield held
     finally:
+        _locks.discard(descriptor)
         os.close(descriptor)
+
+
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    """Close the locks in a forked process, such as one that reads ahead: they end with the process that took them."""
+    while _locks:
+        os.close(_locks.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_locks)
 
 
 def require_space(folder: Path, size: int, what: str, remedy: str | None = None) -> None:

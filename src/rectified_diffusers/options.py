@@ -16,6 +16,14 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Config = TypeVar("Config")
 
+LARGEST = 10**9
+LARGEST_OF = {
+    **dict.fromkeys(("height", "width", "size"), 1 << 14),
+    **dict.fromkeys(("steps", "num_inference_steps", "lora_rank", "frames"), 10**5),
+    "num_images": 10**6,
+}
+"""Whole numbers above these are mistakes, which would otherwise compute or wait without end; a seed may be larger."""
+
 _WORDS = {int: "a whole number", float: "a number", str: "a text", Path: "a path", bool: "True or False"}
 _METAVARS = {int: "INT", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
@@ -66,7 +74,16 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
 def options_from(namespace: argparse.Namespace, config_class: type[Config]) -> Config:
     """Return the config built from what `add_options` parsed; its `__post_init__` checks the values."""
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
+    for name, value in given.items():
+        require_bounded(name, value)
     return config_class(**{field.name: given[field.name] for field in _fields(config_class) if field.name in given})
+
+
+def require_bounded(name: str, value: Any) -> None:
+    """Raise a ValueError if the value of an option is a whole number beyond its limit."""
+    limit = LARGEST_OF.get(name, LARGEST)
+    if isinstance(value, int) and value > limit and not name.endswith("seed"):
+        raise ValueError(f"{name} must be at most {limit:,}, got {value:,}.")
 
 
 def check_options(config: Any) -> None:
@@ -83,6 +100,7 @@ def check_options(config: Any) -> None:
     for field in dataclasses.fields(config):
         base, optional = _without_none(types_of[field.name])
         value = getattr(config, field.name)
+        require_bounded(field.name, value)
         if get_origin(base) is Literal and value not in get_args(base) and not (optional and value is None):
             known = ", ".join(map(repr, get_args(base)))
             raise ValueError(f"{field.name} must be one of {known}, got {value!r}.")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 LEFT_OUT = ("*.err", "*.md", "*.html", "*.py", "*/plots/*", "*/seconds.safetensors")
 NOT_COMPARED = {"seconds", "seconds_per_image", "date", "versions", "commit", "hardware", "address"}  # keys of JSON
 # Options that the version after records and the version before does not know, with the value that changes nothing.
-NEW_OPTIONS: dict[str, Any] = {"interpolation": "straight"}
+NEW_OPTIONS: dict[str, Any] = {"interpolation": "straight", "student_steps": 1}
 SETS = (".target_modules",)  # ends of keys: lists that peft makes of sets, in the order of this process' hashes
 SEALS = {"blake2b"}  # of what stands beside them: another one beside a new option
 

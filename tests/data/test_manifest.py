@@ -41,12 +41,12 @@ def test_people_can_read_a_manifest(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("num_triplets", 0, "a number of at least 1"),
-        ("triplets_per_shard", True, "a number of at least 1"),
-        ("num_prompts", 1.5, "a number of at least 1"),
+        ("num_triplets", 0, "a number from 1 to 1,000,000,000"),
+        ("triplets_per_shard", True, "a number from 1 to 1,000,000,000"),
+        ("num_prompts", 1.5, "a number from 1 to 1,000,000,000"),
         ("storage_dtype", "int8", "one of float16, bfloat16, float32"),
-        ("latent_shape", [4, 8, 0], "one to four numbers of at least 1"),
-        ("latent_shape", [2, 4, 8, 8, 8], "one to four numbers of at least 1"),
+        ("latent_shape", [4, 8, 0], "one to four numbers from 1 to 1,000,000,000"),
+        ("latent_shape", [2, 4, 8, 8, 8], "one to four numbers from 1 to 1,000,000,000"),
         ("text_embeddings", {"hidden_states": [0]}, "shapes by name, or nothing"),
     ],
 )

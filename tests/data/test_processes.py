@@ -7,11 +7,13 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rectified_diffusers import distributed as processes
+from rectified_diffusers.data import generate as generate_module
 from tests.data.test_triplets import contents, generate
 from tests.forks import call_in_fork
 from tests.tiny import make_tiny_pipeline
@@ -29,7 +31,14 @@ def generate_as(base: Path, name: str, kind: str, rank: int, count: int, port: i
     if kind == "launched":
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "1"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    teacher = make_tiny_pipeline("diffusion")
+    teacher, make = make_tiny_pipeline("diffusion"), generate_module._make_shard
+
+    def note(*args: Any) -> None:
+        with (base / f"{name}.made").open("a") as file:
+            file.write(f"{args[2]}\n")
+        make(*args)
+
+    generate_module._make_shard = note
     assert len(generate(base / name, teacher, progress=True, num_triplets=TRIPLETS)) == TRIPLETS
 
 
@@ -77,13 +86,19 @@ def test_several_processes_make_the_files_of_one(made, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
-def test_the_missing_shards_are_divided_and_the_main_process_shows_its_share(made):
-    assert "Triplets: 100%" in (made / "one.log").read_text()
-    two, resumed = ((made / f"{name}.log").read_text() for name in ("two", "resumed"))
-    assert "Triplets, process 1 of 2: 100%" in two
-    assert "12/12" in two, "three of six shards"
-    assert "16/16" in resumed, "two of six shards are there, the main process makes two of the other four"
-    assert "process 2" not in two
+@pytest.mark.parametrize("name", ["one", "two", "four", "unrelated", "resumed"])
+def test_no_shard_is_made_twice(made, name):
+    shards = [0, 2, 4, 5] if name == "resumed" else range(6)
+    assert sorted(map(int, (made / f"{name}.made").read_text().split())) == list(shards)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+def test_the_main_process_shows_the_progress_of_all(made):
+    for name in ("one", "two", "resumed"):
+        shown = (made / f"{name}.log").read_text()
+        assert "Triplets: 100%" in shown
+        assert "22/22" in shown
+        assert shown.count("[00:00<?, ?image/s]") == 1, "one bar"
 
 
 @pytest.mark.parametrize(

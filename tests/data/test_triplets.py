@@ -7,9 +7,9 @@ import os
 import random
 import re
 import shutil
+import threading
 import time
 import tracemalloc
-from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +20,10 @@ import torch
 from benchmarks.triplet_memory import write_synthetic
 from safetensors.torch import load_file
 
+from rectified_diffusers.data import claims as claims_module
 from rectified_diffusers.data import dataset as dataset_module
 from rectified_diffusers.data import generate as generate_module
+from rectified_diffusers.data.claims import Claims
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, verify_triplets
 from rectified_diffusers.data.generate import draw_noise, generate_triplets
@@ -484,44 +486,95 @@ def test_a_run_that_goes_on_reads_what_is_there(folder):
         generate(folder)  # says so of the whole file; opening it as a dataset would read a few rows
 
 
-def test_a_process_makes_its_share_and_waits_for_the_others(tmp_path, reference, monkeypatch, capfd):
-    """Of two processes, this is the first; the other one's shard comes while it waits."""
+def test_a_process_makes_what_is_free_and_waits_for_the_others(tmp_path, reference, monkeypatch, capfd):
+    """Another process has claimed a shard, which comes while this one waits."""
+    monkeypatch.setattr(generate_module, "_WAIT", 0)
+    waits = []
 
-    def wait():
-        assert contents(tmp_path).keys() == reference.keys() - {"shard-00001.safetensors"}
-        (tmp_path / "shard-00001.safetensors").write_bytes(reference["shard-00001.safetensors"])
+    def wait(_: float) -> None:
+        assert contents(tmp_path).keys() - {".tmp-claim-00001"} == reference.keys() - {"shard-00001.safetensors"}
+        waits.append(None)
+        if len(waits) == 3:
+            (tmp_path / "shard-00001.safetensors").write_bytes(reference["shard-00001.safetensors"])
+            (tmp_path / ".tmp-claim-00001").unlink()
 
-    place = {"num_processes": 2, "process_index": 0, "is_main_process": True, "device": torch.device("cpu")}
-    first = SimpleNamespace(**place, main_process_first=nullcontext, wait_for_everyone=wait)
-    monkeypatch.setattr(generate_module, "join_processes", lambda: first)
+    remove = generate_module.remove_leftovers
+    monkeypatch.setattr(
+        generate_module, "remove_leftovers", lambda folder: (remove(folder), (folder / ".tmp-claim-00001").touch())
+    )
+    monkeypatch.setattr(generate_module.time, "sleep", wait)
     generate(tmp_path, progress=True)
+    assert len(waits) == 3
     assert contents(tmp_path) == reference
-    shown = capfd.readouterr().err
-    assert "Triplets, process 1 of 2: 100%" in shown
-    assert "6/6" in shown
+    assert "10/10" in capfd.readouterr().err, "the other process's triplets count"
 
 
-def test_all_processes_exchange_the_same_form_of_what_is_there(folder, monkeypatch):
-    exchanged: list[torch.Tensor] = []
-    monkeypatch.setattr(generate_module, "broadcast", lambda flags: (exchanged.append(flags), flags)[1])
-    manifest = TripletDataset(folder).manifest
-    for is_main in (True, False):
-        generate_module._missing_shards(folder, manifest, SimpleNamespace(is_main_process=is_main, device="cpu"))  # pyright: ignore[reportArgumentType]
-    assert [(flags.dtype, flags.shape) for flags in exchanged] == 2 * [(torch.uint8, (3,))]
+def test_a_claim_without_heartbeat_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "STALE", 0.3)
+    monkeypatch.setattr(claims_module, "BEAT", 0.05)
+    path, claims = tmp_path / ".tmp-claim-00004", Claims(tmp_path)
+    path.touch()
+    end, start = threading.Event(), time.monotonic()
+    beating = threading.Thread(target=claims_module._beat, args=(path, end))
+    beating.start()
+    while time.monotonic() < start + 0.8:
+        with claims.claim(4) as free:
+            assert not free
+        time.sleep(0.02)
+    end.set()
+    beating.join()
+    ended = time.monotonic()
+    while not path.with_name("taken").exists():
+        with claims.claim(4) as free:
+            if free:
+                assert time.monotonic() - ended > 0.2
+                path.with_name("taken").touch()
+        assert time.monotonic() < ended + 10
+        time.sleep(0.02)
+    assert not path.exists()
+    with Claims(tmp_path).claim(4) as free:
+        assert free
+
+
+def test_a_shard_whose_making_fails_is_free_again(tmp_path):
+    claims = Claims(tmp_path)
+    with pytest.raises(ValueError, match="not finite"), claims.claim(0):
+        raise ValueError("not finite")
+    with claims.claim(0) as free, claims.claim(0) as twice:
+        assert (free, twice) == (True, False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_process_verifies_its_part_and_raises_for_damage_in_any(folder, monkeypatch):
+    manifest, exchanged = TripletDataset(folder).manifest, []
+    monkeypatch.setattr(generate_module, "reduce", lambda flags, _: (exchanged.append(flags.tolist()), flags)[1])
+    path = folder / "shard-00002.safetensors"
+    path.rename(folder / "away")
+    for index in (0, 1):
+        place: Any = SimpleNamespace(process_index=index, num_processes=2, is_main_process=not index, device="cpu")
+        generate_module._missing_shards(folder, manifest, place)
+    assert exchanged == [[1, 0, 0], [0, 1, 0]]
+    content = bytearray((folder / "away").read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(generate_module, "reduce", lambda flags, _: torch.tensor([1, 1, 2]))
+    with pytest.raises(ValueError, match=r"shard-00002\.safetensors fails its checksum"):
+        generate_module._missing_shards(folder, manifest, place)
 
 
 def test_another_run_in_the_folder_does_no_harm(tmp_path, reference, monkeypatch, capfd):
-    """When the first shard is begun, another run makes all: the first run makes that one again and no more."""
+    """While the first shard is made, another run makes the others: the first run makes that one and no more."""
     make, made = generate_module._make_shard, []
 
-    def interrupted(*args):
-        monkeypatch.setattr(generate_module, "_make_shard", lambda *args: (made.append(args[2]), make(*args)))
-        generate(tmp_path)
+    def make_and_let_others_come(*args):
+        made.append(args[2])
         make(*args)
+        for name in ("shard-00001.safetensors", "shard-00002.safetensors"):
+            (tmp_path / name).write_bytes(reference[name])
 
-    monkeypatch.setattr(generate_module, "_make_shard", interrupted)
+    monkeypatch.setattr(generate_module, "_make_shard", make_and_let_others_come)
     generate(tmp_path, progress=True)
-    assert made == [0, 1, 2]
+    assert made == [0]
     assert "10/10" in capfd.readouterr().err, "the other run's triplets count"
     assert contents(tmp_path) == reference
 

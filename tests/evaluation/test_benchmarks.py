@@ -115,6 +115,27 @@ def test_a_finish_costs_what_it_takes_from_the_stages_before_it(scripts):
     assert (with_real.stages[-1].discriminator, with_real.stages[-1].cost) == (True, Fraction(44, 3))
 
 
+def test_students_of_few_steps_have_the_budget_of_one_step(scripts):
+    table, _ = scripts
+    for steps, passes in ((1, 26), (2, 26 + 3), (4, 26 + 9)):
+        name = "2rf-distill-dmd" + (f"-{steps}" if steps > 1 else "")
+        line, finish = table.ROWS[name], table.ROWS[name].stages[-1]
+        assert (line.steps, sum(stage.share for stage in line.stages)) == (steps, 1)
+        assert finish.cost == Fraction(passes, 3)
+        later = [stage.options.get("student_steps", 1) for stage in line.stages[1:]]
+        assert later == [steps] * 3
+        assert "student_steps" not in line.stages[0].options  # one reflow for all of them
+    assert table.ROWS["2rf-distill-4"].stages[1].options == {"loss": "l2", "student_steps": 4}
+
+
+@pytest.mark.very_slow
+def test_students_of_few_steps_are_made(scripts, arguments, tiny_pictures, monkeypatch):
+    rows = ["--rows", "2rf-distill-2", "2rf-distill-dmd-2", "--seeds", "0"]
+    found, _ = run(scripts[0], arguments, monkeypatch, *rows)
+    assert [row["steps"] for row in found["rows"]] == [2, 2]
+    assert tiny_pictures == ["reflow", "distill", "distill", "reflow", "distill", "distill", "dmd"]
+
+
 def run(module, arguments, monkeypatch, *more):
     tiny = ["--budget", "tiny", "--num-pictures", "4", "--mixed-precision", "no", *more]
     monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])

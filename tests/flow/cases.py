@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rectified_diffusers.flow import Cosine, Differentiable, Interpolation, Straight, VariancePreserving
+from rectified_diffusers.flow import Cosine, Interpolation, Straight, VariancePreserving
 
 # Stable Diffusion's schedule ("scaled_linear"), and the same rescaled to end in pure noise.
 SD_BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -23,28 +23,14 @@ PURE_ENDS = torch.linspace(0, torch.pi / 2, 50, dtype=torch.float64).cos().squar
 PURE_ENDS[-1] = 0
 
 
-def sine(t: Tensor) -> Tensor:
-    return torch.sin(1.2 * t)
-
-
-def fading(t: Tensor) -> Tensor:
-    return torch.exp(-t) - 0.3 * t
-
-
 INTERPOLATIONS: tuple[Interpolation, ...] = (
     Straight(),
     Cosine(),
     VariancePreserving.from_betas(SD_BETAS),
     VariancePreserving(PURE_ENDS),
-    Differentiable(sine, fading),
 )
 # The first has B == C == H == W: there a coefficient put on the wrong axis gives no error, only wrong numbers.
 SHAPES = ((4, 4, 4, 4), (3, 4, 2, 5), (2, 7))
-
-
-def name_of(interpolation: Interpolation) -> str:
-    """Name a case without the addresses that the repr of a function has."""
-    return type(interpolation).__name__ if isinstance(interpolation, Differentiable) else repr(interpolation)
 
 
 def draw_pair(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:

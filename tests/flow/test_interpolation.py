@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_diffusers.flow import Cosine, Differentiable, Interpolation, Straight, VariancePreserving
+from rectified_diffusers.flow import Cosine, Interpolation, Straight, VariancePreserving
 from tests.flow.cases import (
     INTERPOLATIONS,
     PURE_ENDS,
@@ -13,14 +13,11 @@ from tests.flow.cases import (
     SD_BETAS,
     SHAPES,
     draw_pair,
-    fading,
-    name_of,
     rescale_to_pure_noise,
-    sine,
     spread,
 )
 
-all_interpolations = pytest.mark.parametrize("interpolation", INTERPOLATIONS, ids=name_of)
+all_interpolations = pytest.mark.parametrize("interpolation", INTERPOLATIONS, ids=repr)
 times = st.floats(0.02, 0.98)
 seeds = st.integers(0, 2**31)
 shapes = st.sampled_from(SHAPES)
@@ -163,21 +160,6 @@ def test_variance_preserving_is_a_value() -> None:
     assert repr(ours) == "VariancePreserving(1000 timesteps, 0.99915 ... 0.0046601)"
 
 
-def test_differentiable_agrees_with_a_written_out_derivative() -> None:
-    path = Differentiable(lambda t: torch.sin(torch.pi / 2 * t), lambda t: torch.cos(torch.pi / 2 * t))
-    t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    ours, cosine = path.coefficients(t), Cosine().coefficients(t)
-    for name in ("alpha", "sigma", "d_alpha", "d_sigma"):
-        torch.testing.assert_close(getattr(ours, name), getattr(cosine, name))
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-def test_differentiable_works_where_gradients_are_off(mode: type[torch.no_grad]) -> None:
-    with mode():
-        at = Differentiable(sine, fading).coefficients(torch.tensor([0.5]))
-    torch.testing.assert_close(at.d_alpha, 1.2 * torch.cos(torch.tensor([0.6])))
-
-
 @all_interpolations
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_latents_keep_their_dtype(interpolation: Interpolation, dtype: torch.dtype) -> None:
@@ -244,11 +226,6 @@ def test_impossible_betas_are_refused(values: list[float]) -> None:
         VariancePreserving.from_betas(values)
 
 
-def test_coefficient_of_the_wrong_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match="sigma_fn"):
-        Differentiable(sine, lambda t: t.sum()).coefficients(torch.ones(3))
-
-
 def test_a_schedule_that_ends_below_zero_is_refused() -> None:
     with pytest.raises(ValueError, match="strictly decreasing within"):
         VariancePreserving([0.9, 0.5, -0.1])
@@ -263,10 +240,3 @@ def test_betas_are_taken_in_double_precision_up_to_one() -> None:
     found = VariancePreserving.from_betas(betas).alphas_cumprod
     assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) < 1e-13
     assert VariancePreserving.from_betas([0.1, 1.0]).alphas_cumprod[-1] == 0
-
-
-@pytest.mark.parametrize("name", ["alpha_fn", "sigma_fn"])
-def test_a_function_that_is_not_elementwise_is_named(name: str) -> None:
-    functions = {"alpha_fn": lambda t: t, "sigma_fn": lambda t: 1 - t, name: lambda t: t.sum()}
-    with pytest.raises(ValueError, match=f"Expected {name} to map t"):
-        Differentiable(**functions).coefficients(torch.tensor([0.2, 0.4]))

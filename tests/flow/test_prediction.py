@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import re
-from itertools import permutations
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
@@ -12,35 +8,24 @@ from torch import Tensor
 
 from rectified_diffusers.flow import (
     DIFFUSION_TYPES,
-    PREDICTION_TYPES,
-    Cosine,
-    Differentiable,
     DiffusionAsFlow,
-    Interpolation,
     PredictionType,
     Straight,
     VariancePreserving,
-    from_pair,
     heun,
-    match_signal_to_noise,
     scale_of,
-    to_pair,
 )
 from tests.flow.cases import (
-    INTERPOLATIONS,
     PURE_ENDS,
     SD_ALPHAS_CUMPROD,
     SHAPES,
     Gaussian,
     draw_pair,
-    name_of,
     rescale_to_pure_noise,
     spread,
 )
 
-all_interpolations = pytest.mark.parametrize("interpolation", INTERPOLATIONS, ids=name_of)
 all_views = pytest.mark.parametrize("as_flow", DIFFUSION_TYPES, indirect=True)
-times = st.floats(0.02, 0.98)
 seeds = st.integers(0, 2**31)
 shapes = st.sampled_from(SHAPES)
 
@@ -48,127 +33,11 @@ shapes = st.sampled_from(SHAPES)
 FIRST_TIME, LAST_TIME = 0.06404, 0.97166
 
 
-@all_interpolations
-@given(prediction_type=st.sampled_from(PREDICTION_TYPES), t=times, seed=seeds, shape=shapes)
-def test_pair_comes_back(
-    interpolation: Interpolation, prediction_type: PredictionType, t: float, seed: int, shape: tuple[int, ...]
-) -> None:
-    noise, data = draw_pair(shape, seed)
-    times = spread(t, shape[0]).clamp(0.001, 0.999)
-    x_t, _ = interpolation.interpolate(noise, data, times)
-    prediction = from_pair(noise, data, times, prediction_type, interpolation)
-    found_noise, found_data = to_pair(prediction, x_t, times, prediction_type, interpolation)
-    torch.testing.assert_close(found_noise, noise, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(found_data, data, atol=1e-9, rtol=1e-9)
-
-
-@all_interpolations
-@given(ends=st.sampled_from(tuple(permutations(PREDICTION_TYPES, 2))), t=times, seed=seeds, shape=shapes)
-def test_conversions_agree_with_the_definitions(
-    interpolation: Interpolation,
-    ends: tuple[PredictionType, PredictionType],
-    t: float,
-    seed: int,
-    shape: tuple[int, ...],
-) -> None:
-    noise, data = draw_pair(shape, seed)
-    times = spread(t, shape[0]).clamp(0.001, 0.999)
-    x_t, velocity = interpolation.interpolate(noise, data, times)
-    at = interpolation.coefficients(times)
-    alpha, sigma = (c.reshape(-1, *[1] * (len(shape) - 1)) for c in (at.alpha, at.sigma))
-    expected: dict[PredictionType, Tensor] = {
-        "velocity": velocity,
-        "epsilon": noise,
-        "v_prediction": alpha * noise - sigma * data,
-        "sample": data,
-    }
-    source, target = ends
-    pair = to_pair(expected[source], x_t, times, source, interpolation)
-    found = from_pair(*pair, times, target, interpolation)
-    torch.testing.assert_close(found, expected[target], atol=1e-8, rtol=1e-8)
-
-
-@pytest.mark.parametrize("prediction_type", ["velocity", "v_prediction"])
-@pytest.mark.parametrize(
-    "interpolation", [i for i in INTERPOLATIONS if not isinstance(i, Differentiable)], ids=name_of
-)
-def test_velocity_and_v_are_regular_at_both_ends(
-    interpolation: Interpolation, prediction_type: PredictionType
-) -> None:
-    noise, data = draw_pair((2, 4, 4), seed=0)
-    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    x_t, _ = interpolation.interpolate(noise, data, t)
-    prediction = from_pair(noise, data, t, prediction_type, interpolation)
-    found_noise, found_data = to_pair(prediction, x_t, t, prediction_type, interpolation)
-    torch.testing.assert_close(found_noise, noise)
-    torch.testing.assert_close(found_data, data)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("interpolation", [Straight(), Cosine(), VariancePreserving(PURE_ENDS)], ids=repr)
-@pytest.mark.parametrize(("prediction_type", "end"), [("epsilon", 0.0), ("sample", 1.0)])
-def test_undetermined_pair_is_refused(
-    interpolation: Interpolation, prediction_type: PredictionType, end: float, dtype: torch.dtype
-) -> None:
-    x_t, prediction = (x.to(dtype) for x in draw_pair((2, 3), seed=0))
-    with pytest.raises(ValueError, match=rf"'{prediction_type}'.* 1 of the 2 times"):
-        to_pair(prediction, x_t, torch.tensor([end, 0.5], dtype=dtype), prediction_type, interpolation)
-    found = to_pair(prediction, x_t, torch.tensor([1 - end, 0.5], dtype=dtype), prediction_type, interpolation)
-    assert all(x.isfinite().all() for x in found)
-
-
-def test_stable_diffusion_schedule_is_regular_for_every_type() -> None:
-    noise, data = draw_pair((2, 3), seed=0)
-    path, t = VariancePreserving(SD_ALPHAS_CUMPROD), torch.tensor([0.0, 1.0], dtype=torch.float64)
-    x_t, _ = path.interpolate(noise, data, t)
-    for kind in PREDICTION_TYPES:
-        found_noise, found_data = to_pair(from_pair(noise, data, t, kind, path), x_t, t, kind, path)
-        torch.testing.assert_close(found_noise, noise)
-        torch.testing.assert_close(found_data, data)
-
-
-def test_velocity_of_a_path_that_only_grows_is_refused() -> None:
-    growing = Differentiable(lambda t: 1 + t, lambda t: 1 + t)  # x and its velocity are parallel
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    with pytest.raises(ValueError, match="the two equations coincide"):
-        to_pair(prediction, x_t, torch.tensor([0.2, 0.5]), "velocity", growing)
-
-
-def test_v_of_a_path_through_zero_is_refused() -> None:
-    vanishing = Differentiable(lambda t: t, lambda t: t)
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    with pytest.raises(ValueError, match="x_t holds nothing"):
-        to_pair(prediction, x_t, torch.tensor([0.0, 0.5]), "v_prediction", vanishing)
-
-
-def test_v_prediction_has_the_sign_of_diffusers() -> None:
-    """diffusers' get_velocity is alpha * noise - sigma * sample; at the data end it is the noise, not minus it."""
-    noise, data = draw_pair((1, 3), seed=0)
-    t = torch.ones(1, dtype=torch.float64)
-    torch.testing.assert_close(from_pair(noise, data, t, "v_prediction", Straight()), noise)
-
-
-@pytest.mark.parametrize("source", PREDICTION_TYPES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_predictions_keep_their_dtype(source: PredictionType, dtype: torch.dtype) -> None:
-    x_t, prediction = (x.to(dtype) for x in draw_pair((4, 4, 4, 4), seed=0))
-    t = torch.tensor([0.2, 0.4, 0.6, 0.8])
-    for target in PREDICTION_TYPES:
-        pair = to_pair(prediction, x_t, t, source, Cosine())
-        assert from_pair(*pair, t, target, Cosine()).dtype == dtype
-
-
-def test_unknown_type_names_the_known() -> None:
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    t = torch.tensor([0.2, 0.5])
-    known = r"velocity, epsilon, v_prediction, sample, got 'flow'"
-    with pytest.raises(ValueError, match=known):
-        to_pair(prediction, x_t, t, "flow", Straight())  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=known):
-        from_pair(x_t, prediction, t, "flow", Straight())  # pyright: ignore[reportArgumentType]
-
-
-# A diffusion network as a straight flow.
+def predicted(noise: Tensor, data: Tensor, timestep: Tensor, kind: PredictionType) -> Tensor:
+    """Return what a network of this type should predict for a pair at a timestep of Stable Diffusion's schedule."""
+    at = VariancePreserving(SD_ALPHAS_CUMPROD).coefficients(1 - timestep / 999)
+    alpha, sigma = (x.reshape(-1, *[1] * (noise.ndim - 1)) for x in (at.alpha, at.sigma))
+    return {"epsilon": noise, "v_prediction": alpha * noise - sigma * data, "sample": data}[kind]
 
 
 def make_view(prediction_type: PredictionType = "epsilon") -> DiffusionAsFlow:
@@ -186,7 +55,7 @@ def perfect_network(sample: Tensor, timestep: Tensor, prediction_type: Predictio
     path = VariancePreserving(SD_ALPHAS_CUMPROD)
     t = 1 - timestep / 999
     noise, data = Gaussian(path).expected_pair(sample, t)
-    return from_pair(noise, data, t, prediction_type, path)
+    return predicted(noise, data, timestep, prediction_type)
 
 
 def velocity_of_network(as_flow: DiffusionAsFlow, x_t: Tensor, t: Tensor) -> Tensor:
@@ -205,7 +74,7 @@ def test_network_input_is_the_point_of_the_diffusion_path(t: float, seed: int, s
     torch.testing.assert_close(sample, expected)
     torch.testing.assert_close(as_flow.time_of(timestep), times)
     for kind in DIFFUSION_TYPES:
-        prediction = from_pair(noise, data, 1 - timestep / 999, kind, as_flow.schedule)
+        prediction = predicted(noise, data, timestep, kind)
         found = make_view(kind).velocity(prediction, x_t, times)
         torch.testing.assert_close(found, velocity, atol=1e-9, rtol=1e-9)
 
@@ -232,7 +101,7 @@ def test_schedule_covers_the_documented_range(as_flow: DiffusionAsFlow) -> None:
 
 def test_timesteps_agree_with_the_signal_to_noise_of_the_schedule(as_flow: DiffusionAsFlow) -> None:
     alpha, sigma = SD_ALPHAS_CUMPROD.sqrt(), (1 - SD_ALPHAS_CUMPROD).sqrt()
-    t = match_signal_to_noise(alpha, sigma)
+    t = alpha / (alpha + sigma)
     torch.testing.assert_close(t / (1 - t), alpha / sigma)
     timesteps = torch.arange(1000, dtype=torch.float64)
     torch.testing.assert_close(as_flow.timestep_of(t), timesteps, atol=1e-8, rtol=0)
@@ -271,15 +140,6 @@ def test_flow_of_the_network_carries_noise_to_data(as_flow: DiffusionAsFlow) -> 
     torch.testing.assert_close(found, Gaussian(Straight()).flow(noise, 0.0, 1.0), atol=0.02, rtol=0)
 
 
-def test_epsilon_of_a_schedule_that_ends_in_pure_noise_is_refused_at_noise() -> None:
-    schedule = VariancePreserving(rescale_to_pure_noise(SD_ALPHAS_CUMPROD))
-    x_t, prediction = draw_pair((2, 3), seed=0)
-    t = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    with pytest.raises(ValueError, match="v_prediction"):
-        DiffusionAsFlow(schedule, "epsilon").velocity(prediction, x_t, t)
-    assert DiffusionAsFlow(schedule, "v_prediction").velocity(prediction, x_t, t).isfinite().all()
-
-
 @all_views
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_dtype_of_latents_is_kept(as_flow: DiffusionAsFlow, dtype: torch.dtype) -> None:
@@ -304,24 +164,29 @@ def test_views_of_one_schedule_are_equal(as_flow: DiffusionAsFlow) -> None:
     assert "schedule=VariancePreserving(1000 timesteps, 0.99915 ... 0.0046601)" in repr(as_flow)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("prediction_type", "path", "words"),
-    [
-        (
-            "velocity",
-            torch.ones_like,
-            "alpha * d_sigma - sigma * d_alpha = 0, because the two equations coincide; that",
-        ),
-        ("epsilon", torch.zeros_like, "where alpha = 0, because x_t holds no data; that"),
-        (
-            "v_prediction",
-            torch.zeros_like,
-            "where alpha^2 + sigma^2 = 0, because x_t holds nothing; that",
-        ),
-        ("sample", torch.zeros_like, "where sigma = 0, because x_t holds no noise; that"),
-    ],
+    ("prediction_type", "t", "words"),
+    [("epsilon", 0.0, "where alpha = 0: x_t has no data"), ("sample", 1.0, "where sigma = 0: x_t has no noise")],
 )
-def test_what_is_undetermined_is_said(prediction_type: PredictionType, path: Any, words: str) -> None:
+def test_what_is_undetermined_is_said(
+    prediction_type: PredictionType, t: float, words: str, dtype: torch.dtype
+) -> None:
+    """A schedule with pure ends, where one of the pair is not in x_t; v determines both there."""
+    x_t, prediction = (x.to(dtype) for x in draw_pair((2, 3), seed=0))
+    schedule = VariancePreserving(PURE_ENDS)
+    with pytest.raises(ValueError, match=f"type '{prediction_type}' .* {words}"):
+        DiffusionAsFlow(schedule, prediction_type).velocity(prediction, x_t, torch.tensor([t, 0.5], dtype=dtype))
+    other_end = torch.tensor([1 - t, 0.5], dtype=dtype)
+    assert DiffusionAsFlow(schedule, prediction_type).velocity(prediction, x_t, other_end).isfinite().all()
+    ends = torch.tensor([0.0, 1.0], dtype=dtype)
+    assert DiffusionAsFlow(schedule, "v_prediction").velocity(prediction, x_t, ends).isfinite().all()
+
+
+def test_epsilon_of_a_schedule_that_ends_in_pure_noise_is_refused_at_noise() -> None:
+    schedule = VariancePreserving(rescale_to_pure_noise(SD_ALPHAS_CUMPROD))
     x_t, prediction = draw_pair((2, 3), seed=0)
-    with pytest.raises(ValueError, match=re.escape(words)):
-        to_pair(prediction, x_t, torch.tensor([0.2, 0.5]), prediction_type, Differentiable(path, path))
+    t = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match="v_prediction"):
+        DiffusionAsFlow(schedule, "epsilon").velocity(prediction, x_t, t)
+    assert DiffusionAsFlow(schedule, "v_prediction").velocity(prediction, x_t, t).isfinite().all()

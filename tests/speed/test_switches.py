@@ -115,7 +115,7 @@ def test_projections_are_not_fused_over_an_ip_adapter():
         make_ip_adapter_weights(pipeline.unet), subfolder=None, weight_name=None, image_encoder_folder=None
     )
     with (
-        pytest.raises(ValueError, match=r"fuse_qkv needs attention layers with AttnProcessor2_0, got .*IPAdapter"),
+        pytest.raises(ValueError, match=r"fuse_qkv needs layers with AttnProcessor2_0, got .*IPAdapter"),
         fused_projections(pipeline.unet),
     ):
         pass

@@ -108,7 +108,7 @@ def test_the_student_has_the_gradient_of_its_data_alone(
 
     whole = trainer.compute_loss(batch, t)
     plain = make_matching(dataset, output_dir / "plain").compute_loss(batch, t)
-    made = (batch.noise + trainer.one_step_velocity(batch.noise, told)).detach()
+    made = (batch.noise + trainer.student_displacement(batch.noise, 0, told)).detach()
     of_discriminator = trainer.adversarial_loss(made, new_noise, t, told)
     torch.testing.assert_close(whole, plain + 0.7 * of_discriminator, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_it_tells_real_data_and_the_student_follows(
 
     @torch.no_grad()
     def drawn() -> Tensor:
-        return batch.noise + trainer.one_step_velocity(batch.noise, trainer.prompt_encoder(batch.prompts))
+        return batch.noise + trainer.student_displacement(batch.noise, 0, trainer.prompt_encoder(batch.prompts))
 
     before = drawn()
     trainer.train_step(1)

@@ -123,14 +123,14 @@ def test_the_students_gradient_is_that_of_its_data(dataset: TripletDataset, outp
     new_noise = torch.randn(triplets.noise.shape)
     batch = MatchingBatch(triplets.prompts, triplets.noise, triplets.data, new_noise=new_noise)
     made: list[Tensor] = []
-    velocity_of = trainer.one_step_velocity
+    displacement_of = trainer.student_displacement
 
     def kept(*args: Any) -> Tensor:
-        made.append(velocity_of(*args))
+        made.append(displacement_of(*args))
         made[0].retain_grad()
         return made[0]
 
-    trainer.one_step_velocity = kept
+    trainer.student_displacement = kept
     losses = trainer.compute_loss(batch, t)
     losses.sum().backward()
     data = (batch.noise + made[0]).detach()

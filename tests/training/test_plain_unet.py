@@ -100,8 +100,8 @@ def test_what_cannot_be_made_plain_is_refused() -> None:
         plain_unet(make_unet())  # pyright: ignore[reportArgumentType]
     for changes, message in (
         ({"prediction_type": "epsilon"}, "predicts epsilon cannot be made plain"),
-        ({"block_out_channels": (32, 32)}, "32 channels of conv_in: 36 independent ones are needed"),
-        ({"act_fn": "gelu"}, "got GroupNorm, GELU and"),
+        ({"block_out_channels": (32, 32)}, "36 independent channels of conv_in, got 32"),
+        ({"act_fn": "gelu"}, "got Conv2d, GroupNorm and GELU"),
         ({"block_out_channels": (48, 48), "norm_num_groups": 48}, "got 48 channels in 48 groups"),
         ({"block_out_channels": (48, 48), "norm_num_groups": 1}, "got 48 channels in 1 groups"),
     ):

@@ -148,7 +148,7 @@ def test_the_path_is_kept_when_a_scheduler_is_saved_or_rebuilt(tmp_path: Path, c
 
 def test_what_mixes_noise_and_data_refuses_a_curved_flow(tmp_path: Path) -> None:
     curved = make_curved()
-    message = "needs a flow with the straight path, and this one was trained with interpolation='cosine'"
+    message = "needs a flow with the straight path, got interpolation='cosine'"
     with pytest.raises(ValueError, match=message):
         RectifiedFlowImg2ImgPipeline(**curved.components)("a cat", image=torch.rand(1, 3, 32, 32), strength=0.5)
     with pytest.raises(ValueError, match=message):

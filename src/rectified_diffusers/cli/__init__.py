@@ -10,6 +10,7 @@ keeps its traceback.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,7 @@ from rectified_diffusers.cli.shared import PROG, CommandError, Parser
 from rectified_diffusers.cli.training import add_distill, add_dmd, add_progressive, add_reflow
 from rectified_diffusers.cli.triplets import add_real_triplets, add_triplets, add_verify
 
+_MEMORY = re.compile("allocate|out of memory|Storage size calculation overflowed")
 COMMANDS = (
     add_generate,
     add_interpolate,
@@ -54,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if arguments.debug or not (isinstance(error, MemoryError) or _MEMORY.search(str(error))):
+            raise
+        print(f"{PROG}: error: not enough memory: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command to continue" if arguments.resumable else "\nstopped", file=sys.stderr)

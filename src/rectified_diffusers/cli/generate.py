@@ -78,9 +78,7 @@ class GenerateOptions(SamplingOptions):
         if not 0 < strength <= 1:
             raise CommandError(f"--refine-strength must be above 0 and at most 1, got {strength}")
         if int(steps * strength) < 1:  # as diffusers computes it, which fails on zero steps
-            raise CommandError(
-                f"--refine-strength {strength} of --refine-steps {steps} is less than one step; raise either"
-            )
+            raise CommandError(f"--refine-strength {strength} of --refine-steps {steps} is less than one step")
 
     @property
     def refiner_settings(self) -> tuple[float, int]:
@@ -102,6 +100,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     options = options_from(arguments, GenerateOptions)
     check_image_file(options.output)
     pipeline = load_pipeline(options.source, options.device, options.dtype)
+    options = options.with_steps_of(pipeline)
     if options.fast:
         _make_fast(pipeline, options)
     refiner = None if options.refine is None else _load_refiner(options)
@@ -134,10 +133,8 @@ def _load_refiner(options: GenerateOptions) -> Any:
     from diffusers import StableDiffusionXLImg2ImgPipeline
 
     if not isinstance(refiner, StableDiffusionXLImg2ImgPipeline):
-        raise CommandError(
-            f"--refine needs a StableDiffusionXLImg2ImgPipeline such as {REFINER}, "
-            f"but {options.refine!r} is a {type(refiner).__name__}"
-        )
+        kind = type(refiner).__name__
+        raise CommandError(f"--refine needs an SDXL refiner such as {REFINER}, got a {kind} ({options.refine})")
     return refiner
 
 

@@ -65,6 +65,7 @@ def run_interpolate(arguments: argparse.Namespace) -> None:
         else:
             check_image_file(output)
     pipeline = load_pipeline(options.source, options.device, options.dtype)
+    options = options.with_steps_of(pipeline)
     began = time.perf_counter()
     images = interpolate(
         pipeline,

@@ -10,11 +10,13 @@ import io
 import json
 import logging
 import math
+import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -24,6 +26,7 @@ from rectified_diffusers.options import add_options, expanded_path, flag, option
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from typing_extensions import Self
 
 PROG = "rectified-diffusers"
 ON_PROCESSES = "On several processes: accelerate launch -m rectified_diffusers.cli COMMAND ..."
@@ -126,7 +129,9 @@ class SamplingOptions(ModelOptions):
         nargs="+",
         metavar="PROMPT",
     )
-    steps: int = option(1, "Euler steps of the flow.")
+    steps: int | None = option(
+        None, "Euler steps of the flow.", shown="1, or the steps that the model was distilled to"
+    )
     guidance_scale: float = option(1.0, "Weight of the prompt; 1, for one-step models, is no guidance.")
     negative_prompt: str | None = option(
         None, "What the images must not show; needs a guidance scale above 1.", type=str
@@ -146,6 +151,12 @@ class SamplingOptions(ModelOptions):
             raise CommandError(f"--guidance-scale must be finite and not negative, got {self.guidance_scale}")
         if self.negative_prompt is not None and self.guidance_scale <= 1:
             raise CommandError("--negative-prompt has no effect without guidance; give --guidance-scale above 1")
+
+    def with_steps_of(self, pipeline: Any) -> Self:
+        """Return the options with a number of steps: that of the model, if none is given."""
+        from rectified_diffusers.pipelines.scheduler import student_steps
+
+        return self if self.steps is not None else replace(self, steps=student_steps(pipeline.scheduler))
 
 
 def add_command(
@@ -195,20 +206,28 @@ def check_folder_is_writable(folder: Path) -> None:
 def load_pipeline(model: str, device: str, dtype: str) -> Any:
     """Load any diffusers pipeline, from this package or not, from a folder or the Hub."""
     check_model(model)
+    announce(f"loading {model}")
     resolved = _device(device)
     logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
     from rectified_diffusers.loading.errors import dtype_option, remedies
-    from rectified_diffusers.loading.safety import refuse_foreign_code
+    from rectified_diffusers.loading.safety import refuse_foreign_code, require_components
     from rectified_diffusers.pipelines.registration import register
 
     register()
     refuse_foreign_code(model)
+    require_components(model)
     with without_bars_of_libraries(), remedies(model):
         precision = dtype_option(_dtype(dtype, resolved))
         pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)
     return pipeline.to(resolved)
+
+
+def announce(phase: str) -> None:
+    """Print the phase that begins, at a terminal: importing and loading models takes up to half a minute."""
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{PROG}: {phase} ...", file=sys.stderr, flush=True)
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:

@@ -70,7 +70,7 @@ def add_reflow(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_distill(commands: Any) -> argparse.ArgumentParser:
-    text = "Distill a rectified flow into one step, on triplets that it generated."
+    text = "Distill a rectified flow into one step, or a few, on triplets that it generated."
     return _add_training(commands, "distill", text, PresetOptions, DistillConfig)
 
 
@@ -81,8 +81,8 @@ def add_progressive(commands: Any) -> argparse.ArgumentParser:
 
 def add_dmd(commands: Any) -> argparse.ArgumentParser:
     text = (
-        "Fine-tune a one-step model by distribution matching (DMD2): the distribution of its images approaches the "
-        "teacher's, without matching the teacher's image for each noise sample."
+        "Fine-tune a model of one step, or a few, by distribution matching (DMD2): the distribution of its images "
+        "approaches the teacher's, without matching the teacher's image for each noise sample."
     )
     return _add_training(commands, "dmd", text, DmdOptions, DistributionMatchingConfig)
 

@@ -11,16 +11,19 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.index import open_index
 from rectified_diffusers.data.manifest import PROMPT, STORAGE_DTYPES, Manifest
 from rectified_diffusers.data.shards import Shard, shard_numbers, shard_path
 
-_OPEN_SHARDS = 64  # maximum number of files and mappings that a dataset keeps open
+_OPEN_SHARDS = 64  # maximum number of shards that a dataset keeps open
+_INDEXED_FROM = 65  # number of shards from which a folder has an index: the headers of fewer are kept in memory
 _INSPECTED_ROWS = 32  # rows checked when a dataset is opened
 
 
@@ -54,6 +57,11 @@ class Triplets:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def pin_memory(self) -> "Triplets":
+        """Return the triplets in pinned memory, from which copies to a GPU need not wait; called by torch's loader."""
+        embeddings = {name: part.pin_memory() for name, part in self.text_embeddings.items()}
+        return Triplets(self.prompts, self.noise.pin_memory(), self.data.pin_memory(), embeddings)
 
 
 def open_shard(folder: Path, manifest: Manifest, shard: int) -> Shard:
@@ -92,21 +100,47 @@ class TripletDataset:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.read(self.folder)
-        count = self.manifest.num_shards
-        present = {number for number in shard_numbers(self.folder) if number < count}
-        if len(present) < count:
-            first = next(number for number in range(count) if number not in present)
-            raise ValueError(
-                f"{count - len(present)} of {count} shards are missing in {self.folder}, first: "
-                f"{shard_path(self.folder, first).name}. Run the same `rectified-diffusers triplets` "
-                "or `real-triplets` command or call again: it makes what is missing."
-            )
-        self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
+        self._require_shards()
+        self._open_files()
         self._shard(0)  # checks the manifest's shapes against a file
         self._check_orientation()
 
+    def _require_shards(self) -> None:
+        """Raise ValueError if a shard is missing."""
+        count = self.manifest.num_shards
+        present = bytearray(count)
+        for number in shard_numbers(self.folder):
+            if number < count:
+                present[number] = 1
+        if missing := present.count(0):
+            raise ValueError(
+                f"{missing} of {count} shards are missing in {self.folder}, first: "
+                f"{shard_path(self.folder, present.index(0)).name}. Run the same `rectified-diffusers triplets` "
+                "or `real-triplets` command or call again: it makes what is missing."
+            )
+
+    def _open_files(self) -> None:
+        self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
+        count, self._index = self.manifest.num_shards, None
+        if count >= _INDEXED_FROM:
+            shards = (open_shard(self.folder, self.manifest, shard) for shard in range(count))
+            self._index = open_index(self.folder, self.manifest, shards, _OPEN_SHARDS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the open files: a process that is not forked gets a pickled copy."""
+        return {name: value for name, value in vars(self).items() if name not in ("_shard", "_index")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open_files()
+
     def __len__(self) -> int:
         return self.manifest.num_triplets
+
+    @property
+    def place(self) -> str:
+        """The folder, for messages."""
+        return str(self.folder)
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
         """Return the triplets at `indices`, in that order, as float32.
@@ -122,13 +156,17 @@ class TripletDataset:
                 raise IndexError(
                     f"Indices must be in [0, {len(self)}), got {index} for the triplets in {self.folder}."
                 )
-            number, row = divmod(index, self.manifest.triplets_per_shard)
-            shard = self._shard(number)
-            for name, values in shard.checked_row(row).items():
+            row, prompts[position] = (self._index and self._index.row(index)) or self._row(index)
+            for name, values in row.items():
                 parts[name][position] = values
-            prompts[position] = shard.header["prompts"][row]
         noise, data = parts.pop("noise"), parts.pop("data")
         return Triplets(prompts, noise, data, {name.removeprefix(PROMPT): part for name, part in parts.items()})
+
+    def _row(self, index: int) -> tuple[dict[str, Tensor], str]:
+        """Return a row of every tensor and its prompt, checked by the header of its shard."""
+        number, row = divmod(index, self.manifest.triplets_per_shard)
+        shard = self._shard(number)
+        return shard.checked_row(row), shard.header["prompts"][row]
 
     def prompt_rows(self) -> Tensor:
         """Return indices of triplets that together contain every prompt."""
@@ -234,6 +272,13 @@ class JoinedTriplets(TripletDataset):
         self.parts = [TripletDataset(folder) for folder in folders]
         self.manifest = _joined(self.parts)
         *self._starts, _ = accumulate(map(len, self.parts), initial=0)
+
+    @property
+    def place(self) -> str:
+        return " and ".join(part.place for part in self.parts)
+
+    def _open_files(self) -> None:
+        """Open nothing: the parts have the files."""
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
         """Return the triplets at `indices`, in that order, as float32."""

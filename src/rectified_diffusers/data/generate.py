@@ -1,18 +1,22 @@
 """Generate triplets: the teacher samples data from noise for each prompt, shard by shard. Resumable."""
 
 import math
+import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import reduce
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_type
+from rectified_diffusers.data.claims import Claims
 from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, open_shard
 from rectified_diffusers.data.manifest import FORMAT, MANIFEST_NAME, PROMPT, Manifest, settle_manifest
@@ -22,6 +26,10 @@ from rectified_diffusers.data.teacher import Teacher
 from rectified_diffusers.distributed import join_processes
 from rectified_diffusers.files import lock, remove_leftovers, require_space
 from rectified_diffusers.seeds import generator_of
+
+_WAIT = 0.5  # seconds between two looks for the shards of other processes
+_VERIFYING_THREADS = min(4, os.cpu_count() or 1)
+_DAMAGED = 2  # the flag of a damaged shard
 
 Batches = Callable[[int, range], Iterable[Triplets]]
 """Generates the triplets of a shard, batch by batch, from the shard number and the indices of its triplets."""
@@ -36,8 +44,8 @@ def generate_triplets(
     with the same settings generates the missing shards; a call with different settings raises. The batch size may
     differ: it changes the data by at most the teacher's rounding errors, and does not change the noise.
 
-    Under `accelerate launch`, the missing shards are divided among the processes. The files do not depend on the
-    number of processes. Several runs may write to the same folder concurrently: a shard generated twice is identical.
+    Processes of `accelerate launch`, and several runs in the same folder, divide the missing shards: each claims the
+    next one that is free. The files do not depend on the number of processes.
 
     Args:
         teacher: a diffusers text-to-image pipeline (epsilon, v or flow prediction) on the device of this process. It
@@ -70,7 +78,7 @@ def generate_triplets(
 
 
 def write_triplets(output_dir: str | Path, manifest: Manifest, batches: Batches, progress: bool) -> TripletDataset:
-    """Generate the missing shards of a folder, divided among all processes, and return the dataset."""
+    """Generate the missing shards of a folder together with all processes that do so, and return the dataset."""
     folder = Path(output_dir)
     processes = join_processes()
     with processes.main_process_first():
@@ -82,20 +90,36 @@ def write_triplets(output_dir: str | Path, manifest: Manifest, batches: Batches,
                     remove_leftovers(folder)
         manifest = settle_manifest(folder, manifest)  # every process must match it
     missing = _missing_shards(folder, manifest, processes)
-    mine = missing[processes.process_index :: processes.num_processes]
     done = manifest.num_triplets - sum(map(manifest.rows, missing))
-    total = done + sum(map(manifest.rows, mine))
-    several = f", process 1 of {processes.num_processes}" if processes.num_processes > 1 else ""
     hidden = not (progress and processes.is_main_process)
-    bar = tqdm(total=total, initial=done, desc=f"Triplets{several}", unit="image", disable=hidden)
+    bar = tqdm(total=manifest.num_triplets, initial=done, desc="Triplets", unit="image", disable=hidden)
     with lock(folder, shared=True), bar as progress_bar, _settings_can_change(folder, is_new):
-        for shard in mine:
-            if _is_there(folder, manifest, shard):  # by another process meanwhile
-                progress_bar.update(manifest.rows(shard))
-            else:
-                _make_shard(folder, manifest, shard, batches, progress_bar)
+        _make_shards(folder, manifest, missing, batches, progress_bar)
     processes.wait_for_everyone()
     return TripletDataset(folder)
+
+
+def _make_shards(folder: Path, manifest: Manifest, missing: list[int], batches: Batches, progress_bar: Any) -> None:
+    """Make the missing shards that no other process makes, and wait for those that others make."""
+    claims, missing = Claims(folder), list(missing)
+
+    def make_next() -> bool:
+        """Make the first shard that is free; return whether there was one."""
+        for shard in list(missing):
+            if shard_path(folder, shard).exists():  # made by another process
+                progress_bar.update(manifest.rows(shard))
+                missing.remove(shard)
+                continue
+            with claims.claim(shard) as free:
+                if free and not shard_path(folder, shard).exists():
+                    _make_shard(folder, manifest, shard, batches, progress_bar)
+                    missing.remove(shard)
+                    return True
+        return False
+
+    while missing:
+        if not make_next() and missing:
+            time.sleep(_WAIT)
 
 
 @contextmanager
@@ -110,13 +134,20 @@ def _settings_can_change(folder: Path, is_new: bool) -> Iterator[None]:
 
 
 def _missing_shards(folder: Path, manifest: Manifest, processes: PartialState) -> list[int]:
-    """Return the missing shards as seen by the main process; raise OSError if the disk has no room for them."""
+    """Return the missing shards; raise OSError if the disk has no room for them, ValueError if a shard is damaged.
+
+    Each process verifies its part of the shards. The flags are 1 for shards that are there and 2 for damaged ones.
+    """
     count = manifest.num_shards
-    there = torch.zeros(count, dtype=torch.uint8)
-    if processes.is_main_process:
-        there = torch.tensor([_is_there(folder, manifest, shard) for shard in range(count)], dtype=torch.uint8)
-    flags: Any = broadcast(there.to(processes.device))
-    missing = (flags == 0).nonzero().flatten().tolist()
+    flags = torch.zeros(count, dtype=torch.int32)
+    mine = range(processes.process_index, count, processes.num_processes)
+    with ThreadPoolExecutor(_VERIFYING_THREADS) as pool:  # hashing releases the interpreter
+        for shard, flag in zip(mine, pool.map(lambda shard: _flag(folder, manifest, shard), mine), strict=True):
+            flags[shard] = flag
+    found: Any = reduce(flags.to(processes.device), "sum")
+    for shard in (found == _DAMAGED).nonzero().flatten().tolist():
+        open_shard(folder, manifest, shard).verify()  # raises in every process
+    missing = (found == 0).nonzero().flatten().tolist()
     if processes.is_main_process:
         values = sum(map(math.prod, manifest.row_shapes.values())) * sum(map(manifest.rows, missing))
         size = values * getattr(torch, manifest.storage_dtype).itemsize
@@ -182,9 +213,12 @@ def make_manifest(
     return Manifest.of(settings, teacher.provenance())
 
 
-def _is_there(folder: Path, manifest: Manifest, shard: int) -> bool:
-    """Return whether a shard exists. Reads all of it to verify its checksum; raises ValueError if it is damaged."""
+def _flag(folder: Path, manifest: Manifest, shard: int) -> int:
+    """Return 0 for a shard that is missing, 1 for one that equals its checksum, and `_DAMAGED` for any other."""
     if not shard_path(folder, shard).exists():
-        return False
-    open_shard(folder, manifest, shard).verify()
-    return True
+        return 0
+    try:
+        open_shard(folder, manifest, shard).verify()
+    except (ValueError, OSError):
+        return _DAMAGED
+    return 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from rectified_diffusers.data.shards import Shard, holds_shards, shard_numbers, shard_path
 from rectified_diffusers.files import write_atomically
+from rectified_diffusers.options import LARGEST
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ STORAGE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # our
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST
 
 
 def _is_shape(value: Any) -> bool:
@@ -31,11 +32,14 @@ def _is_shape(value: Any) -> bool:
 
 
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "num_triplets": ("a number of at least 1", _is_count),
-    "triplets_per_shard": ("a number of at least 1", _is_count),
-    "num_prompts": ("a number of at least 1", _is_count),
+    "num_triplets": (f"a number from 1 to {LARGEST:,}", _is_count),
+    "triplets_per_shard": (f"a number from 1 to {LARGEST:,}", _is_count),
+    "num_prompts": (f"a number from 1 to {LARGEST:,}", _is_count),
     "storage_dtype": (f"one of {', '.join(STORAGE_DTYPES)}", lambda value: value in tuple(STORAGE_DTYPES)),
-    "latent_shape": ("one to four numbers of at least 1", lambda value: _is_shape(value) and 1 <= len(value) <= 4),
+    "latent_shape": (
+        f"one to four numbers from 1 to {LARGEST:,}",
+        lambda value: _is_shape(value) and 1 <= len(value) <= 4,
+    ),
     "text_embeddings": (
         "shapes by name, or nothing",
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_shape, value.values()))),

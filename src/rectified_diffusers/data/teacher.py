@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from rectified_diffusers.models.latents import latent_shape, network_of
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 _SAMPLED_VALUES = 1024  # values of each tensor in the fingerprint of a teacher
+_PROBE = "A photo of 17 red-haired foxes, it's snowing in Zürich! #fox (4k) 雪 \U0001f98a"  # for tokenizers
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def require_evaluation(pipeline: Any) -> None:
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:
     """Return the networks used to generate latents from a prompt."""
-    components = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return {name: part for name, part in components.items() if name not in ("vae", "safety_checker", "image_encoder")}
+    unused = ("vae", "safety_checker", "image_encoder")
+    return {name: part for name, part in _all_models(pipeline).items() if name not in unused}
 
 
 def _plain_config(scheduler: Any) -> dict[str, Any]:
@@ -169,7 +171,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def fingerprint(models: dict[str, nn.Module]) -> str:
+def fingerprint(models: dict[str, nn.Module], every_value: bool = False) -> str:
     """Return a SHA-256 of the networks: name, shape and dtype of every tensor, and values at even intervals.
 
     It differs for a teacher that was fine-tuned, merged or loaded differently, which a folder name would not show.
@@ -182,4 +184,39 @@ def fingerprint(models: dict[str, nn.Module]) -> str:
             if not tensor.is_meta:
                 values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLED_VALUES)]
                 digest.update(values.to("cpu", torch.float32).numpy().tobytes())
+                if every_value:
+                    digest.update(str(_bit_sum(tensor.detach())).encode())
     return digest.hexdigest()
+
+
+def fingerprints(pipeline: Any) -> dict[str, str]:
+    """Return a digest of each part of a pipeline: of all weights, of the tokenizers, of the noise schedule.
+
+    Unlike in `fingerprint`, every value counts, through the sum of the bit patterns of a tensor. Paths, versions of
+    libraries and the device do not count.
+    """
+    digests = {name: fingerprint({name: part}, every_value=True) for name, part in _all_models(pipeline).items()}
+    scheduler = pipeline.scheduler
+    schedule = [
+        scheduler.config.get(name) for name in ("prediction_type", "velocity_direction", "num_train_timesteps")
+    ]
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    digests["scheduler"] = _digest([*schedule, None if alphas is None else [f"{value:.6g}" for value in alphas]])
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            digests[name] = _digest([sorted(part.get_vocab().items()), part(_PROBE).input_ids])
+    return {name: digest[:16] for name, digest in sorted(digests.items())}
+
+
+def _all_models(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _bit_sum(tensor: Tensor) -> int:
+    """Return the sum of a tensor's bit patterns as integers, which any single changed value changes."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.contiguous().view(integer).sum(dtype=torch.int64))

@@ -63,8 +63,6 @@ def _ffmpeg() -> ModuleType:
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            "an .mp4 needs the package imageio-ffmpeg, which contains ffmpeg: "
-            'pip install "rectified_diffusers[video]"; or write a .gif.'
-        ) from error
+        install = 'pip install "rectified_diffusers[video]"'
+        raise ImportError(f"an .mp4 needs the package imageio-ffmpeg: {install}; or write a .gif.") from error
     return imageio_ffmpeg

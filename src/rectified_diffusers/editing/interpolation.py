@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.checks import require_count, require_finite, require_number, require_pipeline, require_texts
 from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.pipelines.scheduler import student_steps
 
 # What `encode_prompt` returns, in order: two for Stable Diffusion, four for SDXL.
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
@@ -66,8 +67,8 @@ def check_keys(prompts: str | Sequence[str], seeds: int | Sequence[int]) -> list
     count = max(len(texts), len(numbers))
     if count < 2 or {len(texts), len(numbers)} - {1, count}:
         raise ValueError(
-            "an animation needs at least two prompts or two seeds, and as many seeds as prompts or a single one; "
-            f"got {len(texts)} prompts and {len(numbers)} seeds."
+            "an animation needs at least two prompts or two seeds, of the other as many or one, got "
+            f"{len(texts)} prompts and {len(numbers)} seeds."
         )
     for seed in numbers:
         require_count("a seed", seed, at_least=0)
@@ -85,7 +86,7 @@ def interpolate(
     frames: int = 15,
     *,
     loop: bool = False,
-    num_inference_steps: int = 1,
+    num_inference_steps: int | None = None,
     guidance_scale: float = 1.0,
     negative_prompt: str | None = None,
     height: int | None = None,
@@ -102,6 +103,7 @@ def interpolate(
         frames: images from one keyframe (included) to the next (excluded): K keyframes produce
             (K - 1) * frames + 1 images, or K * frames with `loop`.
         loop: return from the last keyframe to the first, for a seamless animation.
+        num_inference_steps: those of a model distilled to a few steps by default, else 1.
         height, width: in pixels; the model's size by default.
 
     Example:
@@ -113,15 +115,15 @@ def interpolate(
     keys = check_keys(prompts, seeds)
     require_pipeline("interpolate", pipeline, "unet", "vae", "encode_prompt")
     require_count("frames", frames)
-    require_count("num_inference_steps", num_inference_steps)
+    steps = student_steps(pipeline.scheduler) if num_inference_steps is None else num_inference_steps
+    require_count("num_inference_steps", steps)
     require_number("guidance_scale", guidance_scale)
-    size = _image_size(pipeline, height, width)
+    channels, rows, columns = latent_shape(pipeline, height, width)
     quiet = copy.copy(pipeline)  # no progress bar per image; the models are shared
     quiet.set_progress_bar_config(disable=True)
-    guided = guidance_scale > 1
-    embeds = {prompt: _embed(pipeline, prompt, guided, negative_prompt) for prompt, _ in keys}
+    embeds = {prompt: _embed(pipeline, prompt, guidance_scale > 1, negative_prompt) for prompt, _ in keys}
     dtype = next(iter(embeds.values()))["prompt_embeds"].dtype
-    noises = {seed: _noise(pipeline, seed, size, dtype) for _, seed in keys}
+    noises = {seed: _noise(seed, (1, channels, rows, columns), dtype) for _, seed in keys}
     images = []
     for first, second, weight in tqdm(_frames(keys, frames, loop), unit="image", disable=not progress):
         latents = slerp(noises[first[1]], noises[second[1]], weight, dim=(1, 2, 3))
@@ -129,10 +131,10 @@ def interpolate(
         result = quiet(
             latents=latents,
             **between,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
-            height=size[0],
-            width=size[1],
+            height=rows * pipeline.vae_scale_factor,
+            width=columns * pipeline.vae_scale_factor,
         )
         images.append(result.images[0])
     return images
@@ -160,19 +162,6 @@ def _embed(pipeline: Any, prompt: str, guided: bool, negative_prompt: str | None
     return {name: x for name, x in zip(_EMBEDS, embeds, strict=False) if x is not None}
 
 
-def _image_size(pipeline: Any, height: int | None, width: int | None) -> tuple[int, int]:
-    """Return height and width in pixels; the model's where None."""
-    factor = pipeline.vae_scale_factor
-    own = latent_shape(pipeline)[1:]
-    given = tuple(pixels or latent * factor for pixels, latent in zip((height, width), own, strict=True))
-    for name, pixels in zip(("height", "width"), given, strict=True):
-        if pixels < 0 or pixels % factor:
-            raise ValueError(f"{name} must be a multiple of {factor}, got {pixels}.")
-    return given[0], given[1]
-
-
-def _noise(pipeline: Any, seed: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Return the noise of a seed, `(1, C, H, W)`, as the pipeline samples it with a CPU generator."""
-    latent = [pixels // pipeline.vae_scale_factor for pixels in size]
-    shape = (1, pipeline.unet.config.in_channels, *latent)
+def _noise(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return the noise of a seed as a pipeline samples it with a CPU generator."""
     return randn_tensor(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

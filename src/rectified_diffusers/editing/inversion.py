@@ -17,19 +17,19 @@ from torch import Tensor
 from rectified_diffusers.checks import require_latents, require_number, require_pipeline, require_texts, require_type
 from rectified_diffusers.flow.ode import euler, heun
 from rectified_diffusers.images import as_images, batched
-from rectified_diffusers.models.latents import decode_to_pictures, encode_pixels
+from rectified_diffusers.models.latents import decode_to_images, encode_pixels
 from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
-Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
+Images = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 _SOLVERS = {"euler": (euler, 1), "heun": (heun, 2)}  # with the number of evaluations per step
 
 
 @torch.no_grad()
 def invert(
     pipeline: Any,
-    pictures: Pictures,
+    pictures: Images,
     prompts: str | Sequence[str],
     steps: int = 50,
     *,
@@ -56,14 +56,13 @@ def invert(
         returned = pipeline("a red apple", latents=noise, num_inference_steps=16).images[0]
         ```
     """
-    data = _data(pipeline, pictures)
-    return _solve(pipeline, data, prompts, guidance_scale, solver, steps, 1.0, _time(strength))
+    return _solve(pipeline, _data(pipeline, pictures), prompts, guidance_scale, solver, steps, 1.0, _time(strength))
 
 
 @torch.no_grad()
 def edit(
     pipeline: Any,
-    pictures: Pictures,
+    pictures: Images,
     source_prompts: str | Sequence[str],
     target_prompts: str | Sequence[str],
     steps: int = 50,
@@ -88,17 +87,16 @@ def edit(
         edited.save("green.png")
         ```
     """
-    start = _time(strength)
-    data = _data(pipeline, pictures)
+    start, data = _time(strength), _data(pipeline, pictures)
     state = _solve(pipeline, data, source_prompts, source_guidance_scale, solver, steps, 1.0, start)
     edited = _solve(pipeline, state, target_prompts, guidance_scale, solver, steps, start, 1.0)
-    return decode_to_pictures(pipeline, edited)
+    return decode_to_images(pipeline, edited)
 
 
 @torch.no_grad()
 def round_trip_error(
     pipeline: Any,
-    pictures: Pictures,
+    pictures: Images,
     prompts: str | Sequence[str],
     steps: int = 50,
     *,
@@ -111,8 +109,7 @@ def round_trip_error(
     Both directions use the same prompt. Arguments as for `invert`. The error decreases with the first power of `steps`
     for Euler and the third for Heun, down to the precision of the pipeline's dtype. It excludes the loss of the VAE.
     """
-    start = _time(strength)
-    data = _data(pipeline, pictures)
+    start, data = _time(strength), _data(pipeline, pictures)
     state = _solve(pipeline, data, prompts, guidance_scale, solver, steps, 1.0, start)
     returned = _solve(pipeline, state, prompts, guidance_scale, solver, steps, start, 1.0)
     return (returned - data).flatten(1).norm(dim=1) / data.flatten(1).norm(dim=1)
@@ -155,29 +152,23 @@ def _solve(
         return solve(counted, state, steps, start, end)
 
 
-def _data(pipeline: Any, pictures: Pictures) -> Tensor:
+def _data(pipeline: Any, pictures: Images) -> Tensor:
     """Check the pipeline and return the images as VAE-scaled latents `(B, C, H, W)` in float32 or wider."""
     require_pipeline("inversion", pipeline, "unet", "vae", "scheduler")
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, RectifiedFlowEulerScheduler) or hasattr(pipeline, "text_encoder_2"):
-        raise TypeError(
-            "inversion needs a RectifiedFlowPipeline, or a Stable Diffusion pipeline with a "
-            f"RectifiedFlowEulerScheduler; got {type(pipeline).__name__} with {type(scheduler).__name__}."
-        )
+        got = f"{type(pipeline).__name__} with {type(scheduler).__name__}"
+        raise TypeError(f"inversion needs a RectifiedFlowPipeline with a RectifiedFlowEulerScheduler, got {got}.")
     channels = pipeline.vae.config.latent_channels
     images = batched(as_images("pictures", pictures, latent_channels=channels))
     if isinstance(images, Tensor) and images.shape[1] == channels:
         require_latents("latents", images)
         latents = images
     else:
-        latents = encode_pixels(pipeline.vae, _pixels(pipeline, images if isinstance(images, list) else [images]))
+        images = images if isinstance(images, list) else [images]
+        sizes = [image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images]
+        if len(set(sizes)) != 1:
+            raise ValueError(f"pass images of one size, got sizes {sizes}.")
+        latents = encode_pixels(pipeline.vae, pipeline.image_processor.preprocess(images))
     # Half precision would limit every error from below. Only the U-Net's input is cast to it.
     return latents.to(pipeline.device, torch.promote_types(latents.dtype, torch.float32))
-
-
-def _pixels(pipeline: Any, images: list[Any]) -> Tensor:
-    """Return images as pixels `(B, 3, H, W)` in [-1, 1]."""
-    sizes = [image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images]
-    if len(set(sizes)) != 1:
-        raise ValueError(f"pass images of one size, got sizes {sizes}.")
-    return pipeline.image_processor.preprocess(images)

@@ -1,6 +1,7 @@
 """Export a pipeline as ONNX graphs for onnxruntime."""
 
 import inspect
+import json
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from rectified_diffusers.checks import require_pipeline, require_plain_weights
+from rectified_diffusers.export.stock import stock_solver
 from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 OPSET = 17
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class _Called(nn.Module):
 def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
     """Save the text encoder, U-Net and VAE decoder as ONNX graphs, with tokenizer and scheduler, for onnxruntime.
 
-    The folders and the names of inputs and outputs are those of diffusers' conversion script, which the ONNX copies of
-    InstaFlow also follow:
+    The folder is a pipeline for the ORTStableDiffusionPipeline and OVStableDiffusionPipeline of optimum, without a
+    safety checker. The folders and the names of inputs and outputs are those of diffusers' conversion script, which
+    the ONNX copies of InstaFlow also follow:
 
         text_encoder/model.onnx   input_ids (B, L) int32          -> last_hidden_state (B, L, D), pooler_output (B, D)
         unet/model.onnx           sample (B, C, H, W), timestep (1,) float32, encoder_hidden_states (B, L, D)
@@ -51,9 +57,10 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
         vae_decoder/model.onnx    latent_sample (B, C, H, W)      -> sample (B, 3, fH, fW) in [-1, 1]
 
     B, H and W are dynamic. H and W must be multiples of the U-Net's downsampling factor; L is the tokenizer's length.
-    The prediction keeps its sign, data - noise for our models. latent_sample is data / scaling_factor, from
-    vae_decoder/config.json. A graph has the dtype of the pipeline. Above 2 GB, its weights are stored next to it, in
-    model.onnx_data.
+    For a rectified flow, out_sample is noise - data, as the stock scheduler in the folder expects: UniPC on flow
+    sigmas, set to the Euler method (see `export_diffusers`). A diffusion model keeps its prediction and its scheduler.
+    latent_sample is data / scaling_factor, from vae_decoder/config.json. A graph has the dtype of the pipeline. Above
+    2 GB, its weights are stored next to it, in model.onnx_data.
 
     Example:
         ```python
@@ -62,6 +69,8 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
     """
     _check_onnx(pipeline)
     output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / INDEX).unlink(missing_ok=True)  # written last: without it, nothing can be loaded
     for name, part, graph in (
         ("text_encoder", pipeline.text_encoder, _text_encoder_graph(pipeline)),
         ("unet", pipeline.unet, _unet_graph(pipeline)),
@@ -73,8 +82,24 @@ def export_onnx(pipeline: Any, output_dir: str | Path) -> None:
         save_config = part.save_config if hasattr(part, "save_config") else part.config.save_pretrained
         save_config(folder)
     pipeline.tokenizer.save_pretrained(output_dir / "tokenizer")
-    pipeline.scheduler.save_pretrained(output_dir / "scheduler")
+    scheduler = pipeline.scheduler
+    if isinstance(scheduler, RectifiedFlowEulerScheduler):
+        scheduler = stock_solver(scheduler, "unipc", solver_order=1)
+    scheduler.save_pretrained(output_dir / "scheduler")
+    _write_index(pipeline, scheduler, output_dir)
     make_readable(output_dir)
+
+
+def _write_index(pipeline: Any, scheduler: Any, output_dir: Path) -> None:
+    """Write the index of a stock pipeline of these parts, with the precision in which OpenVINO computes."""
+    parts = {name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet")}
+    absent: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    stock = StableDiffusionPipeline(**parts, **absent, scheduler=scheduler, requires_safety_checker=False)
+    # optimum passes unknown entries of the index to OVStableDiffusionPipeline. Without this one, OpenVINO computes in
+    # bfloat16 where the processor can, and the image is about 10 of 255 levels off.
+    ov_config = {"INFERENCE_PRECISION_HINT": "f32"}
+    index = {**json.loads(stock.to_json_string()), "ov_config": ov_config}
+    (output_dir / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_onnx(pipeline: Any) -> None:
@@ -116,8 +141,12 @@ def _unet_graph(pipeline: Any) -> _Graph:
         "encoder_hidden_states": torch.zeros(2, length, width, **kind),
     }
 
+    # Exact, like `fold_sign`, and for any network.
+    towards_data = pipeline.scheduler.config.get("velocity_direction") == "data"
+
     def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        predicted = unet(sample, timestep, encoder_hidden_states=encoder_hidden_states, return_dict=False)[0]
+        return -predicted if towards_data else predicted
 
     image = {0: "batch", 2: "height", 3: "width"}
     dynamic = {"sample": image, "out_sample": image, "encoder_hidden_states": {0: "batch"}}

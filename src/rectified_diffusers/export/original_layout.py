@@ -34,8 +34,8 @@ def original_unet_layout(weights: Mapping[str, Tensor], layers_per_block: int) -
     if None in originals.values():
         name = next(name for name, original in originals.items() if original is None)
         raise ValueError(
-            f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got one with a weight {name!r}, which has no place "
-            "in the original layout. Save it for diffusers instead, with export_diffusers or save_pretrained."
+            f"Expected the U-Net of a Stable Diffusion 1.x or 2.x, got the weight {name!r}, which has no place in the "
+            "original layout. Save it with export_diffusers or save_pretrained."
         )
     return {f"{PREFIX}{originals[name]}": tensor for name, tensor in weights.items()}
 
@@ -75,10 +75,8 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     require_plain_weights("export_unet", {"unet": unet})
     if unet_format == "comfyui":
         if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
-            raise ValueError(
-                "the format comfyui needs a rectified flow with a RectifiedFlowEulerScheduler, got "
-                f"{type(pipeline.scheduler).__name__}. A diffusion model keeps its sign: use 'ldm'."
-            )
+            kind = type(pipeline.scheduler).__name__
+            raise ValueError(f"comfyui needs a RectifiedFlowEulerScheduler, got {kind}. Use 'ldm' for diffusion.")
         require_straight(pipeline.scheduler, "export_unet for ComfyUI")
         if pipeline.scheduler.config["velocity_direction"] == "data":
             unet = fold_sign(unet)

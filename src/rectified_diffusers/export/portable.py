@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from rectified_diffusers.checks import require_pipeline, require_plain_weights
+from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -22,15 +23,11 @@ def save_portable(pipeline: DiffusionPipeline, folder: str | Path) -> None:
     """Save a pipeline as a folder, or a repository for the Hub, that loads where this package is not installed.
 
     The folder names diffusers' own class, `StableDiffusionPipeline` for `RectifiedFlowPipeline`, and contains the
-    source of our scheduler next to its settings. Images are bit-identical. The example shows how to load and call it
-    without this package.
+    source of our scheduler, which `trust_remote_code=True` lets diffusers run. Images are bit-identical. The example
+    shows how to load and call it without this package.
 
-    `trust_remote_code=True` lets diffusers run the scheduler's source. Pass the steps and the guidance: the stock
-    class defaults to 50 steps at 7.5. To save such a pipeline again, copy the folder: `save_pretrained` omits the
-    source.
-
-    With this package, `RectifiedFlowPipeline.from_pretrained(folder)` loads the folder like any other: no trust
-    needed, our defaults, our scheduler.
+    Pass the steps and the guidance: the stock class defaults to 50 steps at 7.5. To save such a pipeline again, copy
+    the folder. With this package, `RectifiedFlowPipeline.from_pretrained(folder)` loads it like any other.
 
     Args:
         pipeline: one of ours that starts from noise (text to image, ControlNet), or one of diffusers with our
@@ -69,21 +66,14 @@ def _check_components(pipeline: DiffusionPipeline) -> None:
     scheduler = components.get("scheduler")
     if type(scheduler) is not RectifiedFlowEulerScheduler:
         raise ValueError(
-            f"A portable save ships the source of RectifiedFlowEulerScheduler, but the pipeline's scheduler is "
-            f"{type(scheduler).__name__}. For a scheduler of diffusers, use save_pretrained; to save a portable "
-            "folder again, load it with RectifiedFlowPipeline.from_pretrained."
+            f"A portable save needs a RectifiedFlowEulerScheduler, got {type(scheduler).__name__}. Load a portable "
+            "folder with RectifiedFlowPipeline.from_pretrained; use save_pretrained for a scheduler of diffusers."
         )
     for name, component in components.items():
         if name != "scheduler" and _library(type(component)) == PACKAGE:
-            raise ValueError(
-                f"{name} is a {type(component).__name__}, a model of {PACKAGE} that does not load without it. "
-                "Save the pipeline with save_pretrained, for people who have the package."
-            )
-        if getattr(component, "peft_config", None):
-            raise ValueError(
-                f"{name} has a LoRA attached ({', '.join(component.peft_config)}), with which a saved model cannot be "
-                "loaded. Call pipeline.fuse_lora() to keep it, then pipeline.unload_lora_weights(), and save again."
-            )
+            kind = type(component).__name__
+            raise ValueError(f"{name} is a {kind}, which needs {PACKAGE} to load. Save it with save_pretrained.")
+    refuse_any_lora(pipeline)
 
 
 def _stock_class(pipeline_class: type[Any]) -> type[Any]:
@@ -94,9 +84,8 @@ def _stock_class(pipeline_class: type[Any]) -> type[Any]:
     # image, and in one step none.
     if adds_code or getattr(pipeline_class, "get_timesteps", None) is not getattr(stock, "get_timesteps", None):
         raise ValueError(
-            f"{pipeline_class.__name__} has code of its own that {stock.__name__} of diffusers lacks, so without it "
-            "the images would differ. Save the same components by a class that starts from noise: "
-            "save_portable(RectifiedFlowPipeline.from_pipe(pipeline), folder)."
+            f"{pipeline_class.__name__} has code of its own that {stock.__name__} of diffusers lacks. Save a class "
+            "that starts from noise: save_portable(RectifiedFlowPipeline.from_pipe(pipeline), folder)."
         )
     return stock
 

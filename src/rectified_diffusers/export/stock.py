@@ -24,17 +24,17 @@ _SCHEDULERS = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultis
 
 
 def export_diffusers(
-    pipeline: Any, output_dir: str | Path, scheduler: StockScheduler = "unipc", solver_order: int = 2
+    pipeline: Any, output_dir: str | Path, scheduler: StockScheduler = "unipc", solver_order: int = 1
 ) -> None:
     """Save a pipeline that stock diffusers loads and runs, by folding the sign of the velocity into the U-Net.
 
     Stock flow schedulers expect noise - data, but our models predict data - noise. Therefore the weight and bias of
     `conv_out` are negated, which is exact. The saved pipeline is the stock text-to-image class,
-    StableDiffusionPipeline or its XL version, with DPM-Solver++ or UniPC on flow sigmas; `from_pipe` of other stock
-    classes works from there. The given pipeline is not changed. Note three limits:
+    StableDiffusionPipeline or its XL version, with UniPC or DPM-Solver++ on flow sigmas; `from_pipe` of other stock
+    classes works from there. The given pipeline is not changed. Its images are those of our Euler steps, but for three
+    roundings of the stock solvers: timesteps are integers, the grid ends at t = 0.999 before the last step, and
+    DPM-Solver++ also begins there. Note two limits:
 
-    - The U-Net is evaluated at integer timesteps, at 999 where ours uses 1000, also in one step. DPM-Solver++, and
-      UniPC before diffusers 0.37, also treat the noise as the state at t = 0.001.
     - The stock class defaults to 50 steps at guidance 7.5; pass `num_inference_steps` and `guidance_scale`.
     - Anything with the sign of the original U-Net, such as a LoRA or a weight delta on `conv_out`, has the wrong sign
       here. Our own pipelines need `scheduler=RectifiedFlowEulerScheduler(velocity_direction="noise")`.
@@ -43,7 +43,9 @@ def export_diffusers(
         pipeline: a diffusers pipeline with a RectifiedFlowEulerScheduler and a UNet2DConditionModel.
         scheduler: the stock solver that the folder names. FlowMatchEulerDiscreteScheduler is not possible: the Stable
             Diffusion pipelines need an init_noise_sigma, which it does not have.
-        solver_order: 1 is the Euler method; 2 is better from a few steps on, and the same as 1 in one step.
+        solver_order: 1 is the Euler method, as in our pipelines. 2 follows a curved flow more closely with the same
+            number of steps, and is the same as 1 in one step. A distilled model needs 1: its velocity is trained at
+            t = 0 alone, so that what order 2 extrapolates from it is wrong.
 
     Example:
         ```python
@@ -54,7 +56,15 @@ def export_diffusers(
     """
     require_pipeline("export_diffusers", pipeline, "unet", "scheduler", "components")
     require_count("solver_order", solver_order)
-    solver = _stock_solver(pipeline.scheduler, scheduler, solver_order)
+    if not isinstance(pipeline.scheduler, RectifiedFlowEulerScheduler):
+        raise ValueError(
+            "export_diffusers needs a rectified flow with a RectifiedFlowEulerScheduler, got "
+            f"{type(pipeline.scheduler).__name__}. A stock pipeline needs no export: use its save_pretrained."
+        )
+    require_straight(pipeline.scheduler, "export_diffusers")
+    if scheduler not in _SCHEDULERS:
+        raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
+    solver = stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines need a UNet2DConditionModel, got {type(pipeline.unet).__name__}.")
     refuse_any_lora(pipeline)
@@ -63,10 +73,8 @@ def export_diffusers(
     names = inspect.signature(stock.__init__).parameters
     beyond = [name for name, part in pipeline.components.items() if part is not None and name not in names]
     if beyond:
-        raise ValueError(
-            f"a {stock.__name__} has no {', '.join(beyond)}; export {stock.__name__}.from_pipe(pipeline, "
-            f"scheduler=pipeline.scheduler), and save the {', '.join(beyond)} separately."
-        )
+        text = f"a {stock.__name__} has no {', '.join(beyond)}, which are saved separately. Export"
+        raise ValueError(f"{text} {stock.__name__}.from_pipe(pipeline, scheduler=pipeline.scheduler).")
     parts = {name: pipeline.config[name] for name in names if name in pipeline.config}
     parts |= {name: part for name, part in pipeline.components.items() if name in names}
     if pipeline.scheduler.config["velocity_direction"] == "data":
@@ -74,23 +82,22 @@ def export_diffusers(
     save_pipeline(stock(**{**parts, "scheduler": solver}), output_dir)
 
 
-def _stock_solver(ours: Any, scheduler: StockScheduler, solver_order: int) -> SchedulerMixin:
+def stock_solver(ours: RectifiedFlowEulerScheduler, scheduler: StockScheduler, solver_order: int) -> SchedulerMixin:
     """Return the stock scheduler that integrates from noise to data as ours does."""
-    if not isinstance(ours, RectifiedFlowEulerScheduler):
-        raise ValueError(
-            "export_diffusers needs a rectified flow with a RectifiedFlowEulerScheduler, got "
-            f"{type(ours).__name__}. A stock pipeline needs no export: use its save_pretrained."
-        )
-    require_straight(ours, "export_diffusers")
-    if scheduler not in _SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
+    count = ours.config["num_train_timesteps"]
+    # UniPC corrects each state by the next velocity. The Euler method does not, and where a velocity depends on t, as
+    # a distilled one does, the correction changes the image more than the second order.
+    uncorrected = {"disable_corrector": list(range(count))} if scheduler == "unipc" and solver_order == 1 else {}
     return _SCHEDULERS[scheduler](
-        num_train_timesteps=ours.config["num_train_timesteps"],
+        # A stock solver evaluates the network at `num_train_timesteps` less a rounding error, truncated to an integer:
+        # with `count`, noise would be at 999 instead of 1000, the only timestep that a distilled model knows.
+        num_train_timesteps=count + 1,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         flow_shift=ours.config["shift"],
         solver_order=solver_order,
         steps_offset=1,  # no effect on a flow; without it the pipeline warns about an outdated config
+        **uncorrected,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,16 +22,13 @@ class Coefficients:
 
 
 def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
-    """Reshape a coefficient `(B,)` to broadcast against x `(B, ...)`: to `(B, 1, 1, 1)` for a four-dimensional x.
-
-    No other function does this reshaping.
-    """
+    """Reshape a coefficient `(B,)` to broadcast against x `(B, ...)`: to `(B, 1, 1, 1)` for a four-dimensional x."""
     if coefficient.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"Expected t in float32 or float64, got {coefficient.dtype}. Convert it with t.float().")
     if coefficient.shape != x.shape[:1]:
         raise ValueError(
-            f"Expected t of shape (B,) = {tuple(x.shape[:1])} beside {tuple(x.shape)}, "
-            f"got {tuple(coefficient.shape)}. Give one time per example, for one time t.expand(B)."
+            f"Expected t of shape {tuple(x.shape[:1])} for x of shape {tuple(x.shape)}, got "
+            f"{tuple(coefficient.shape)}. Pass one time per example: t.expand(B) for a single time."
         )
     return coefficient.reshape((-1,) + (1,) * (x.ndim - 1))
 
@@ -43,10 +40,7 @@ def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     bfloat16 latents.
     """
     if x.shape != y.shape:
-        raise ValueError(
-            f"Expected two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}. "
-            "Nothing is broadcast here; expand the smaller one yourself if that is meant."
-        )
+        raise ValueError(f"Expected two tensors of one shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
     total = per_example(a, x) * x + per_example(b, y) * y
     return total.to(torch.promote_types(x.dtype, y.dtype))
 
@@ -88,10 +82,9 @@ class VariancePreserving(Interpolation):
     """Path of a diffusion schedule, as in DDIM (arXiv:2010.02502): alpha = cos(angle), sigma = sin(angle).
 
     At timestep k, alpha^2 = alphas_cumprod[k] and sigma^2 = 1 - alphas_cumprod[k]. Between timesteps, the angle
-    atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. (The angle is equivalent to the
-    signal-to-noise ratio, but stays finite when a schedule ends in pure noise.) The timestep is (N - 1) * (1 - t): t =
-    0 is the last of the N timesteps and t = 1 the first. The ends are therefore as pure as the schedule makes them:
-    for Stable Diffusion, alpha(0) = 0.068 and sigma(1) = 0.029.
+    atan(sigma / alpha) is a monotone cubic of the timestep with a continuous slope. The timestep is (N - 1) * (1 - t):
+    t = 0 is the last of the N timesteps and t = 1 the first. The ends are therefore as pure as the schedule makes
+    them: for Stable Diffusion, alpha(0) = 0.068 and sigma(1) = 0.029.
 
     Args:
         alphas_cumprod: `(N,)`, strictly decreasing, in [0, 1]; the attribute of that name of a diffusers scheduler.
@@ -180,30 +173,3 @@ class VariancePreserving(Interpolation):
         angle, slope = self.angle(self.last_timestep * (1 - t))
         alpha, sigma, d_angle = angle.cos(), angle.sin(), -self.last_timestep * slope
         return Coefficients(alpha, sigma, d_alpha=-sigma * d_angle, d_sigma=alpha * d_angle)
-
-
-@dataclass(frozen=True)
-class Differentiable(Interpolation):
-    """Path of any alpha(t) and sigma(t) written in torch, differentiated by forward-mode autograd.
-
-    Args:
-        alpha_fn: maps t `(B,)` to alpha `(B,)`, elementwise and differentiable; likewise sigma_fn.
-    """
-
-    alpha_fn: Callable[[Tensor], Tensor]
-    sigma_fn: Callable[[Tensor], Tensor]
-
-    def coefficients(self, t: Tensor) -> Coefficients:
-        alpha, d_alpha = _value_and_derivative("alpha_fn", self.alpha_fn, t)
-        sigma, d_sigma = _value_and_derivative("sigma_fn", self.sigma_fn, t)
-        return Coefficients(alpha, sigma, d_alpha, d_sigma)
-
-
-def _value_and_derivative(name: str, function: Callable[[Tensor], Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
-    value, derivative = torch.func.jvp(function, (t,), (torch.ones_like(t),))[:2]
-    if value.shape != t.shape:
-        raise ValueError(
-            f"Expected {name} to map t of shape {tuple(t.shape)} to the same shape, got {tuple(value.shape)}. "
-            "Write it elementwise, a constant as torch.full_like(t, value)."
-        )
-    return value, derivative

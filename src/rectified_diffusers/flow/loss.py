@@ -49,7 +49,7 @@ def perceptual_loss(predicted_images: Tensor, images: Tensor, network: Callable[
     if distance.numel() != len(images):
         raise ValueError(
             f"Expected one distance for each of {len(images)} examples, got shape {tuple(distance.shape)}. "
-            "Switch off the network's own reduction and spatial maps."
+            "Disable the network's own reduction and spatial maps."
         )
     return distance.reshape(len(images))
 
@@ -70,7 +70,5 @@ def _loss(error: Tensor, kind: LossKind) -> Tensor:
 
 def _check_same_shape(predicted: Tensor, target: Tensor) -> None:
     if predicted.shape != target.shape:
-        raise ValueError(
-            f"Expected prediction and target of one shape, got {tuple(predicted.shape)} and {tuple(target.shape)}. "
-            "Nothing is broadcast here: a loss of broadcast tensors trains towards the wrong thing."
-        )
+        shapes = f"{tuple(predicted.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"Expected prediction and target of one shape, got {shapes}. Nothing is broadcast.")

@@ -83,8 +83,8 @@ def _integrate(
         raise ValueError(f"Expected steps >= 1, got {steps}.")
     if not (0 <= start <= 1 and 0 <= end <= 1):
         raise ValueError(
-            f"Expected start and end in [0, 1], got {start} and {end}. "
-            "They are flow times, 0 is noise and 1 is data; for a diffusion timestep, t = 1 - timestep / 1000."
+            f"Expected flow times start and end in [0, 1], got {start} and {end}. For a timestep, t = 1 - timestep / "
+            "1000."
         )
     dt = (end - start) / steps
     grid = [start + i * dt for i in range(steps)] + [end]  # ends exactly at `end`: no overshoot from rounding

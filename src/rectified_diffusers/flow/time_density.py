@@ -17,13 +17,6 @@ class TimeDensity(ABC):
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         """Sample `(count,)` times in [0, 1], float32, on the generator's device."""
 
-    def density(self, t: Tensor) -> Tensor:
-        """Return the probability density at t, any shape; zero outside [0, 1]."""
-        raise ValueError(
-            f"{self!r} has no density: its probability sits on single points. "
-            "To weight by the density, use Uniform, LogitNormal or UShaped."
-        )
-
 
 @dataclass(frozen=True)
 class Uniform(TimeDensity):
@@ -31,9 +24,6 @@ class Uniform(TimeDensity):
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
         return _uniform(count, generator).float()
-
-    def density(self, t: Tensor) -> Tensor:
-        return ((t >= 0) & (t <= 1)).to(t.dtype)
 
 
 @dataclass(frozen=True)
@@ -58,13 +48,6 @@ class LogitNormal(TimeDensity):
         normal = torch.randn(count, generator=generator, device=generator.device, dtype=torch.float32)
         return torch.sigmoid(self.mean + self.std * normal)
 
-    def density(self, t: Tensor) -> Tensor:
-        inside = (t > 0) & (t < 1)  # at the ends, the limit is zero
-        t = torch.where(inside, t, 0.5)
-        deviation = (torch.logit(t) - self.mean) / self.std
-        density = torch.exp(-0.5 * deviation.square()) / (self.std * math.sqrt(2 * math.pi) * t * (1 - t))
-        return torch.where(inside, density, 0.0)
-
 
 @dataclass(frozen=True)
 class UShaped(TimeDensity):
@@ -88,10 +71,6 @@ class UShaped(TimeDensity):
         # Inverse of the distribution function F(t) = 1/2 + sinh(a (t - 1/2)) / (2 sinh(a / 2)).
         centred = 2 * _uniform(count, generator) - 1
         return (0.5 + torch.asinh(centred * math.sinh(self.a / 2)) / self.a).float().clamp(0, 1)
-
-    def density(self, t: Tensor) -> Tensor:
-        density = self.a * torch.cosh(self.a * (t.clamp(0, 1) - 0.5)) / (2 * math.sinh(self.a / 2))
-        return torch.where((t >= 0) & (t <= 1), density, 0.0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _NOT_WEIGHTS = re.compile(r"(^|\.)position_ids$")
 # The warnings of the libraries about conditions that are errors here.
 _REPORT = re.compile("LOAD REPORT|Some weights of|TRAIN this model")
 # Options of `from_pretrained` that locate a file on the Hub.
-_HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 _active: ContextVar[bool] = ContextVar("complete_components", default=False)
 
 
@@ -76,9 +76,9 @@ def _require_complete(name: str, model_class: type[Any], info: dict[str, Any]) -
         keys = sorted(key for key in keys if not _NOT_WEIGHTS.search(key))
         if keys:
             raise ValueError(
-                f"{name}: {len(keys)} weights are {kind}, the first {keys[0]!r}, so this is not a complete "
-                f"{model_class.__name__} of the installed library. Download or save it again; to use it anyway, "
-                f"load the {name} by its own class and pass it to from_pretrained."
+                f"{name}: {len(keys)} weights are {kind}, the first {keys[0]!r}, expected a complete "
+                f"{model_class.__name__}. Download or save it again, or load the {name} by its own class and pass it "
+                "to from_pretrained."
             )
 
 
@@ -94,9 +94,9 @@ def require_weights(pipeline: Any, source: Any) -> None:
 
 
 def _refuse_adapter(name: str, source: Any, options: dict[str, Any]) -> None:
-    hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     if find_adapter_config_file(source, **hub) is not None:
         raise ValueError(
-            f"{name} contains an adapter_config.json, which makes transformers load an adapter and another model, "
-            "expected plain weights. Remove the file, and load the adapter by load_lora_weights."
+            f"{name} contains an adapter_config.json, with which transformers loads another model. Remove the file, "
+            "and load the adapter by load_lora_weights."
         )

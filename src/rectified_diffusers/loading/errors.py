@@ -28,9 +28,16 @@ _NETWORK: Any = tuple(
     base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
 )
 # What diffusers and transformers raise for a config whose values have wrong types.
-_WRONG_TYPES: Any = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
-if hasattr(errors, "StrictDataclassError"):  # of huggingface_hub, since 0.31
-    _WRONG_TYPES = (*_WRONG_TYPES, errors.StrictDataclassError)
+_WRONG_TYPES = (
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    errors.StrictDataclassError,
+)
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -58,9 +65,8 @@ def remedies(
     try:
         with complete_components():
             yield
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
-        _check_indexes(folder)
+        _check_indexes(_folder_of(source, cache_dir, revision))
     except (LocalEntryNotFoundError, *_NETWORK) as error:
         is_missing = isinstance(error, LocalEntryNotFoundError)  # offline by choice, or as the Hub did not answer
         causes = [cause for cause in _chain(error) if isinstance(cause, _NETWORK) and cause is not error]
@@ -68,42 +74,36 @@ def remedies(
             raise  # the Hub's own error messages explain the remedy
         cause = causes[0] if is_missing else error
         raise ConnectionError(
-            f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Partial "
-            "downloads are not used: load it again when the Hub answers (https://status.huggingface.co), or with "
-            "local_files_only=True if it is cached."
+            f"{source} could not be fetched: {type(cause).__name__}: {' '.join(str(cause).split())}. Load it again "
+            "later (https://status.huggingface.co), or with local_files_only=True if it is cached."
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
         if variant is not None and f"variant={variant}" in str(error):
             raise ValueError(
-                f"You are trying to load the model files of the `variant={variant}`, but {source} has none; the "
-                "published InstaFlow checkpoints have no variant at all. Leave variant out; for half precision, call "
-                ".to(torch.float16) on the pipeline."
+                f"You are trying to load the model files of the `variant={variant}`, but {source} has none. Leave "
+                "variant out; for half precision, call .to(torch.float16) on the pipeline."
             ) from error
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
         forget_unfinished(error, source, cache_dir)
-        _explain_files(error, source, folder)
+        _explain_files(error, source, _folder_of(source, cache_dir, revision))
         _explain_absence(error, source)
         raise
     except (*_WRONG_TYPES, RuntimeError) as error:
-        folder = _folder_of(source, cache_dir, revision)
         verify_downloads(source, cache_dir, before)
-        if not isinstance(error, _WRONG_TYPES) and not re.search("mismatch|dimension|shape", str(error)):
+        if not isinstance(error, _WRONG_TYPES) and not re.search(
+            "mismatch|dimension|shape|allocate|overflow|larger than|out of range", str(error)
+        ):
             raise
         _explain_redirects(error, source)
-        _explain_files(error, source, folder)
+        _explain_files(error, source, _folder_of(source, cache_dir, revision))
         raise ValueError(
-            f"{source} cannot be loaded: a value in model_index.json or in the config of a part is missing or of "
-            f"another type or size than expected ({type(error).__name__}: {' '.join(str(error).split())}). Download "
-            "or save it again."
+            f"{source} cannot be loaded: a value in model_index.json or in the config of a component is missing or "
+            f"of another type or size than expected ({type(error).__name__}: {' '.join(str(error).split())})."
         ) from error
 
 
 def _explain_absence(error: Exception, source: str | os.PathLike[str]) -> None:
-    """Raise an error with the remedy if no Hub answered.
-
-    diffusers' own message refers to a stack trace and an argument.
-    """
+    """Raise an error with the remedy if the Hub could not be reached; diffusers' own refers to a stack trace."""
     for cause in _chain(error):
         if isinstance(cause, (*_NETWORK, OfflineModeIsEnabled)) and not isinstance(cause, HfHubHTTPError):
             raise ConnectionError(
@@ -118,12 +118,11 @@ def _explain_files(error: Exception, source: str | os.PathLike[str], folder: Pat
         if file.is_file() and not is_json_object(file):
             raise ValueError(f"{file} must be a JSON object. Download or save it again.") from error
     if any(isinstance(cause, SafetensorError) for cause in _chain(error)):
-        for file, damage in _damaged_files(folder):
+        for file, damage in damaged_files(folder):
             # In the Hub's cache a snapshot contains links: as long as the file itself exists, it is used again.
             raise OSError(
                 f"{file} cannot be read: {damage}. The file is damaged or incomplete. Delete "
-                f"{os.path.realpath(file)} and load again (from the Hub, the file is downloaded again; "
-                "force_download=True does not replace it), or copy the complete folder again."
+                f"{os.path.realpath(file)} and load again, or copy the complete folder again."
             ) from error
     if "safetensors" not in str(error):
         return
@@ -141,9 +140,7 @@ def _explain_redirects(error: BaseException, source: str | os.PathLike[str]) -> 
     """Raise an error with the remedy if huggingface_hub before 1.0 followed redirects until Python stopped it."""
     frames = traceback.extract_tb(error.__traceback__) if isinstance(error, RecursionError) else []
     if any(frame.name == "_request_wrapper" for frame in frames):
-        raise ConnectionError(
-            f"{source} could not be fetched: the Hub redirects in a loop. Load it again when the Hub answers."
-        ) from None
+        raise ConnectionError(f"{source} could not be fetched: the Hub redirects in a loop. Try later.") from None
 
 
 def _check_indexes(folder: Path) -> None:
@@ -152,8 +149,8 @@ def _check_indexes(folder: Path) -> None:
         for shard in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
             if Path(shard).name != shard:
                 raise ValueError(
-                    f"{index} lists the shard {shard!r}, expected a file name without a folder. diffusers does not "
-                    "save such an index: download the model from its original source."
+                    f"{index} lists the shard {shard!r}, expected a file name without a folder. Download the model "
+                    "from its original source."
                 )
 
 
@@ -175,7 +172,7 @@ def _folder_of(source: str | os.PathLike[str], cache_dir: str | Path | None, rev
     return Path(index).parent if isinstance(index, str) else Path(str(source))
 
 
-def _damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
+def damaged_files(folder: Path) -> Iterator[tuple[Path, SafetensorError]]:
     """Yield the safetensors files whose header cannot be read or does not match their length, each with its error."""
     for file in sorted(folder.rglob("*.safetensors")):
         try:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from rectified_diffusers.loading.lora_layers import LORA_PARTS, FileLayer, file_layers, layer_in
 
-_MERGE = (
-    "Merge such a file into the weights instead: applied = apply_weight_delta(pipeline, file, scale), and "
-    "applied.take_back() to undo it"
-)
+_MERGE = "Merge the file into the weights instead: apply_weight_delta(pipeline, file, scale), undone by take_back()"
+_NO_HOTSWAP = "Delete the adapter and load the file without hotswap."
 
 
 @dataclass(frozen=True)
@@ -68,10 +66,8 @@ def _require_attachable(layers: list[FileLayer]) -> None:
     for layer in layers:
         others = sorted(layer.parts.keys() - LORA_PARTS)
         if others:
-            raise ValueError(
-                f"{layer.parts[others[0]]!r} is of a LyCORIS file (LoHa, LoKr, full difference or norm), expected "
-                f"lora_down and lora_up. {_MERGE}."
-            )
+            tensor = layer.parts[others[0]]
+            raise ValueError(f"{tensor!r} is of a LyCORIS file, expected lora_down and lora_up. {_MERGE}.")
         for part in ("down", "up"):
             if part not in layer.parts:
                 raise ValueError(f"{next(iter(layer.parts.values()))!r} has no lora_{part}, expected both factors.")
@@ -123,17 +119,15 @@ def _row_norms(layer: FileLayer, parts: Mapping[str, Tensor], shape: torch.Size)
     if not by_output:
         if part == "dora_scale" and magnitude.shape[1:2] == shape[1:2] and magnitude.numel() == shape[1]:
             raise ValueError(
-                f"{layer.parts[part]!r} is of a DoRA with one magnitude for each input, expected one for each output, "
-                f"as PEFT has them. {_MERGE}."
+                f"{layer.parts[part]!r} has one DoRA magnitude for each input, PEFT has one for each output. {_MERGE}."
             )
         raise _unfit(layer, part, magnitude, shape)
     return magnitude.reshape(1, -1, *(1 for _ in shape[2:])) if len(shape) > 2 else magnitude.flatten()
 
 
 def _settings_of(metadata: Mapping[str, Any], component: str) -> dict[str, Any]:
-    return {
-        key.removeprefix(f"{component}."): value for key, value in metadata.items() if key.startswith(f"{component}.")
-    }
+    start = f"{component}."
+    return {key.removeprefix(start): value for key, value in metadata.items() if key.startswith(start)}
 
 
 def _scaling(layer: FileLayer, parts: Mapping[str, Tensor], settings: Mapping[str, Any], rank: int) -> float:
@@ -145,33 +139,27 @@ def _scaling(layer: FileLayer, parts: Mapping[str, Tensor], settings: Mapping[st
     from peft.utils.other import get_pattern_key  # importing PEFT takes a second
 
     spelled = layer.parts["down"].split(".lora_")[0].removeprefix(f"{layer.component}.")
-    found: dict[str, Any] = {}
-    for kind, default in (("rank", settings.get("r")), ("alpha", settings["lora_alpha"])):
-        pattern: dict[str, Any] = settings.get(f"{kind}_pattern") or {}
-        found[kind] = next(
-            (
-                pattern[key]
-                for name in (spelled, layer.name)
-                if (key := get_pattern_key(list(pattern), name)) in pattern
-            ),
-            default,
-        )
-    if found["rank"] != rank:
+
+    def setting(patterns: str, default: Any) -> Any:
+        pattern: dict[str, Any] = settings.get(patterns) or {}
+        keys = (get_pattern_key(list(pattern), name) for name in (spelled, layer.name))
+        return next((pattern[key] for key in keys if key in pattern), default)
+
+    stated = setting("rank_pattern", settings.get("r"))
+    if stated != rank:
         raise ValueError(
-            f"{layer.parts['down']!r} is of rank {rank}, but the file's settings say {found['rank']}. The file is "
-            "damaged: download it again."
+            f"{layer.parts['down']!r} is of rank {rank}, but the file's settings say {stated}. Download it again."
         )
-    return float(found["alpha"]) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    alpha = float(setting("alpha_pattern", settings["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _complete(attached: dict[str, AttachedLayer], component: str) -> None:
     """Give all layers one scaling, and biases to all if one has them; refuse DoRA in a part of the layers."""
     with_norms = sum(layer.magnitude is not None for layer in attached.values())
     if with_norms not in (0, len(attached)):
-        raise ValueError(
-            f"{with_norms} of the {len(attached)} layers of the {component} are DoRA, expected all or none, as PEFT "
-            f"has them. {_MERGE}."
-        )
+        count = f"{with_norms} of the {len(attached)} layers of the {component}"
+        raise ValueError(f"{count} are DoRA, PEFT needs all or none. {_MERGE}.")
     ((common, _),) = Counter(layer.scaling for layer in attached.values()).most_common(1)
     with_biases = any(layer.up_bias is not None for layer in attached.values())
     for name, layer in attached.items():
@@ -220,20 +208,16 @@ def as_diffusers_reads_it(
 def require_hotswap(plan: Attachment, adapter: str | None, models: Mapping[str, nn.Module]) -> None:
     """Refuse a hotswap for which the adapter of that name has no room, before PEFT deletes the adapter."""
     if plan.keys() != {"unet"}:
-        raise ValueError(
-            "hotswapping is not supported for text encoders, expected layers of the U-Net alone. Delete the adapter "
-            "and load the file without hotswap."
-        )
+        raise ValueError(f"hotswapping is not supported for text encoders, expected only the U-Net. {_NO_HOTSWAP}")
     unet: Any = models["unet"]
     if adapter not in getattr(unet, "peft_config", {}):
         return  # diffusers says so
     if any(layer.magnitude is not None for layer in plan["unet"].values()):
-        raise ValueError("DoRA cannot be hotswapped. Delete the adapter and load the file without hotswap.")
+        raise ValueError(f"DoRA cannot be hotswapped. {_NO_HOTSWAP}")
     for name in plan["unet"]:
         if adapter not in getattr(layer_in(unet, name), "lora_A", {}):
             raise ValueError(
-                f"the adapter {adapter!r} has no layer {name!r}, expected a file for the same layers. Delete the "
-                "adapter and load the file without hotswap."
+                f"the adapter {adapter!r} has no layer {name!r}, expected a file for the same layers. {_NO_HOTSWAP}"
             )
 
 
@@ -243,24 +227,21 @@ def require_attached(plan: Attachment, adapter_name: str | None, models: Mapping
         loaded: Any = models[component]
         adapter = adapter_name or list(loaded.peft_config)[-1]
         for name, layer in layers.items():
-            target = layer_in(models[component], name)
-            factors = [getattr(target, kind, {}) for kind in ("lora_A", "lora_B")]
-            good = all(adapter in kind for kind in factors)
-            if good:
-                a, b = (kind[adapter].weight for kind in factors)
-                rank = len(layer.down)  # a hotswap pads with zeros
-                good = _equal(a[:rank], layer.down) and _equal(b[:, :rank], layer.up)
-                good = good and math.isclose(float(target.scaling[adapter]), layer.scaling, rel_tol=1e-6)
-            if good and layer.magnitude is not None:
-                good = _equal(target.lora_magnitude_vector[adapter].weight, layer.magnitude)
-            if good and layer.up_bias is not None:
-                good = _equal(target.lora_B[adapter].bias, layer.up_bias)
-            if not good:
+            if not _is_attached(layer_in(loaded, name), adapter, layer):
                 raise ValueError(
                     f"the layer {name!r} of the {component} was not attached as the file has it, by these versions of "
                     "diffusers and PEFT. Upgrade them"
                 )
 
 
-def _equal(attached: Tensor, wanted: Tensor) -> bool:
-    return not attached.is_meta and torch.equal(attached.detach().cpu(), wanted.to("cpu", attached.dtype))
+def _is_attached(target: Any, adapter: str, layer: AttachedLayer) -> bool:
+    if any(adapter not in getattr(target, kind, {}) for kind in ("lora_A", "lora_B")):
+        return False
+    a, b, rank = target.lora_A[adapter], target.lora_B[adapter], len(layer.down)
+    pairs = [(a.weight[:rank], layer.down), (b.weight[:, :rank], layer.up)]  # a hotswap pads with zeros
+    if layer.magnitude is not None:
+        pairs.append((target.lora_magnitude_vector[adapter].weight, layer.magnitude))
+    if layer.up_bias is not None:
+        pairs.append((b.bias, layer.up_bias))
+    equal = (not x.is_meta and torch.equal(x.detach().cpu(), y.to("cpu", x.dtype)) for x, y in pairs)
+    return all(equal) and math.isclose(float(target.scaling[adapter]), layer.scaling, rel_tol=1e-6)

@@ -81,7 +81,7 @@ def file_layers(names: Any, models: Mapping[str, nn.Module], whose: str = "LoRA"
         if found is None:
             raise ValueError(
                 f"The {whose} holds an unexpected tensor {name!r}, expected those of LoRA, LoHa, LoKr, "
-                "full-difference or norm layers. Nothing of the file is used."
+                "full-difference or norm layers."
             )
         spelled, part = found
         component, layer = _split(spelled, spellings)
@@ -134,13 +134,8 @@ def _split(spelled: str, spellings: Mapping[str, Mapping[str, str]]) -> tuple[st
 
 def _spellings(model: nn.Module, component: str) -> dict[str, str]:
     """Return the name in the model of each layer with a weight, by every spelling, with underscores for points."""
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-        and ".lora_" not in name
-        and not name.endswith(".base_layer")
-    ]
+    weighted = [name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
+    layers = [name for name in weighted if ".lora_" not in name and not name.endswith(".base_layer")]
     spelled = {name: name for name in layers}
     if component == "unet":
         for name in [name for name in layers if name.startswith(_SECOND)]:

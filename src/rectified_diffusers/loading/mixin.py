@@ -11,9 +11,9 @@ from diffusers.loaders.lora_base import _fetch_state_dict
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from rectified_diffusers.loading.complete import require_weights
+from rectified_diffusers.loading.complete import HUB_OPTIONS, require_weights
 from rectified_diffusers.loading.downloads import checked_downloads
-from rectified_diffusers.loading.lora import attaching, check_fits, check_lora, mend_kohya
+from rectified_diffusers.loading.lora import attaching, check_lora
 from rectified_diffusers.loading.lora_attach import (
     as_diffusers_reads_it,
     plan_attachment,
@@ -29,8 +29,7 @@ _ADAPTER = (
     "safetensors.torch.save_file of its two dictionaries, as image_proj.* and ip_adapter.*; h94/IP-Adapter has a "
     ".safetensors file of each"
 )
-_FETCH_OPTIONS = ("weight_name", "use_safetensors", "local_files_only", "cache_dir", "force_download", "proxies")
-_FETCH_OPTIONS += ("token", "revision", "subfolder")
+_FETCH_OPTIONS = ("weight_name", "use_safetensors", *HUB_OPTIONS)
 _USER_AGENT = {"file_type": "attn_procs_weights", "framework": "pytorch"}
 _ENCODER = "transformers.CLIPVisionModelWithProjection.from_pretrained(folder).save_pretrained(new_folder)"
 
@@ -50,8 +49,8 @@ class SafetensorsLoaders(DiffusionPipeline):
             pipeline = stock.from_single_file(pretrained_model_link_or_path, **kwargs)
         except NotImplementedError as error:  # torch cannot move weights that diffusers did not find
             raise ValueError(
-                f"{pretrained_model_link_or_path} lacks weights of the U-Net or of the VAE, expected a complete model "
-                "in one file. Download it again, or load the folder that it was made from."
+                f"{pretrained_model_link_or_path} lacks weights of the U-Net or of the VAE, expected all of them. "
+                "Download it again, or load the folder that it was made from."
             ) from error
         require_weights(pipeline, pretrained_model_link_or_path)
         return pipeline
@@ -75,7 +74,7 @@ class SafetensorsLoaders(DiffusionPipeline):
         models = {name: model for name, model in models.items() if isinstance(model, nn.Module)}
         with attaching(self, hotswap):
             weights, settings = _fetch(pretrained_model_name_or_path_or_dict, options)
-            check_lora(weights, None, settings)
+            check_lora(weights, settings)
             plan = plan_attachment(weights, settings, models)
             if hotswap:
                 require_hotswap(plan, adapter_name, models)
@@ -85,7 +84,7 @@ class SafetensorsLoaders(DiffusionPipeline):
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Read a LoRA as diffusers does, check its values, and fix the conversion of a file in kohya's layout."""
+        """Read a LoRA as diffusers does, from safetensors, and check its values."""
         source = pretrained_model_name_or_path_or_dict
         if "lora_settings" in kwargs:  # from our load_lora_weights, which has read and checked the file
             return source, None, kwargs["lora_settings"]
@@ -93,32 +92,8 @@ class SafetensorsLoaders(DiffusionPipeline):
         stock: Any = super()
         with checked_downloads(source, kwargs.get("cache_dir")):
             weights, alphas, *metadata = stock.lora_state_dict(source, **kwargs)
-        check_lora(weights, alphas, metadata[0] if metadata else None)
-        if alphas is not None:
-            weights, alphas = mend_kohya(weights, alphas)
+        check_lora(weights, {"alphas": alphas, "metadata": metadata[0] if metadata else None})
         return weights, alphas, *metadata
-
-    @classmethod
-    def load_lora_into_unet(cls, state_dict: Any, network_alphas: Any, unet: Any, *args: Any, **kwargs: Any) -> None:
-        """Load a LoRA into the U-Net after checking that its layers and their sizes match."""
-        check_fits(state_dict, "unet", unet)
-        stock: Any = super()
-        stock.load_lora_into_unet(state_dict, network_alphas, unet, *args, **kwargs)
-
-    @classmethod
-    def load_lora_into_text_encoder(
-        cls,
-        state_dict: Any,
-        network_alphas: Any,
-        text_encoder: Any,
-        prefix: str | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Load a LoRA into a text encoder after the same checks."""
-        check_fits(state_dict, prefix or "text_encoder", text_encoder)
-        stock: Any = super()
-        stock.load_lora_into_text_encoder(state_dict, network_alphas, text_encoder, prefix, *args, **kwargs)
 
     def load_textual_inversion(self, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> None:
         """Load textual inversion embeddings as diffusers does, from .safetensors or tensors; refuse a .bin or .pt."""
@@ -141,17 +116,15 @@ class SafetensorsLoaders(DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Load IP-Adapters as diffusers does, from .safetensors or tensors; refuse a .bin."""
-        sources, folders = _each(pretrained_model_name_or_path_or_dict), _each(subfolder)
-        for source in sources:
+        for source in _each(pretrained_model_name_or_path_or_dict):
             if not isinstance(source, (str, os.PathLike)):  # tensors, for which the name is not read
                 continue
             for name in _each(weight_name):
                 refuse_pickle(name, _ADAPTER)
-            if image_encoder_folder is not None:
-                for folder in folders:
-                    # As in diffusers: a bare name is next to the weights, a path starts at the root.
-                    beside = "" if "/" in image_encoder_folder else folder or ""
-                    refuse_folder_of_pickles(Path(source, beside, image_encoder_folder), _ENCODER)
+            for folder in _each(subfolder) if image_encoder_folder is not None else ():
+                # As in diffusers: a bare name is next to the weights, a path starts at the root.
+                beside = "" if "/" in str(image_encoder_folder) else folder or ""
+                refuse_folder_of_pickles(Path(source, beside, str(image_encoder_folder)), _ENCODER)
         stock: Any = super()
         with _all_checked(pretrained_model_name_or_path_or_dict, kwargs.get("cache_dir")):
             stock.load_ip_adapter(

@@ -3,13 +3,14 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
+_LARGEST = {"layers": 1000, "sample_size": 1 << 14}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
@@ -17,8 +18,8 @@ def safetensors_only(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return loader options with which diffusers opens no pickle; refuse options that request one."""
     if options.get("use_safetensors") is False:
         raise ValueError(
-            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if "
-            "you trust them, load them with diffusers' own class and call save_pretrained(new_folder)."
+            "use_safetensors=False requests pickles, which can run code when they are opened. Omit it, or, if you "
+            "trust them, convert them with diffusers' own class and save_pretrained(new_folder)."
         )
     return {**options, "use_safetensors": True}
 
@@ -43,7 +44,7 @@ def refuse_folder_of_pickles(folder: Path, conversion: str) -> None:
 
 
 def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] = ()) -> None:
-    """Refuse a local folder whose model index names a library that diffusers would import for it.
+    """Refuse a local folder whose model index names a library that diffusers would import, or with absurd sizes.
 
     diffusers before 0.40 imports whatever an index names. Allowed are the libraries known to diffusers, the modules of
     its pipelines, and what the caller has imported. For a repository on the Hub, diffusers' own check does the same.
@@ -51,6 +52,7 @@ def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] 
     Args:
         replaced: classes that are not loaded from the named library, because others replace them.
     """
+    refuse_absurd_sizes(source)
     index = Path(source, "model_index.json")
     if not index.is_file() or not is_json_object(index):  # a damaged index is explained where loading fails
         return
@@ -65,6 +67,38 @@ def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] 
             f"{index}: {name} is from {library!r}, expected diffusers, transformers or an imported library, because "
             "loading it runs code. If you trust it, import it first, or pass trust_remote_code=True."
         )
+
+
+def refuse_absurd_sizes(source: str | os.PathLike[str]) -> None:
+    """Refuse a local folder with a config whose numbers would keep a library busy without end, such as 10^6 layers."""
+    for file in sorted(Path(source).glob("*/config.json")):
+        config = json.loads(file.read_text(encoding="utf-8")) if is_json_object(file) else {}
+        for name, value in config.items():
+            limit = next((limit for part, limit in _LARGEST.items() if part in name), 10**8)
+            numbers = value if isinstance(value, list) else [value]
+            if any(isinstance(number, int) and number > limit for number in numbers):
+                raise ValueError(
+                    f"{file}: expected {name} of at most {limit:,}, got {value}. Download or save the model again."
+                )
+
+
+def require_components(source: str | os.PathLike[str]) -> None:
+    """Raise a ValueError if a local folder lacks a part that its index names."""
+    index = Path(source, "model_index.json")
+    if not index.is_file() or not is_json_object(index):
+        return
+    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
+        named = isinstance(entry, list) and entry and isinstance(entry[0], str) and not name.startswith("_")
+        if named and not index.with_name(name).is_dir():
+            raise ValueError(f"{source} lacks the folder {name}, which its model_index.json names. Copy it again.")
+        if named and name.startswith("tokenizer") and not any(_vocabularies(index.with_name(name))):
+            raise ValueError(f"{index.with_name(name)} contains no vocabulary of a tokenizer. Copy it again.")
+
+
+def _vocabularies(folder: Path) -> Iterator[Path]:
+    """Yield the vocabulary files of a tokenizer; transformers 5 would load it with no words if there are none."""
+    for pattern in ("tokenizer.json", "vocab.*", "*.model"):
+        yield from folder.glob(pattern)
 
 
 def is_json_object(file: Path) -> bool:

@@ -138,14 +138,14 @@ class Denoiser(ABC):
         if isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction == "noise":
             return None
         raise TypeError(
-            "The velocity of this pipeline can be had from a RectifiedFlowEulerScheduler or a diffusion scheduler "
-            f"with alphas_cumprod and a prediction_type, got {type(scheduler).__name__}."
+            "Expected a RectifiedFlowEulerScheduler or a diffusion scheduler with alphas_cumprod and a "
+            f"prediction_type, got {type(scheduler).__name__}."
         )
 
     def velocity(self, network: Network, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity data - noise predicted by a flow network at x_t `(B, C, H, W)` and t `(B,)`."""
-        answer = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
-        return answer if self.direction == "data" else -answer
+        velocity = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
+        return velocity if self.direction == "data" else -velocity
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Decode latents to images `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
@@ -164,10 +164,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        """Return the conditioning of prompts. Guidance steers away from that of the empty prompt.
-
-        This runs the text encoders.
-        """
+        """Run the text encoders and return the conditioning of prompts."""
 
     @abstractmethod
     def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
@@ -199,9 +196,8 @@ class StableDiffusionXLDenoiser(Denoiser):
     def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
         pooled, factor = conditioning["text_embeds"], self.pipeline.vae_scale_factor
         size = [pixels * factor for pixels in sample.shape[-2:]]
-        sizes = torch.tensor(
-            [*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device
-        )  # original size, crop corner, target size
+        # Original size, crop corner, target size.
+        sizes = torch.tensor([*size, 0, 0, *size], dtype=pooled.dtype, device=sample.device)
         return network(
             sample,
             timestep,

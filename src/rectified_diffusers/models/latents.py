@@ -49,7 +49,7 @@ def latent_shape(pipeline: Any, height: int | None = None, width: int | None = N
     for name, pixels, default in (("height", height, own_height), ("width", width, own_width)):
         if pixels is None and default is None:
             raise ValueError(f"{type(network).__name__} does not say its sample_size; set {name} in the config.")
-        if pixels is not None and pixels % multiple:
+        if pixels is not None and (pixels < 1 or pixels % multiple):
             raise ValueError(f"{name} must be a multiple of {multiple} for this VAE, got {pixels}.")
         sizes.append(default if pixels is None else pixels // factor)
     return latent_channels(pipeline), sizes[0], sizes[1]
@@ -66,7 +66,7 @@ def unscale(vae: Any, latents: Tensor) -> Tensor:
     return latents / vae.config.scaling_factor + vae_shift(vae)
 
 
-def decode_to_pictures(pipeline: Any, latents: Tensor) -> list[Image.Image]:
+def decode_to_images(pipeline: Any, latents: Tensor) -> list[Image.Image]:
     vae = pipeline.vae
     pixels = vae.decode(unscale(vae, latents).to(vae.dtype)).sample
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -40,7 +40,7 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
     if unet.as_flow.prediction_type == "epsilon":
         raise ValueError(
             "A U-Net that predicts epsilon cannot be made plain: its velocity at the noise end is a small difference "
-            "of two large terms. Distil it as it is, or begin with a teacher that predicts v."
+            "of two large terms. Use a teacher that predicts v."
         )
     config = {name: value for name, value in unet.config.items() if name != "diffusion_schedule"}
     made: Any = UNet2DConditionModel.from_config(config)
@@ -75,9 +75,8 @@ def _lead_past(unet: Any, factor: float) -> None:
     last = block.resnets[-1]
     if norm is None or not isinstance(unet.conv_act, nn.SiLU) or last.conv_shortcut is None:
         raise ValueError(
-            "Only a U-Net that ends as Stable Diffusion's does can be made plain: a block with a shortcut, GroupNorm, "
-            f"SiLU and a convolution; got {type(norm).__name__}, {type(unet.conv_act).__name__} and "
-            f"{type(last.conv_shortcut).__name__}. Distil it as it is."
+            "Expected a U-Net that ends as Stable Diffusion's, with a shortcut, GroupNorm and SiLU, got "
+            f"{type(last.conv_shortcut).__name__}, {type(norm).__name__} and {type(unet.conv_act).__name__}."
         )
     channels, pairs = _freed(unet, latents)
     find, offset = _found_again(unet.conv_in)
@@ -107,8 +106,8 @@ def _freed(unet: Any, count: int) -> tuple[Tensor, Tensor]:
     groups = math.ceil(count / (size // 2)) if size > 1 else norm.num_channels
     if groups > norm.num_groups // 2:
         raise ValueError(
-            f"x needs {2 * count} channels of the last block, in whole groups, and at most half of them; got "
-            f"{norm.num_channels} channels in {norm.num_groups} groups. Distil this U-Net as it is."
+            f"x needs {2 * count} channels of the last block, in complete groups, and at most half of them; got "
+            f"{norm.num_channels} channels in {norm.num_groups} groups."
         )
     matters = (norm.weight.abs() * unet.conv_out.weight.abs().sum((0, 2, 3))).view(norm.num_groups, size).sum(1)
     channels = matters.argsort()[:groups].sort().values.cpu()[:, None] * size + torch.arange(size)
@@ -119,10 +118,7 @@ def _found_again(conv_in: Any) -> tuple[Tensor, Tensor]:
     """Return weights `(C, channels)` and offsets `(C,)` that recover x from the output of the first convolution."""
     seen = conv_in.weight.double().flatten(1)  # each channel is a sum of a window's values
     if torch.linalg.matrix_rank(seen) < seen.shape[1]:
-        raise ValueError(
-            f"x cannot be found again in the {len(seen)} channels of conv_in: {seen.shape[1]} independent ones are "
-            "needed. Distil this U-Net as it is."
-        )
+        raise ValueError(f"Expected at least {seen.shape[1]} independent channels of conv_in, got {len(seen)}.")
     center = conv_in.kernel_size[0] // 2
     find = torch.linalg.pinv(seen).view(conv_in.in_channels, *conv_in.kernel_size, -1)[:, center, center]
     return find.to(conv_in.weight), -(find @ conv_in.bias.double()).to(conv_in.weight)

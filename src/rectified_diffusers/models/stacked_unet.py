@@ -1,11 +1,10 @@
 """The Stacked U-Net of InstaFlow-1.7B: two of diffusers' U-Nets in series, with no latents between them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from diffusers import UNet2DConditionModel
-from diffusers.loaders import peft as diffusers_peft
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
@@ -17,10 +16,6 @@ logger = logging.getLogger(__name__)
 
 SECOND = "second."
 
-# Before diffusers 0.37, this table has no default, and `set_adapters` fails for a class that is not in it.
-_expand_scales = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
-diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING.setdefault("StackedUNet", _expand_scales)
-
 
 class StackedUNet(UNet2DConditionModel):
     """A U-Net whose last features feed a second one: the network of InstaFlow-1.7B (arXiv:2309.06380).
@@ -29,9 +24,8 @@ class StackedUNet(UNet2DConditionModel):
     conv_in. The features replace the output of that conv_in and are also the second U-Net's first skip connection. No
     weights are shared. With the blocks of Stable Diffusion 1.5 it has 1,719,017,924 parameters.
 
-    The first U-Net is this model itself, so that code that reads a U-Net's config and layers reads the half that
-    receives the latents. The other one is its submodule `second`. Save, load, LoRA, attention processors and gradient
-    checkpointing are diffusers' and cover both. Extensions made for a plain U-Net are handled as follows:
+    The first U-Net is this model itself, the other one its submodule `second`. Save, load, LoRA, attention processors
+    and gradient checkpointing are diffusers' and cover both. Extensions for a plain U-Net are handled as follows:
 
     - a LoRA is applied to both halves (one that names a layer of `second` is loaded unchanged), as are FreeU and a
       `scale`;
@@ -39,11 +33,9 @@ class StackedUNet(UNet2DConditionModel):
     - an IP-Adapter is refused.
 
     Args: those of `UNet2DConditionModel`, for both halves, and
-        diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity outside
-            its layers as in a `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. If the stack predicts
-            epsilon, the conversion multiplies the errors of the second half, which is new to its features, by 1 /
-            alpha at the noise. Easier initializations for a stack are a U-Net that predicts v, and one whose flow was
-            initialized from bare weights.
+        diffusion_schedule: for a stack that outputs a diffusion prediction, which is converted to a velocity as in a
+            `DiffusionVelocityUNet`. `from_unet` keeps that of its U-Nets. For epsilon, the conversion multiplies the
+            errors of the second half by 1 / alpha at the noise; U-Nets that predict v are easier to stack.
 
     Example:
         ```python
@@ -56,8 +48,8 @@ class StackedUNet(UNet2DConditionModel):
     def __init__(self, *, diffusion_schedule: dict[str, Any] | None = None, **config: Any) -> None:
         if config.get("addition_embed_type") == "image_hint":
             raise ValueError(
-                "addition_embed_type='image_hint' joins a picture to the latents before conv_in, which the second "
-                "half does not have. Stack U-Nets that take latents alone."
+                "addition_embed_type='image_hint' adds an image to the latents before conv_in, which the second half "
+                "does not have. Stack U-Nets that take only latents."
             )
         super().__init__(**config)
         features = self.config["block_out_channels"][0]
@@ -89,9 +81,8 @@ class StackedUNet(UNet2DConditionModel):
         schedules = [given.config.get("diffusion_schedule") for given in (unet, second)]
         if schedules[0] != schedules[1]:
             raise ValueError(
-                f"The second half's answer is read as the first half's config says, got a {type(unet).__name__} with "
-                f"diffusion_schedule {schedules[0]} and a {type(second).__name__} with {schedules[1]}. Stack two of "
-                "one kind."
+                f"Expected two U-Nets with one diffusion_schedule, got a {type(unet).__name__} with {schedules[0]} "
+                f"and a {type(second).__name__} with {schedules[1]}."
             )
         stacked: Any = cls.from_config(unet.config)
         weights = {**unet.state_dict(), **second.state_dict(prefix=SECOND)}
@@ -101,55 +92,36 @@ class StackedUNet(UNet2DConditionModel):
         stacked.load_state_dict(weights, assign=True)  # keep their dtypes and devices
         return stacked.train(unet.training)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
         encoder_hidden_states: Tensor,
-        class_labels: Tensor | None = None,
-        timestep_cond: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        added_cond_kwargs: dict[str, Tensor] | None = None,
-        down_block_additional_residuals: tuple[Tensor, ...] | None = None,
-        mid_block_additional_residual: Tensor | None = None,
-        down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
-        encoder_attention_mask: Tensor | None = None,
+        *,
         return_dict: bool = True,
+        **options: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """Run both halves on x_t with the same time and text; the arguments are those of `UNet2DConditionModel`.
+        """Run both halves on x_t with the same time and text.
 
         Args:
             sample: x_t, `(B, C, H, W)`; the result has its shape, except for the number of channels.
             timestep: in [0, 1000], scalar or `(B,)`.
             encoder_hidden_states: text embeddings, `(B, tokens, cross_attention_dim)`.
-            down_block_additional_residuals: from a ControlNet; like the two that follow, only for the first half.
+            options: of `UNet2DConditionModel.forward`; the residuals of a ControlNet or T2I-Adapter are only for the
+                first half.
         """
-        conditions: dict[str, Any] = {
-            "class_labels": class_labels,
-            "timestep_cond": timestep_cond,
-            "attention_mask": attention_mask,
-            "cross_attention_kwargs": cross_attention_kwargs,
-            "added_cond_kwargs": added_cond_kwargs,
-            "encoder_attention_mask": encoder_attention_mask,
-        }
-        residuals: dict[str, Any] = {
-            "down_block_additional_residuals": down_block_additional_residuals,
-            "mid_block_additional_residual": mid_block_additional_residual,
-            "down_intrablock_additional_residuals": down_intrablock_additional_residuals,
-        }
         first = super().forward
+        shared = {name: value for name, value in options.items() if "additional_residual" not in name}
 
-        def ask(sample: Tensor, timestep: Tensor | float | int) -> Tensor:
-            features, *_ = first(
-                sample, timestep, encoder_hidden_states, **conditions, **residuals, return_dict=False
-            )  # (B, block_out_channels[0], H, W)
-            return self.second(features, timestep, encoder_hidden_states, **conditions, return_dict=False)[0]
+        def predict(sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+            # (B, block_out_channels[0], H, W)
+            features = first(sample, timestep, encoder_hidden_states, **options, return_dict=False)[0]
+            return self.second(features, timestep, encoder_hidden_states, **shared, return_dict=False)[0]
 
         if self.as_flow is None:
-            velocity = ask(sample, timestep)
+            velocity = predict(sample, timestep)
         else:
-            velocity = self.as_flow(ask, sample, flow_times(sample, timestep))
+            velocity = self.as_flow(predict, sample, flow_times(sample, timestep))
         return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
 
     def load_lora_adapter(
@@ -159,23 +131,16 @@ class StackedUNet(UNet2DConditionModel):
         hotswap: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Load a LoRA for the stack, or one for a plain U-Net into both halves; pipelines call this with tensors.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: weights by name, in any of diffusers' formats.
-            prefix: of the names for this model, "unet" in a pipeline's files.
-            hotswap: replace the weights of a loaded adapter of the same name.
-            kwargs: diffusers' own, passed on.
-        """
+        """Load a LoRA for the stack, or one for a plain U-Net into both halves; pipelines call this with tensors."""
         weights = pretrained_model_name_or_path_or_dict
         if not isinstance(weights, Mapping):
             raise TypeError(
                 f"StackedUNet.load_lora_adapter takes weights by name, got {type(weights).__name__}. Load a file with "
-                "the pipeline's load_lora_weights, or read it with safetensors.torch.load_file first."
+                "the pipeline's load_lora_weights."
             )
         start = "" if prefix is None else f"{prefix}."
         if not any(name.startswith(start + SECOND) for name in weights):
-            logger.info("The LoRA names no layer of the second U-Net: it is put onto both.")
+            logger.info("The LoRA names no layer of the second U-Net: it is applied to both.")
             weights = _onto_both(weights, start)
             for name in ("network_alphas", "metadata"):
                 if kwargs.get(name):
@@ -193,10 +158,7 @@ class StackedUNet(UNet2DConditionModel):
         self.second.disable_freeu()
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            "An IP-Adapter has weights for the attention layers of one U-Net, a StackedUNet has those of two. "
-            "Use it with the U-Net that the stack was made from."
-        )
+        raise ValueError("A StackedUNet cannot use an IP-Adapter, which has weights for the layers of one U-Net.")
 
 
 StackedUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[reportFunctionMemberAccess]
@@ -212,8 +174,8 @@ def _require_equal_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Te
         shapes = [tuple(weights[name].shape) if name in weights else None for weights in (expected, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"The stack expects {name!r} of shape {shapes[0]}, the given U-Nets have it with {shapes[1]}. Stack "
-                "two plain U-Nets of one config, with no LoRA attached (fuse and unload it first)."
+                f"Expected {name!r} of shape {shapes[0]} in the U-Nets, got {shapes[1]}. Stack two plain U-Nets of "
+                "one config, with no LoRA attached (fuse and unload it first)."
             )
 
 

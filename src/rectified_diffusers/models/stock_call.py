@@ -196,7 +196,7 @@ class StockCall:
         arguments |= {**self.options, **options}
         if "generator" in self.parameters:
             arguments["generator"] = torch.Generator().manual_seed(seed)
-        call = type(self.pipeline).__call__
+        call: Any = type(self.pipeline).__call__
         while gradient and call.__code__.co_name == "decorate_context":  # torch.no_grad
             call = call.__wrapped__
         devices = {part.device for part in self.networks.values() if part.device.type == "cuda"}

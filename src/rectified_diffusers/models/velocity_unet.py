@@ -5,29 +5,18 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.loaders import peft as diffusers_peft
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
 
 from rectified_diffusers.flow.interpolation import VariancePreserving
-from rectified_diffusers.flow.prediction import DiffusionAsFlow
+from rectified_diffusers.flow.prediction import DIFFUSION_TYPES, DiffusionAsFlow
 from rectified_diffusers.models.denoiser import is_diffusion
 from rectified_diffusers.pipelines.scheduler import timestep_to_time
 
 # The settings that determine alphas_cumprod, as named by diffusers' schedulers; DDIM's class supports all of them.
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-)
-
-# Before diffusers 0.37, this table has no default, and `set_adapters` fails for a class that is not in it.
-_expand_scales = diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING["UNet2DConditionModel"]
-diffusers_peft._SET_ADAPTER_SCALE_FN_MAPPING.setdefault("DiffusionVelocityUNet", _expand_scales)
+_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+_SCHEDULE += ("trained_betas", "rescale_betas_zero_snr")
 
 
 class DiffusionVelocityUNet(UNet2DConditionModel):
@@ -41,11 +30,9 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
     Names and shapes of the weights are those of the plain U-Net, so that LoRAs, weight deltas, IP-Adapters and textual
     inversion of the diffusion model fit. Limits:
 
-    - A ControlNet or T2I-Adapter is called by the pipeline and receives x_t and the flow's timestep, not the inputs of
-      the inner U-Net. One made for diffusion is given a different time and a sample too small by up to sqrt(2), and
-      controls less well.
-    - Its output is not just that of its last layer: `export_diffusers`, which flips the sign of that layer, refuses
-      it.
+    - A ControlNet or T2I-Adapter is called by the pipeline with x_t and the flow's timestep. One made for diffusion
+      receives a different time and a sample too small by up to sqrt(2), and controls less well.
+    - `export_diffusers`, which flips the sign of the last layer, refuses it.
     - U-Nets that take more than latents (inpainting with 9 channels) are refused.
 
     Args: those of `UNet2DConditionModel`, and
@@ -75,10 +62,8 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
             scheduler: a diffusion scheduler of diffusers; its `alphas_cumprod` and `prediction_type` are used.
         """
         if type(unet) is not UNet2DConditionModel:
-            raise TypeError(
-                f"Expected a plain UNet2DConditionModel of a diffusion model, got {type(unet).__name__}, which is a "
-                "velocity model already or was never taught diffusion."
-            )
+            kind = type(unet).__name__
+            raise TypeError(f"Expected a plain UNet2DConditionModel of a diffusion model, got {kind}.")
         schedule = _read_schedule(scheduler)
         made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
         weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
@@ -103,10 +88,10 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         """
         unet = super().forward
 
-        def ask(inner_sample: Tensor, inner_timestep: Tensor) -> Tensor:
+        def predict(inner_sample: Tensor, inner_timestep: Tensor) -> Tensor:
             return unet(inner_sample, inner_timestep, encoder_hidden_states, *args, return_dict=False, **kwargs)[0]
 
-        velocity = self.as_flow(ask, sample, flow_times(sample, timestep))
+        velocity = self.as_flow(predict, sample, flow_times(sample, timestep))
         return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
 
 
@@ -115,15 +100,13 @@ def diffusion_inside(config: Any) -> DiffusionAsFlow:
     schedule = config["diffusion_schedule"]
     _require_schedule(schedule)
     if config["in_channels"] != config["out_channels"]:
-        raise ValueError(
-            "Only a U-Net that answers as many channels as it takes predicts something of its input, got "
-            f"in_channels={config['in_channels']} and out_channels={config['out_channels']}."
-        )
+        channels = f"in_channels={config['in_channels']} and out_channels={config['out_channels']}"
+        raise ValueError(f"Expected a U-Net with as many input as output channels, got {channels}.")
     as_flow = DiffusionAsFlow(VariancePreserving(_alphas_cumprod(schedule)), schedule["prediction_type"])
     if as_flow.prediction_type == "epsilon" and as_flow.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
-            "A U-Net that predicts epsilon cannot be turned into a flow on a schedule that ends in pure noise: "
-            "there its answer says nothing of the data. Such schedules are for prediction_type 'v_prediction'."
+            "A U-Net that predicts epsilon has no flow on a schedule that ends in pure noise, where epsilon does not "
+            "determine the data. Use one with prediction_type 'v_prediction'."
         )
     return as_flow
 
@@ -148,8 +131,8 @@ DiffusionVelocityUNet.__init__.__signature__ = SIGNATURE  # pyright: ignore[repo
 def _require_schedule(schedule: dict[str, Any] | None) -> None:
     if schedule is None or "prediction_type" not in schedule:
         raise ValueError(
-            f"diffusion_schedule must say the schedule and the prediction_type, got {schedule!r}. Make "
-            "the model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
+            f"diffusion_schedule must contain the schedule and the prediction_type, got {schedule!r}. Create the "
+            "model with DiffusionVelocityUNet.from_unet(unet, scheduler)."
         )
 
 
@@ -163,9 +146,8 @@ def _read_schedule(scheduler: Any) -> dict[str, Any]:
     kind = config.get("prediction_type")
     if not is_diffusion(scheduler):
         raise ValueError(
-            "Expected a diffusion scheduler with alphas_cumprod and a prediction_type out of 'epsilon', "
-            f"'v_prediction' and 'sample', got {type(scheduler).__name__} with prediction_type {kind!r}. A flow needs "
-            "no conversion."
+            f"Expected a diffusion scheduler with alphas_cumprod and a prediction_type out of {DIFFUSION_TYPES}, got "
+            f"{type(scheduler).__name__} with {kind!r}. A flow needs no conversion."
         )
     schedule = {name: config[name] for name in _SCHEDULE if config.get(name) is not None}
     if "trained_betas" in schedule:
@@ -173,8 +155,7 @@ def _read_schedule(scheduler: Any) -> dict[str, Any]:
     # Some schedulers replace an exact 0 at the end with 2^-24.
     if not torch.allclose(_alphas_cumprod(schedule), scheduler.alphas_cumprod.cpu(), rtol=1e-4, atol=1e-6):
         raise ValueError(
-            f"The config of the {type(scheduler).__name__} does not give its alphas_cumprod, so that they cannot be "
-            f"stored with the model; got {schedule}. Give a scheduler of diffusers made by its config, such as "
-            "DDIMScheduler.from_config(pipeline.scheduler.config)."
+            f"The config of the {type(scheduler).__name__} does not determine its alphas_cumprod, got {schedule}. "
+            "Pass a scheduler of diffusers, such as DDIMScheduler.from_config(pipeline.scheduler.config)."
         )
     return {**schedule, "prediction_type": kind}

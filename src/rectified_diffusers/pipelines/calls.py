@@ -23,6 +23,7 @@ from rectified_diffusers.checks import (
     require_unicode,
 )
 from rectified_diffusers.images import as_images, as_masks, batched, require_finite_images
+from rectified_diffusers.pipelines.scheduler import student_steps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,7 +33,8 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     """Return a pipeline's `__call__` with one step and no guidance as defaults; the rest is diffusers' own.
 
     Stable Diffusion's defaults, 50 steps and guidance 7.5, waste time on a rectified flow and oversaturate colors. The
-    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it.
+    explicit signature is kept, with the new defaults, because diffusers and its tests inspect it. A model that was
+    distilled to N steps takes these N by default, see `student_steps`.
     """
     signature = inspect.signature(call)
     defaults = {"num_inference_steps": 1, "guidance_scale": 1.0}
@@ -45,6 +47,7 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(call)
     def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
         arguments = signature.bind(*args, **kwargs)
+        arguments.arguments.setdefault("num_inference_steps", student_steps(arguments.arguments["self"].scheduler))
         arguments.apply_defaults()
         _check_call(arguments.arguments)
         _convert_images(arguments.arguments)
@@ -69,8 +72,8 @@ def _one_call_at_a_time(pipeline: Any) -> Iterator[None]:
         scheduler = pipeline.scheduler
         if scheduler in _RUNNING:
             raise RuntimeError(
-                "This pipeline is generating already, and a second call would change its grid. In a callback, call "
-                f"another pipeline with the same weights: {type(pipeline).__name__}.from_pipe(pipeline)."
+                "This pipeline is generating already. In a callback, call another pipeline with the same weights: "
+                f"{type(pipeline).__name__}.from_pipe(pipeline)."
             )
         _RUNNING.add(scheduler)
         try:
@@ -101,10 +104,8 @@ def _check_call(given: dict[str, Any]) -> None:
         require_latents("latents", latents, pipeline.vae.config["latent_channels"])
         rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
         if len(latents) != rows * (copies or 1):
-            raise ValueError(
-                f"latents must hold one noise for each image, {rows * (copies or 1)}, got {len(latents)}. Pass as "
-                "many prompts, or num_images_per_prompt."
-            )
+            count = rows * (copies or 1)
+            raise ValueError(f"latents must hold one noise for each of {count} images, got {len(latents)}.")
         # An optimized pipeline keeps them in float32, and rounds only what the network reads.
         keeps_float32 = "prepare_latents" in vars(pipeline) and latents.dtype == torch.float32
         given["latents"] = latents if keeps_float32 else latents.to(pipeline.unet.dtype)
@@ -126,9 +127,7 @@ def _convert_images(given: dict[str, Any]) -> None:
     if given.get("mask_image") is not None:
         given["mask_image"] = batched(as_masks("mask_image", given["mask_image"]))
         if given.get("padding_mask_crop") is not None and not np.any(np.asarray(given["mask_image"])):
-            raise ValueError(
-                "mask_image: expected masked pixels to crop around, got an empty mask. Leave out padding_mask_crop."
-            )
+            raise ValueError("mask_image: expected masked pixels, got none. Leave out padding_mask_crop.")
 
 
 def _conditioning_images(pipeline: Any, name: str, images: Any) -> Any:

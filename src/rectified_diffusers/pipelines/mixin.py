@@ -9,17 +9,13 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
 from rectified_diffusers.loading.errors import dtype_option, remedies
-from rectified_diffusers.loading.lora import has_lora
+from rectified_diffusers.loading.lora import refuse_any_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import finish_saving
@@ -99,9 +95,8 @@ class RectifiedFlowMixin(SafetensorsLoaders):
         is_ours = isinstance(value, RectifiedFlowEulerScheduler)
         if name == "scheduler" and isinstance(value, SchedulerMixin) and not is_ours:
             raise ValueError(
-                f"{type(self).__name__} needs a RectifiedFlowEulerScheduler, got {type(value).__name__}, which would "
-                "sample the predicted velocity as something else. Leave the scheduler out, or build one with "
-                "RectifiedFlowEulerScheduler(); for a diffusion model use the stock diffusers pipeline."
+                f"{type(self).__name__} needs a RectifiedFlowEulerScheduler, got {type(value).__name__}. Leave the "
+                "scheduler out, or use the stock diffusers pipeline for a diffusion model."
             )
         if name == "scheduler" and is_ours:
             owner = _OWNERS.get(value, lambda: None)()
@@ -114,13 +109,7 @@ class RectifiedFlowMixin(SafetensorsLoaders):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, readable by transformers 4 and 5; refuse a model with a LoRA attached."""
-        for name, model in self.components.items():
-            if isinstance(model, nn.Module) and has_lora(model):
-                raise ValueError(
-                    f"A LoRA is attached to the {name}, expected plain weights: the saved model could not be loaded. "
-                    f"Call fuse_lora(components=[{name!r}]) to keep the LoRA in the weights, then "
-                    "unload_lora_weights(); save_lora_weights() saves a LoRA by itself."
-                )
+        refuse_any_lora(self)
         push_to_hub = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         finish_saving(self, Path(save_directory))
@@ -139,20 +128,14 @@ def _skipping_last_layers(text_encoder: Any, clip_skip: int) -> Iterator[None]:
     def return_layer(model: Any, args: tuple[Any, ...], output: Any) -> tuple[Tensor]:
         layers = len(output.hidden_states) - 1  # the first is the embedding
         if not 0 <= clip_skip <= layers:
-            raise ValueError(
-                f"clip_skip must be in [0, {layers}], the text encoder having {layers} layers, got {clip_skip}."
-            )
+            raise ValueError(f"clip_skip must be in [0, {layers}], the layers of the encoder, got {clip_skip}.")
         return (model.final_layer_norm(output.hidden_states[layers - clip_skip]),)
 
-    hooks = [
+    with (
         text_encoder.register_forward_pre_hook(request_layers, with_kwargs=True),
         text_encoder.register_forward_hook(return_layer),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class OneTextEncoder(RectifiedFlowMixin):
@@ -222,9 +205,8 @@ class StartFromImage(RectifiedFlowMixin):
             timesteps, left = stock.get_timesteps(num_inference_steps, strength, device, denoising_start)
             if left < 1:
                 raise ValueError(
-                    f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}: "
-                    "the first pipeline has run them all. Pass more steps to both, or strength instead of "
-                    "denoising_start."
+                    f"denoising_start={denoising_start} leaves none of num_inference_steps={num_inference_steps}. "
+                    "Pass more steps to both pipelines, or strength instead of denoising_start."
                 )
             return timesteps, left
         if not 0 < strength <= 1:

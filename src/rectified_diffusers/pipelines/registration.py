@@ -33,11 +33,9 @@ _AUTO_PIPELINES = {
     "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING": {key: f"{family}Img2ImgPipeline" for key, family in _FAMILIES.items()},
     "AUTO_INPAINT_PIPELINES_MAPPING": {key: f"{family}InpaintPipeline" for key, family in _FAMILIES.items()},
 }
-_SCHEDULERS = ("RectifiedFlowEulerScheduler",)
-_OTHER_PIPELINES = ("RectifiedFlowAdapterPipeline",)  # AutoPipeline has no task for it
 _CLASSES = {
-    *_SCHEDULERS,
-    *_OTHER_PIPELINES,
+    "RectifiedFlowEulerScheduler",
+    "RectifiedFlowAdapterPipeline",  # AutoPipeline has no task for it
     *(name for mapping in _AUTO_PIPELINES.values() for name in mapping.values()),
 }
 

@@ -1,7 +1,6 @@
 """Scheduler for rectified flow: with it, a Stable Diffusion pipeline of diffusers samples a rectified flow."""
 
 import math
-import operator
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
@@ -17,6 +16,9 @@ Time = TypeVar("Time", float, Tensor)
 # Values that the checkpoint of a velocity model may have: ours, the style guide's, and the one that makes diffusers'
 # training scripts call the scheduler's `get_velocity`. All are stored as the first.
 _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
+
+# A key of the config, not an argument. With the underscore, diffusers' own schedulers load and keep it silently too.
+_STUDENT_STEPS = "_student_steps"
 
 
 def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
@@ -63,23 +65,20 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         shift: float = 1.0,
         prediction_type: str = "flow_prediction",
     ) -> None:
-        if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, int):
-            raise TypeError(f"num_train_timesteps must be a whole number, got {num_train_timesteps!r}. Pass an int.")
+        grid = _uniform_sigmas("num_train_timesteps", num_train_timesteps)
         if not isinstance(shift, Real):
             raise TypeError(f"shift must be a number, got {shift!r}. Pass a float, 1 for none.")
-        if num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}.")
         if velocity_direction not in get_args(VelocityDirection):
             raise ValueError(
-                f"velocity_direction must be 'data' (the model predicts data - noise, as InstaFlow) or 'noise' "
-                f"(noise - data, as Stable Diffusion 3 and Flux), got {velocity_direction!r}."
+                "velocity_direction must be 'data' (the model predicts data - noise) or 'noise' (noise - data), got "
+                f"{velocity_direction!r}."
             )
         if not 0 < shift < math.inf:
             raise ValueError(f"shift must be above 0 and finite (1 is no shift), got {shift}.")
         if prediction_type not in _PREDICTION_TYPES:
             raise ValueError(
-                f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. This "
-                "scheduler integrates a velocity; use a diffusion scheduler for a model that predicts something else."
+                f"prediction_type must be one of {', '.join(_PREDICTION_TYPES)}, got {prediction_type!r}. Use a "
+                "diffusion scheduler for a model that predicts something else."
             )
         # Stored explicitly, not as a default: `DDIMScheduler.from_config(ours.config)` then refuses instead of
         # assuming epsilon.
@@ -88,7 +87,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             defaults = [name for name in self.config["_use_default_values"] if name != "prediction_type"]
             self.register_to_config(_use_default_values=defaults)
         self.init_noise_sigma = 1.0
-        self._set_grid(_uniform_sigmas(num_train_timesteps), device=None)
+        self._set_grid(grid, device=None)
         # The grid above is for code that reads `timesteps` without sampling; sampling sets its own.
         self.num_inference_steps: int | None = None
 
@@ -106,12 +105,15 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             if of_a_flow and "velocity_direction" not in kwargs:
                 raise ValueError(
                     "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
-                    "schedulers predict noise - data: pass it as "
-                    f"{cls.__name__}.from_config(config, velocity_direction='noise')."
+                    f"schedulers need {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
+            count = config_dict.get("num_train_timesteps", 0)
+            exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
+            if exported:
+                config_dict["num_train_timesteps"] = count - 1
         # Recorded by a reflow along a path that is not straight, see `require_straight`; not an argument.
-        path = {key: config_dict[key] for key in ("interpolation",) if key in config_dict}
+        path = {key: value for key, value in config_dict.items() if key == "interpolation"}
         config_dict = {key: value for key, value in config_dict.items() if key not in path}
         arguments, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
         return arguments, unused, {**hidden, **path}
@@ -158,7 +160,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 raise TypeError(f"start must be a number in [0, 1), got {start!r}. Pass a float.")
             if not 0 <= start < 1:
                 raise ValueError(f"start, the flow time of the first step, must be in [0, 1), got {start}.")
-            grid = _uniform_sigmas(num_inference_steps)
+            grid = _uniform_sigmas("num_inference_steps", num_inference_steps)
         else:
             if start != 0:
                 raise ValueError("Pass start or a grid, not both: the grid defines its own start.")
@@ -170,9 +172,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 grid = 1 - timestep_to_time(grid, self.config["num_train_timesteps"])
             self._check_grid(grid, num_inference_steps)
         if mu is not None and not math.isfinite(mu):
-            raise ValueError(
-                f"mu, the logarithm of a shift, must be finite, got {mu}. Omit it to use the config's shift."
-            )
+            raise ValueError(f"mu, the logarithm of a shift, must be finite, got {mu}. Omit it for the config's.")
         # Timesteps are used unchanged: they are the times at which the model is evaluated.
         shift = self.config["shift"] if mu is None else math.exp(mu)
         if timesteps is None and shift != 1:
@@ -185,15 +185,13 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
     def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
         """Check a caller's grid: one-dimensional, sigmas in (0, 1], strictly descending."""
         if num_inference_steps is not None and num_inference_steps != len(sigmas):
-            raise ValueError(
-                f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)} steps; pass the grid alone."
-            )
+            raise ValueError(f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)} steps.")
         in_range = sigmas.ndim == 1 and len(sigmas) > 0 and bool(((sigmas > 0) & (sigmas <= 1)).all())
         if not in_range or not bool((sigmas.diff() < 0).all()):
             last = self.config["num_train_timesteps"]
             raise ValueError(
-                f"A grid must descend strictly within (0, {last}] as timesteps, (0, 1] as sigmas, without the final "
-                f"0, which is added; got sigmas {sigmas.tolist()}."
+                f"A grid must descend strictly within (0, {last}] as timesteps, (0, 1] as sigmas, got sigmas "
+                f"{sigmas.tolist()}. Omit the final 0, which is added."
             )
 
     def _set_grid(self, sigmas: Tensor, device: str | torch.device | None) -> None:
@@ -249,9 +247,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         if index is None:
             index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if index >= self.num_inference_steps:
-            raise ValueError(
-                f"All {self.num_inference_steps} steps of the grid are taken: call set_timesteps before another run."
-            )
+            raise ValueError(f"All {len(self.timesteps)} steps are taken: call set_timesteps before another run.")
         self._step_index = index + 1
         displacement = self._step_sizes[index] * model_output
         towards_data = self.config["velocity_direction"] == "data"
@@ -273,10 +269,8 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         timesteps = timesteps.to(original_samples.device, dtype)
         if timesteps.ndim > 1 or timesteps.numel() not in (1, len(original_samples)):
-            raise ValueError(
-                f"timesteps must hold one value per sample, shape ({len(original_samples)},), or one for all; "
-                f"got shape {tuple(timesteps.shape)}."
-            )
+            shapes = f"({len(original_samples)},), or one for all; got shape {tuple(timesteps.shape)}"
+            raise ValueError(f"timesteps must hold one value per sample, shape {shapes}.")
         t = timestep_to_time(timesteps, self.config["num_train_timesteps"])
         t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
         return (t * original_samples + (1 - t) * noise).to(original_samples.dtype)
@@ -297,6 +291,17 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         return self.config["num_train_timesteps"]
 
 
+def student_steps(scheduler: Any) -> int:
+    """Return the number of steps that a model was distilled to, as `record_student_steps` wrote it; 1 by default."""
+    return scheduler.config.get(_STUDENT_STEPS, 1)
+
+
+def record_student_steps(scheduler: Any, steps: int) -> None:
+    """Record in the scheduler's config that its model was distilled to more than one step."""
+    if steps > 1:
+        scheduler.register_to_config(**{_STUDENT_STEPS: steps})
+
+
 def require_straight(scheduler: Any, what: str) -> None:
     """Raise if a flow was trained along another path, as `reflow --interpolation` records in the scheduler's config.
 
@@ -306,19 +311,17 @@ def require_straight(scheduler: Any, what: str) -> None:
     interpolation = scheduler.config.get("interpolation", "straight")
     if interpolation != "straight":
         raise ValueError(
-            f"{what} needs a flow with the straight path, and this one was trained with interpolation="
-            f"{interpolation!r}. Use its text-to-image pipeline, or reflow with interpolation='straight'."
+            f"{what} needs a flow with the straight path, got interpolation={interpolation!r}. Use its text-to-image "
+            "pipeline, or reflow with interpolation='straight'."
         )
 
 
-def _uniform_sigmas(num_steps: int) -> Tensor:
-    """Return sigma_i = 1 - i / N for i = 0 ... N - 1, `(N,)`, float64."""
-    try:
-        count = operator.index(num_steps)
-    except TypeError:
-        raise TypeError(f"num_inference_steps must be an integer, got {num_steps!r}.") from None
+def _uniform_sigmas(name: str, count: int) -> Tensor:
+    """Return sigma_i = 1 - i / N for i = 0 ... N - 1, `(N,)`, float64, where the argument `name` is N."""
+    if isinstance(count, bool) or not hasattr(count, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {count!r}.")
     if count < 1:
-        raise ValueError(f"num_inference_steps must be at least 1, got {count}.")
+        raise ValueError(f"{name} must be at least 1, got {count}.")
     return 1 - torch.arange(count, dtype=torch.float64) / count
 
 
@@ -326,9 +329,8 @@ def _check_tensors(**tensors: Tensor) -> None:
     """Raise unless all are tensors of the same shape: torch would silently broadcast and sample something else."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} must be a tensor (B, C, H, W), got {type(value).__name__}; of a model, its .sample."
-            )
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a tensor (B, C, H, W), got {kind}; of a model, its .sample.")
     if len({value.shape for value in tensors.values()}) > 1:
         shapes = " and ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
         raise ValueError(f"Expected tensors of one shape (B, C, H, W), got {shapes}. Nothing is broadcast here.")

@@ -162,8 +162,8 @@ def _checked(pipeline: Any) -> Any:
     models = {name: each for name, each in pipeline.components.items() if isinstance(each, nn.Module)}
     if offloaded := [name for name, model in models.items() if hasattr(model, "_hf_hook")]:
         raise ValueError(
-            f"CPU offload moves the weights of {', '.join(offloaded)} on every call. Call remove_all_hooks() on the "
-            "pipeline, move it to one device, then optimize."
+            f"CPU offload moves the weights of {', '.join(offloaded)}. Call remove_all_hooks() on the pipeline, move "
+            "it to one device, then optimize."
         )
     return pipeline
 
@@ -231,9 +231,7 @@ def _guarded(pipeline: Any, models: dict[str, nn.Module]) -> Any:
     def check_inputs(*args: Any, **kwargs: Any) -> Any:
         for name, model in models.items():
             if getattr(pipeline, name) is not model:
-                raise ValueError(
-                    f"{name} was exchanged after optimize. Call restore() first, then exchange it and optimize again."
-                )
+                raise ValueError(f"{name} was exchanged after optimize. Call restore() before, and optimize again.")
         return stock(*args, **kwargs)
 
     return replaced(pipeline, "check_inputs", check_inputs)

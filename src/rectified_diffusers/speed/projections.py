@@ -4,7 +4,7 @@ The fused matrices are copies, which a LoRA or a weight delta applied later woul
 when the weights change, and not used while a LoRA is attached.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from rectified_diffusers.loading.lora import has_lora
-from rectified_diffusers.speed.caches import weights_state
+from rectified_diffusers.speed.caches import Forget, weights_state
 from rectified_diffusers.speed.patching import Hook
 
 _COPIES = ("to_qkv", "to_kv", "to_added_qkv")
@@ -24,13 +24,11 @@ def can_fuse(unet: Any) -> bool:
 
 
 @contextmanager
-def fused_projections(unet: Any) -> Iterator[Callable[[], None]]:
+def fused_projections(unet: Any) -> Iterator[Forget]:
     """Fuse the projections of a U-Net; yield a function that makes them be fused again."""
     if not can_fuse(unet):
-        kinds = sorted({type(processor).__name__ for processor in unet.attn_processors.values()})
-        raise ValueError(
-            f"fuse_qkv needs attention layers with AttnProcessor2_0, got {', '.join(kinds)}. Pass fuse_qkv=False."
-        )
+        kinds = ", ".join(sorted({type(processor).__name__ for processor in unet.attn_processors.values()}))
+        raise ValueError(f"fuse_qkv needs layers with AttnProcessor2_0, got {kinds}. Pass fuse_qkv=False.")
     layers = [layer for layer in unet.modules() if isinstance(layer, Attention)]
     made_of: list[Any] = [None]
 
@@ -65,11 +63,9 @@ def _unfuse(unet: Any, layers: list[Any]) -> None:
     """Remove the fused copies, and restore stock processors in the layers that are still fused."""
     if not any(hasattr(layer, name) for layer in layers for name in _COPIES):
         return
-    stock = unet.original_attn_processors
-    now = unet.attn_processors
-    unet.set_attn_processor(
-        {name: stock[name] if type(each).__name__.startswith("Fused") else each for name, each in now.items()}
-    )
+    processors = dict(unet.attn_processors)
+    fused = [name for name, each in processors.items() if type(each).__name__.startswith("Fused")]
+    unet.set_attn_processor({**processors, **{name: unet.original_attn_processors[name] for name in fused}})
     for layer in layers:
         layer.fused_projections = False
         for name in _COPIES:

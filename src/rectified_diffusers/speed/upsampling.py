@@ -7,7 +7,7 @@ of the transposed convolution, with stride 2 and padding 1, row u collects the k
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from rectified_diffusers.speed.caches import Forget
 from rectified_diffusers.speed.patching import Hook, replaced
-
-Forget = Callable[[], None]
 
 
 def folded_weight(weight: Tensor) -> Tensor:
@@ -26,9 +25,8 @@ def folded_weight(weight: Tensor) -> Tensor:
     box = torch.ones(1, 1, 2, 2, device=weight.device)
     kernels = weight.detach().float().flip(-2, -1).transpose(0, 1)
     spread = F.conv2d(kernels.reshape(-1, 1, 3, 3), box, padding=1)
-    layout = (
-        torch.channels_last if weight.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    )
+    is_last = weight.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if is_last else torch.contiguous_format
     return spread.reshape(*kernels.shape[:2], 4, 4).to(weight.dtype, memory_format=layout)
 
 

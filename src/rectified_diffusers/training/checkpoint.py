@@ -27,9 +27,9 @@ FREE_OPTIONS = frozenset(
         "output_dir",
         "max_steps",
         "micro_batch_size",
+        "num_workers",
         "gradient_checkpointing",
         "lpips_weights",
-        "student_steps",
         "save_every_steps",
         "keep_checkpoints",
         "validate_every_steps",
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         temporary.mkdir()
         for name, tensors in checkpoint.tensors.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-        files = {name: _fingerprint(temporary / name) for name in sorted(checkpoint.tensors)}
+        files = {name: file_digest(temporary / name) for name in sorted(checkpoint.tensors)}
         state = {"step": checkpoint.step, **checkpoint.state, "files": files}
         (temporary / STATE).write_text(sealed(state))
 
@@ -121,7 +121,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = unsealed((path / STATE).read_text())
         files, step = state.pop("files"), state.pop("step")
         for name, expected in files.items():
-            found = _fingerprint(path / name)
+            found = file_digest(path / name)
             if found != expected:
                 raise ValueError(f"{name} should be {expected} and is {found}")
         return Checkpoint(step, {name: load_file(path / name) for name in files}, state)
@@ -150,7 +150,9 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def config_to_json(config: TrainerConfig) -> dict[str, Any]:
     """Return the options that a checkpoint records: all except those for the machine and for monitoring the run."""
     options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
-    if config.lr_schedule != "constant_with_warmup" and not isinstance(config, ProgressiveConfig):
+    if isinstance(config, ProgressiveConfig):
+        del options["student_steps"]  # the number of rounds, which is as free as max_steps
+    elif config.lr_schedule != "constant_with_warmup":
         options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
     return json.loads(json.dumps(options))
 
@@ -169,6 +171,16 @@ def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], outp
             raise ValueError(
                 f"{output_dir} holds a run with {name}={expected.get(name)!r}, got {name}={found.get(name)!r}. "
                 "Give the same value to resume that run, or another output_dir to start a new one."
+            )
+
+
+def require_same_model(expected: Mapping[str, str], found: Mapping[str, str], output_dir: Path) -> None:
+    """Raise a `ValueError` that names the part in which the starting model differs from that of the run to resume."""
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{output_dir} holds a run that started from a model with another {name}. Give that model to resume "
+                "the run, or another output_dir to start a new one."
             )
 
 
@@ -191,7 +203,7 @@ def unsealed(text: str) -> dict[str, Any]:
     return state
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def file_digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the BLAKE2b digest of a file."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:

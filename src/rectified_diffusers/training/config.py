@@ -46,6 +46,11 @@ class TrainerConfig:
     micro_batch_size: int | None = option(
         None, "Triplets per forward pass of one process; the rest of the batch is accumulated. All at once if not set."
     )
+    num_workers: int | None = option(
+        None,
+        "Processes that read triplets ahead of the step, for each process that trains; 0 reads within the step. Up to "
+        "4 on a GPU and 0 on a CPU if not set.",
+    )
     learning_rate: float = option(1e-6, "Learning rate of AdamW, after warm-up.")
     weight_decay: float = option(1e-2, "Weight decay of AdamW.")
     optimizer: Literal["adamw", "adamw8bit"] = option(
@@ -102,6 +107,7 @@ class TrainerConfig:
             _require(self, name, getattr(self, name) > 0, "greater than 0")
         micro = self.micro_batch_size
         _require(self, "micro_batch_size", micro is None or 1 <= micro <= self.batch_size, "in [1, batch_size]")
+        _require(self, "num_workers", self.num_workers is None or self.num_workers >= 0, "at least 0")
         guidance = self.validation_guidance_scale
         _require(self, "validation_guidance_scale", 0 <= guidance < math.inf, "finite and not negative")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "in [0, 1)")
@@ -199,9 +205,18 @@ class DistillConfig(TrainerConfig):
         "Go on from a DiffusionVelocityUNet, as snr_matching makes it, with a plain U-Net that is nearly the same at "
         "t = 0: one that every program of Stable Diffusion knows. For teachers that predict v or the sample.",
     )
+    student_steps: int = option(
+        1, "Euler steps of the student, the default of the finished pipeline; it is trained at their times alone."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self, "student_steps", self.student_steps >= 1, "at least 1")
+        if self.plain_unet and self.student_steps > 1:
+            raise ValueError(
+                f"plain_unet keeps the predictions at t = 0 only, and student_steps={self.student_steps} need those "
+                "of later times too. Leave out one of the two."
+            )
         if self.plain_unet and self.lora_rank is not None:
             raise ValueError(
                 f"plain_unet changes the weights under the LoRA of lora_rank={self.lora_rank}, which would fit no "
@@ -279,6 +294,11 @@ class DistributionMatchingConfig(TrainerConfig):
         ```
     """
 
+    student_steps: int = option(
+        1,
+        "Euler steps of the student, the default of the finished pipeline; it is trained at a time of theirs, sampled "
+        "anew for each update, on the state that its own steps lead to.",
+    )
     teacher_guidance_scale: float = option(
         1.75, "Guidance scale of the teacher, which the student then has built in; 1 is no guidance."
     )
@@ -311,6 +331,7 @@ class DistributionMatchingConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self, "student_steps", self.student_steps >= 1, "at least 1")
         _require(self, "fake_updates", self.fake_updates >= 1, "at least 1")
         _require(self, "first_fake_updates", self.first_fake_updates >= 0, "at least 0")
         rate = self.fake_learning_rate

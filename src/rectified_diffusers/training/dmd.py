@@ -1,4 +1,4 @@
-"""Distribution matching for one-step models, with a discriminator (DMD, arXiv:2311.18828; DMD2, arXiv:2405.14867)."""
+"""Distribution matching for models of few steps, with a discriminator (DMD2, arXiv:2405.14867; DMD, 2311.18828)."""
 
 import copy
 import math
@@ -14,6 +14,7 @@ from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
+from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.conditioning import concat
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.models.velocity import guided
@@ -33,9 +34,14 @@ _LEAST_DISTANCE = 1e-4  # lower bound of the distance between student and teache
 
 @dataclass(frozen=True)
 class MatchingBatch(Triplets):
-    """Triplets whose noise is the student's initial noise, with the new noise to mix with the student's data."""
+    """Triplets whose noise is the student's initial noise, with the new noise to mix with the student's data.
+
+    Attributes:
+        position: number of steps that the student takes from the noise to the state at which it predicts the data.
+    """
 
     new_noise: Tensor = field(kw_only=True)
+    position: int = field(default=0, kw_only=True)
 
 
 def matching_gradient(data: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
@@ -53,14 +59,20 @@ def matching_gradient(data: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
 
 
 class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
-    """Match the distribution of data = noise + v(noise, t = 0) to the teacher's: DMD2 (arXiv:2405.14867).
+    """Match the distribution of data = x_s + (1 - s) * v(x_s, s) to the teacher's: DMD2 (arXiv:2405.14867).
+
+    In one step, s = 0 and x_s is noise. A student of N steps is trained at s = 0, 1/N, ..., (N - 1)/N, one of them for
+    each update, with DMD2's backward simulation: x_s is the state to which the student's own steps lead from noise,
+    without gradient. They are the Euler steps of the finished pipeline. DMD2 samples otherwise: between two steps, it
+    mixes the predicted data with new noise. Euler steps need no other scheduler and keep data a function of the first
+    noise, which the distance to the data of triplets needs. The result of the last step is its prediction of the data.
 
     Two networks predict a velocity at the student's data mixed with new noise, x_t = t * data + (1 - t) * new noise:
     the frozen teacher and the fake score network. The fake score network is initialized with the teacher's velocity
     without guidance and learns the student's data online, with the flow's loss. Where their estimates
     x_t + (1 - t) * v differ, the student moves from the fake estimate toward the teacher's, see `matching_gradient`.
     One step updates the fake score network `fake_updates` times and the student once. The student should already
-    generate in one step.
+    generate in its number of steps.
 
     With real images, the student can surpass its teacher. A `Discriminator` on the U-Net of the fake score learns to
     separate their x_t from those of the student's data. Its terms are added to the losses: -log D(x_t) to the
@@ -68,7 +80,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
 
     Only the prompts of the triplets are used, and noise is new at every update, unless `regression_weight` is set:
     then the student uses the noise of the triplets, and DMD's distance to their data (arXiv:2311.18828) is added to
-    its loss. The multi-step variant of DMD2 is not implemented.
+    its loss, at each of its times.
 
     Args:
         pipeline: pipeline of the student, a flow; or a diffusion model with `initialisation="snr_matching"`.
@@ -85,7 +97,6 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         ```
     """
 
-    validation_steps = (1,)
     metrics = ("loss", "grad_norm", "fake_loss")
     needs_flow = True
 
@@ -103,6 +114,8 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
                 "mixed_precision='fp16'. Use bf16 or no."
             )
         super().__init__(pipeline, dataset, config)
+        self.student_steps = config.student_steps
+        self.validation_steps = (config.student_steps,)
         if self.sharded:
             raise ValueError(
                 "Distribution matching trains two networks in turn, which FSDP does not support here. Launch it "
@@ -163,35 +176,46 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         if step == 0 and self.teacher_denoiser.diffusion() is None:
             self.check_direction(self.predict_teacher)
 
+    def uses(self, step: int) -> list[str]:
+        """Return the uses of the updates of the fake score, then that of the student's update."""
+        first = range(self.config.first_fake_updates if step == 1 else 0)
+        return [*(f"/first-{i}" for i in first), *(f"/fake-{i}" for i in range(self.config.fake_updates)), ""]
+
     def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
         """Sample the inputs of an update for the full batch: rows, times, initial noise, noise to mix with the data.
 
-        With real images, also sample their rows and the noise to mix with them.
+        With real images, also sample their rows and the noise to mix with them. Several steps of the student add the
+        position among them, equal for all examples, so that the batch takes the steps before it together.
         """
         config, generator = self.config, self.generator_for(step, use)
-        rows = torch.randint(len(self.dataset), (config.batch_size,), generator=generator)
+        rows = self.sample_rows(step, use, generator)
         t = config.min_t + (config.max_t - config.min_t) * torch.rand(config.batch_size, generator=generator)
         shape = (config.batch_size, *self.dataset.manifest.latent_shape)
-        inputs = rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))
-        if self.real_data is None:
-            return inputs
-        real_rows = torch.randint(len(self.real_data), (config.batch_size,), generator=generator)
-        return *inputs, real_rows, torch.randn(shape, generator=generator)
+        inputs = [rows, t, *(torch.randn(shape, generator=generator) for _ in range(2))]
+        if self.real_data is not None:
+            inputs.append(torch.randint(len(self.real_data), (config.batch_size,), generator=generator))
+            inputs.append(torch.randn(shape, generator=generator))
+        if self.student_steps > 1:
+            inputs.append(torch.randint(self.student_steps, (1,), generator=generator).expand(config.batch_size))
+        return tuple(inputs)
 
     def load_inputs(self, *inputs: Tensor) -> tuple[MatchingBatch, Tensor]:
         rows, t, noise, new_noise = inputs[:4]
         batch = self.read(rows, torch.zeros(len(rows)).bool())
         noise = batch.noise if self.config.regression_weight else noise.to(self.device)
-        return MatchingBatch(batch.prompts, noise, batch.data, new_noise=new_noise.to(self.device)), t.to(self.device)
+        position = int(inputs[-1][0]) if self.student_steps > 1 else 0
+        new_noise, t = new_noise.to(self.device), t.to(self.device)
+        return MatchingBatch(batch.prompts, noise, batch.data, new_noise=new_noise, position=position), t
 
     def train_step(self, step: int) -> tuple[float, ...]:
         """Update the fake score, then the student; return the student's loss, its gradient norm, the fake loss."""
         config, rate = self.config, self.config.fake_learning_rate or self.config.learning_rate
-        for number in range(config.first_fake_updates if step == 1 else 0):
-            self.update(self.fake_score, step, self.fake_losses, rate, f"/first-{number}")
+        *uses, _ = self.uses(step)
+        first = len(uses) - config.fake_updates
+        for use in uses[:first]:
+            self.update(self.fake_score, step, self.fake_losses, rate, use)
         rate *= self.lr_factor(step)
-        uses = [f"/fake-{number}" for number in range(config.fake_updates)]
-        losses = [self.update(self.fake_score, step, self.fake_losses, rate, use)[0] for use in uses]
+        losses = [self.update(self.fake_score, step, self.fake_losses, rate, use)[0] for use in uses[first:]]
         return *super().train_step(step), math.fsum(losses) / len(losses)
 
     def fake_losses(self, *inputs: Tensor) -> Tensor:
@@ -202,12 +226,13 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         batch, t = self.load_inputs(*inputs)
         conditioning = self.prompt_encoder(batch.prompts)
         with torch.no_grad():
-            data = batch.noise + self.one_step_velocity(batch.noise, conditioning)
+            start = self.student_state(batch, conditioning)
+            data = start + self.student_displacement(start, batch.position, conditioning)
         x_t, velocity = self.interpolation.interpolate(batch.new_noise, data, t)
         denoiser, model = self.teacher_denoiser, self.fake_score.model
         if self.discriminator is None:
             return velocity_loss(self.predict(denoiser, model, x_t, t, conditioning), velocity)
-        real_rows, real_noise = inputs[4:]
+        real_rows, real_noise = inputs[4:6]
         real = self.real_data.rows(real_rows.tolist())
         self.real_prompt_encoder.use_stored(real)
         real_x_t, _ = self.interpolation.interpolate(real_noise.to(self.device), real.data.to(self.device), t)
@@ -218,10 +243,19 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         losses = softplus(student_logits) + softplus(-real_logits)
         return velocity_loss(predicted[: len(x_t)], velocity) + self.config.discriminator_weight * losses
 
-    def one_step_velocity(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the student's velocity at t = 0, which equals its data minus the noise."""
-        t = torch.zeros(len(noise), device=self.device)
-        return self.predict(self.denoiser, self.student.model, noise, t, conditioning)
+    @torch.no_grad()
+    def student_state(self, batch: MatchingBatch, conditioning: Conditioning) -> Tensor:
+        """Return the state after the first `position` of the student's Euler steps from the noise of a batch."""
+        if batch.position == 0:
+            return batch.noise
+        velocity = partial(self.predict, self.denoiser, self.student.model, conditioning=conditioning)
+        return euler(velocity, batch.noise, batch.position, end=batch.position / self.student_steps)
+
+    def student_displacement(self, state: Tensor, position: int, conditioning: Conditioning) -> Tensor:
+        """Return (1 - s) * v(x_s, s), which the student adds to its state x_s to predict the data."""
+        s = position / self.student_steps
+        times = torch.full((len(state),), s, device=self.device)
+        return (1 - s) * self.predict(self.denoiser, self.student.model, state, times, conditioning)
 
     def compute_loss(self, batch: Any, t: Tensor) -> Tensor:
         """Return the student's loss of each example: a term whose gradient is `matching_gradient`, plus added losses.
@@ -230,9 +264,10 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
             batch: a `MatchingBatch`.
             t: times at which the two velocities are compared.
         """
-        conditioning, noise, new_noise = self.prompt_encoder(batch.prompts), batch.noise, batch.new_noise
-        velocity = self.one_step_velocity(noise, conditioning)
-        data = noise + velocity
+        conditioning, new_noise = self.prompt_encoder(batch.prompts), batch.new_noise
+        start = self.student_state(batch, conditioning)
+        displacement = self.student_displacement(start, batch.position, conditioning)
+        data = start + displacement
         gradient = self.gradient(data.detach(), new_noise, t, conditioning)
         loss = (data - (data - gradient).detach()).square().flatten(1).mean(1) / 2
         if self.discriminator is not None:
@@ -240,7 +275,8 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         weight = self.config.regression_weight
         if not weight:
             return loss
-        return loss + weight * self.regression(velocity, batch.data - noise, noise, torch.zeros_like(t))
+        # As for one step from the state: the distance is that of the data.
+        return loss + weight * self.regression(displacement, batch.data - start, start, torch.zeros_like(t))
 
     def adversarial_loss(self, data: Tensor, new_noise: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return -log D(x_t) of each example, with a gradient for the data only, not for the fake score network."""

@@ -29,6 +29,32 @@ def require_config(trainer: type, config: Any) -> None:
     require_type("config", config, expected, f"{trainer.__name__} has options of its own.")
 
 
+def not_a_flow(trainer: str, pipeline: Any) -> ValueError:
+    """Return the error for a pipeline that predicts no velocity."""
+    return ValueError(
+        f"{trainer} needs a pipeline that predicts a velocity, got {type(pipeline).__name__} with "
+        f"{type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
+    )
+
+
+def require_divisible(batch_size: int, processes: int) -> None:
+    """Raise unless all processes get equal parts of a batch."""
+    if batch_size % processes:
+        raise ValueError(
+            f"batch_size must be a multiple of the {processes} processes, got {batch_size}. Choose another batch size "
+            "or number of processes."
+        )
+
+
+def require_steps_left(step: int, config: TrainerConfig) -> None:
+    """Raise if a run has completed more steps than the config requests."""
+    if step > config.max_steps:
+        raise ValueError(
+            f"{config.output_dir} holds a run of {step} steps, got max_steps={config.max_steps}. Raise max_steps to "
+            "go on, or give another output_dir."
+        )
+
+
 def require_own_weights(pipeline: Any) -> None:
     """Raise if a pipeline is optimized: training would start from its rounded weights."""
     if is_optimized(pipeline):

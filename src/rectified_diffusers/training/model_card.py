@@ -14,15 +14,16 @@ from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.lora import WEIGHTS, has_loader
+from rectified_diffusers.training.run_folder import STARTING_MODEL
 from rectified_diffusers.training.tracking import FOLDER
 
 METHODS = {
     "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to picture were straightened."),
-    "DistillTrainer": ("distillation", "Distillation into one step, as InstaFlow's (arXiv:2309.06380)."),
+    "DistillTrainer": ("distillation", "Distillation into {steps}, as InstaFlow's (arXiv:2309.06380)."),
     "ProgressiveTrainer": ("progressive-distillation", "Progressive distillation (arXiv:2202.00512)."),
     "DistributionMatchingTrainer": (
         "distribution-matching-distillation",
-        "Distribution matching distillation into one step (DMD2, arXiv:2405.14867).",
+        "Distribution matching distillation into {steps} (DMD2, arXiv:2405.14867).",
     ),
 }
 
@@ -57,6 +58,7 @@ class Card:
 
     def __str__(self) -> str:
         tag, method = METHODS.get(self.record["trainer"], ("flow", self.record["trainer"]))
+        method = method.format(steps="one step" if self.sampling_steps == 1 else f"{self.sampling_steps} steps")
         if tag == "distribution-matching-distillation":
             method += f" {'With' if 'real_rows' in self.record else 'Without'} a discriminator on real images."
         relation: Any = {"base_model_relation": "adapter" if self.is_lora else "finetune"} if self.base_model else {}
@@ -94,7 +96,8 @@ class Card:
 
     def _training(self) -> str:
         lines = ["## Training", "", "| option | value |", "|---|---|"]
-        lines += [f"| {name} | {_plain(value)} |" for name, value in self.record.items() if name != "lpips_weights"]
+        hidden = ("lpips_weights", STARTING_MODEL)
+        lines += [f"| {name} | {_plain(value)} |" for name, value in self.record.items() if name not in hidden]
         lines += ["", "## Measured", ""]
         if "loss" in self.last_line:
             loss, step = self.last_line["loss"], self.last_line["step"]

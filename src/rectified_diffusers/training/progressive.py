@@ -36,12 +36,13 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         ```
     """
 
-    validation_steps = (1, 2, 4)
     needs_flow = True
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
         super().__init__(pipeline, dataset, config)
         require_straight(pipeline.scheduler, "Progressive distillation")
+        self.student_steps = config.student_steps
+        self.validation_steps = (config.student_steps, 2 * config.student_steps, 4 * config.student_steps)
         self.prompt_dropout = config.prompt_dropout
         if config.teacher_guidance_scale > 1:
             self.denoiser.guide(config.teacher_guidance_scale)

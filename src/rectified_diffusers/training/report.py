@@ -16,7 +16,7 @@ from PIL import Image
 from rectified_diffusers.evaluation.plots import new_figure, plot_straightness
 from rectified_diffusers.evaluation.straightness import Straightness
 from rectified_diffusers.files import write_atomically
-from rectified_diffusers.training.run_folder import RECORD
+from rectified_diffusers.training.run_folder import RECORD, STARTING_MODEL, read_log
 
 REPORT = "report.html"
 MAX_SHEETS, MAX_WIDTH = 24, 1280
@@ -59,9 +59,7 @@ def render_report(
         prompts, straightness: as for `write_report`.
     """
     log = folder / "log.jsonl"
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    # A process that is writing, or was killed, leaves a partial line.
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = [entry for _, entry in read_log(log)] if log.exists() else []
     body = [
         _heading(record),
         _tiles(lines, record, straightness),
@@ -181,7 +179,7 @@ def _data_uri(path: Path) -> str:
 def _options(record: dict[str, Any]) -> str:
     if not record:
         return ""
-    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in record.items()}
+    shown = {name: json.dumps(value, ensure_ascii=False) for name, value in record.items() if name != STARTING_MODEL}
     rows = "".join(f"<tr><th>{html.escape(name)}<td>{html.escape(value)}" for name, value in shown.items())
     return f"<section><h2>Options</h2><table>{rows}</table><p>From {RECORD}, next to this file.</p></section>"
 

@@ -19,7 +19,9 @@ from rectified_diffusers.files import (
     system_errors,
     write_atomically,
 )
+from rectified_diffusers.loading.errors import damaged_files
 from rectified_diffusers.loading.saving import save_pipeline
+from rectified_diffusers.training.checkpoint import file_digest
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.lora import Adapter
 
@@ -27,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 RECORD = "training.json"
+STARTING_MODEL = "starting_model"
+"""Entry of the record: digests of the parts of the starting model."""
+FILES = "files.json"
+"""Size and digest of each file of the finished pipeline. Not in the record, which is equal wherever the model lay."""
 
 
 class RunFolder:
@@ -74,19 +80,45 @@ class RunFolder:
         for folder in (self.path, self.checkpoints, self.validation):
             remove_leftovers(folder)
         if self.log.exists():
-            whole = [line for line in self.log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            kept = "".join(line for line, entry in read_log(self.log) if entry["step"] <= step)
             write_atomically(self.log, lambda path: path.write_text(kept))
 
     def last_line(self) -> dict[str, Any]:
         """Return the last line of the log; empty if there is none."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return json.loads(lines[-1]) if lines else {}
+        entries = [entry for _, entry in read_log(self.log)] if self.log.exists() else []
+        return entries[-1] if entries else {}
 
     def contains(self, record: dict[str, Any]) -> bool:
-        """Return whether the folder holds a complete pipeline with this record."""
+        """Return whether the folder holds a complete pipeline with this record, whose files are as they were written.
+
+        Model cards and reports may change. A preview release recorded neither starting model nor files: then each
+        safetensors file is checked against its header.
+        """
         path = self.path / RECORD
-        return (self.path / INDEX).exists() and path.exists() and path.read_text() == _text_of(record)
+        if not (self.path / INDEX).exists() or not path.exists():
+            return False
+        try:
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
+            listed = self.path / FILES
+            files = dict(json.loads(listed.read_text(encoding="utf-8"))) if listed.exists() else None
+        except (ValueError, TypeError):
+            return False
+        expected = json.loads(_text_of(record))
+        if STARTING_MODEL not in found:
+            expected.pop(STARTING_MODEL, None)
+        if found != expected:
+            return False
+        if files is None:
+            changed = [name for name in _components(self.path / INDEX) if not _is_component(self.path / name)]
+        else:
+            changed = [name for name, digest in files.items() if not _is_file(self.path / name, digest)]
+        if changed:
+            logger.warning(
+                "%s is not as it was written (%s): the pipeline is written again from the checkpoint.",
+                self.path,
+                ", ".join(changed),
+            )
+        return not changed
 
     def publish(
         self, pipeline: Any, record: dict[str, Any], texts: Mapping[str, str], adapter: Adapter | None
@@ -106,6 +138,9 @@ class RunFolder:
                 adapter.save(type(pipeline), staging)
         for name, text in texts.items():
             (staging / name).write_text(text, encoding="utf-8")
+        written = sorted(file for file in staging.rglob("*") if file.is_file() and file.name not in texts)
+        files = {file.relative_to(staging).as_posix(): file_digest(file) for file in written}
+        (staging / FILES).write_text(_text_of(files))
         (staging / RECORD).write_text(_text_of(record))
         flush(staging)
         for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
@@ -114,6 +149,24 @@ class RunFolder:
             part.replace(target)
         staging.rmdir()
         flush(self.path, recursive=False)
+
+
+def read_log(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each line of a log with its entry. Damaged lines are left out with a warning.
+
+    A last line without a line break is left out silently: a process is writing it, or was killed.
+    """
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError("expected an object with a step")
+        except (ValueError, RecursionError) as error:
+            logger.warning("%s, line %d is damaged and left out (%s).", path, number, error)
+        else:
+            yield line.decode(), entry
 
 
 def _reset_tokenizers(pipeline: Any) -> None:
@@ -127,6 +180,27 @@ def _reset_tokenizers(pipeline: Any) -> None:
         if tokenizer is not None:
             tokenizer.no_padding()
             tokenizer.no_truncation()
+
+
+def _is_file(path: Path, expected: dict[str, Any]) -> bool:
+    """Return whether a file has the size and the digest that were recorded."""
+    return path.is_file() and path.stat().st_size == expected["bytes"] and file_digest(path) == expected
+
+
+def _components(index: Path) -> list[str]:
+    """Return the components that the index of a pipeline names; the index itself if it cannot be read."""
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8")).items()
+    except (ValueError, AttributeError):
+        return [index.name]
+    return [name for name, entry in entries if isinstance(entry, list) and entry[0] is not None]
+
+
+def _is_component(folder: Path) -> bool:
+    """Return whether a component's folder exists and, for a model, holds weights of the length in their headers."""
+    is_model = (folder / "config.json").exists()
+    has_weights = any(folder.glob("*.safetensors"))
+    return folder.is_dir() and has_weights >= is_model and not any(damaged_files(folder))
 
 
 def _text_of(record: dict[str, Any]) -> str:

@@ -9,11 +9,12 @@ from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from rectified_diffusers.models.calibration import PROMPTS
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+from rectified_diffusers.models.stock_call import UnsupportedPipelineError, stop
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.guards import require_same_latents
@@ -89,7 +90,7 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
 
 
-def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
+def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     """Return the pipeline that samples a trained network, with all other components unchanged.
 
     It is a pipeline of this package for Stable Diffusion and SDXL. Others keep their own, which already samples a flow
@@ -97,14 +98,22 @@ def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
     where the teacher's paths bend, and reflow leaves no such region. One step is the same under any shift. (The
     pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
     last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+
+    Args:
+        steps: N of a student that was distilled to N steps. Its scheduler records N. For pipelines such as Stable
+            Diffusion 3 it also ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a
+            single step is then not possible.
     """
     pipeline = denoiser.pipeline
     if isinstance(denoiser, PipelineDenoiser):
         student = copy.copy(pipeline)
-        student.register_modules(**{denoiser.component: network, "scheduler": _without_shift(denoiser)})
+        scheduler = _without_shift(denoiser, steps)
+        record_student_steps(scheduler, steps)
+        student.register_modules(**{denoiser.component: network, "scheduler": scheduler})
         return student
     parts = {**pipeline.components, denoiser.component: network}
     parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
+    record_student_steps(parts["scheduler"], steps)
     config = pipeline.config
     if isinstance(pipeline, StableDiffusionXLPipeline):
         zeros = config.get("force_zeros_for_empty_prompt", True)
@@ -116,10 +125,17 @@ def student_pipeline(denoiser: Denoiser, network: Any) -> Any:
 _SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
 
 
-def _without_shift(denoiser: PipelineDenoiser) -> Any:
+def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
     """Return a copy of the pipeline's scheduler without shift; with it, where the shift is in its timesteps."""
     scheduler, flow = denoiser.pipeline.scheduler, denoiser.calibration.flow
     if flow is None or flow.table is not None:
         return copy.deepcopy(scheduler)
     changes = {name: value for name, value in _SHIFTS.items() if name in scheduler.config}
-    return type(scheduler).from_config(scheduler.config, **changes)
+    plain = type(scheduler).from_config(scheduler.config, **changes)
+    if steps == 1 or "shift_terminal" not in scheduler.config:
+        return plain
+    call, off = denoiser.call, denoiser.calibration.off
+    grid = call.run(PROMPTS[:1], steps, off, on_network=stop, scheduler=plain).scheduler.sigmas
+    if abs(float(grid[steps - 1]) - 1 / steps) < 1e-3:
+        return plain
+    return type(scheduler).from_config(scheduler.config, **{**changes, "shift_terminal": 1 / steps})

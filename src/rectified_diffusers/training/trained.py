@@ -144,13 +144,17 @@ class Trained:
             torch._foreach_lerp_(self.ema.shadow_params, weights, 1 - self.ema.cur_decay_value)
         return loss, grad_norm
 
-    def backward(self, inputs: Sequence[Tensor], losses_of: Callable[..., Tensor], seed: int) -> Tensor:
-        """Accumulate the gradients of this process's part of the batch; return its mean loss, a scalar."""
-        processes, device = self.accelerator.num_processes, self.accelerator.device
-        count = self.config.batch_size // processes
+    def micro_batches(self, inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Return the parts of `inputs` that belong to each micro-batch of this process."""
+        count = self.config.batch_size // self.accelerator.num_processes
         mine = slice(self.accelerator.process_index * count, (self.accelerator.process_index + 1) * count)
         size = min(self.config.micro_batch_size or count, count)
-        micro_batches = list(zip(*(part[mine].split(size) for part in inputs), strict=True))
+        return list(zip(*(part[mine].split(size) for part in inputs), strict=True))
+
+    def backward(self, inputs: Sequence[Tensor], losses_of: Callable[..., Tensor], seed: int) -> Tensor:
+        """Accumulate the gradients of this process's part of the batch; return its mean loss, a scalar."""
+        device, count = self.accelerator.device, self.config.batch_size // self.accelerator.num_processes
+        micro_batches = self.micro_batches(inputs)
         total = torch.zeros((), device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed + self.accelerator.process_index)

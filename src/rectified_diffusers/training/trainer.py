@@ -2,42 +2,38 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.utils.logging import is_progress_bar_enabled
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
-from rectified_diffusers.distributed import several_on_cpu
+from rectified_diffusers.data.teacher import fingerprints
+from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
+from rectified_diffusers.training import guards
 from rectified_diffusers.training.checkpoint import (
     Checkpoint,
     config_to_json,
     newest_checkpoint,
     recorded_options,
     require_room,
+    require_same_model,
     require_same_run,
     write_checkpoint,
 )
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import (
-    ROWS,
-    require_config,
-    require_direction,
-    require_own_weights,
-    require_pairs,
-)
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -47,12 +43,14 @@ from rectified_diffusers.training.model_card import (
     upload,
 )
 from rectified_diffusers.training.prompts import PromptEncoder
+from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
-from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
+from rectified_diffusers.training.run_folder import STARTING_MODEL, RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
+from rectified_diffusers.training.watchdog import Watchdog
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -81,45 +79,34 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: tuple[int, ...]
+    student_steps: int = 1
+    """Number of steps that the finished pipeline takes by default."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
     needs_flow: ClassVar[bool] = False
     """Whether the network must predict a velocity before the first step."""
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: Config) -> None:
-        require_config(type(self), config)
-        require_own_weights(pipeline)
+        guards.require_config(type(self), config)
+        guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
-            require_pairs(dataset.manifest)
+            guards.require_pairs(dataset.manifest)
         if self.needs_flow and not self.starts_as_flow:
-            raise ValueError(
-                f"{type(self).__name__} needs a pipeline that predicts a velocity, got {type(pipeline).__name__} with "
-                f"{type(pipeline.scheduler).__name__}. Set initialisation='snr_matching', or reflow it first."
-            )
-        # accelerate fixes its mixed precision for the lifetime of the process. bf16 needs only autocast, which
-        # predict_velocity applies itself, so one process can do runs of either precision; fp16 needs a scaler.
-        precision = "fp16" if config.mixed_precision == "fp16" else "no"
-        self.accelerator = Accelerator(cpu=several_on_cpu(), mixed_precision=precision, **tracker_arguments(config))
+            raise guards.not_a_flow(type(self).__name__, pipeline)
+        self.accelerator = training_accelerator(config.mixed_precision, **tracker_arguments(config))
         self.sharded = is_sharded(self.accelerator)
-        if config.batch_size % self.accelerator.num_processes:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.accelerator.num_processes} processes, "
-                f"got {config.batch_size}. Choose another batch size or number of processes."
-            )
+        guards.require_divisible(config.batch_size, self.accelerator.num_processes)
+        self.reader = RowReader(dataset, config.num_workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         if getattr(pipeline, "vae", None) is not None:
             pipeline.vae.to(self.device).requires_grad_(False).eval()
         folder, name = self.output.checkpoints, self.denoiser.component
         self.student = Trained(self.make_network(), self.accelerator, config, folder, name)
-        schedule = get_scheduler(
-            config.lr_schedule,
-            self.student.optimizer.optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.schedule_steps,
-        )
+        steps: dict[str, Any] = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.schedule_steps}
+        schedule = get_scheduler(config.lr_schedule, self.student.optimizer.optimizer, **steps)
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
         self.since_line: list[tuple[float, ...]] = []
 
@@ -182,17 +169,22 @@ class Trainer(ABC, Generic[Config]):
         if step < config.max_steps:
             self.begin(step)
         hidden = not (main and is_progress_bar_enabled())
-        with tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden) as bar:
+        bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
+        watchdog = Watchdog(self.accelerator.process_index, self.accelerator.num_processes)
+        with bar, watchdog, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
+                watchdog.enter(f"step {step}")
                 metrics = self.train_step(step)
                 self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)
                 due = config.validate_every_steps and step % config.validate_every_steps == 0
                 if due and (main or self.sharded):
+                    watchdog.enter(f"validation at step {step}")
                     self.validate(step)
                 if step % config.save_every_steps == 0 or step == config.max_steps:
+                    watchdog.enter(f"the checkpoint of step {step}")
                     self.save(step)
                 bar.update()
                 rate = bar.format_dict["rate"] or 0.0
@@ -213,8 +205,8 @@ class Trainer(ABC, Generic[Config]):
 
     def check_direction(self, predict_velocity: Callable[[Tensor, Tensor, list[str]], Tensor]) -> None:
         """Raise if v(x_t, t, prompts) points away from the data of the first triplets."""
-        rows = torch.arange(min(ROWS, self.config.micro_batch_size or ROWS, len(self.dataset)))
-        require_direction(predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
+        rows = torch.arange(min(guards.ROWS, self.config.micro_batch_size or guards.ROWS, len(self.dataset)))
+        guards.require_direction(predict_velocity, self.read(rows, torch.zeros(len(rows)).bool()))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -230,10 +222,25 @@ class Trainer(ABC, Generic[Config]):
         """Return the CPU generator for one use in an optimizer step, equal on every process and after a resume."""
         return generator_of(self.config.seed, f"{step}{use}")
 
+    def uses(self, step: int) -> list[str]:
+        """Return the uses of inputs in a step, one for each update, in their order."""
+        return [""]
+
+    def rows_after(self, step: int) -> Iterator[list[int]]:
+        """Yield the rows that this process reads after `step`, micro-batch by micro-batch."""
+        for later in range(step + 1, self.config.max_steps + 1):
+            for use in self.uses(later):
+                yield from (rows.tolist() for (rows,) in self.student.micro_batches([self.sample_rows(later, use)]))
+
+    def sample_rows(self, step: int, use: str = "", generator: torch.Generator | None = None) -> Tensor:
+        """Sample the rows of an update for the full batch: the first numbers of the generator of (step, use)."""
+        generator = generator or self.generator_for(step, use)
+        return torch.randint(len(self.dataset), (self.config.batch_size,), generator=generator)
+
     def sample_inputs(self, step: int, use: str = "") -> tuple[Tensor, ...]:
         """Sample the inputs of an update for the full batch: rows, flow times, which prompts are dropped."""
         generator, count = self.generator_for(step, use), self.config.batch_size
-        rows = torch.randint(len(self.dataset), (count,), generator=generator)
+        rows = self.sample_rows(step, use, generator)
         t = self.time_density.sample(count, generator)
         return rows, t, torch.rand(count, generator=generator) < self.prompt_dropout
 
@@ -259,10 +266,11 @@ class Trainer(ABC, Generic[Config]):
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
         """Load triplets to the device, with dropped prompts replaced by the empty prompt."""
-        batch = self.dataset.rows(rows.tolist())
+        batch = self.reader.rows(rows.tolist())
         self.prompt_encoder.use_stored(batch)
         prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped.tolist(), strict=True)]
-        return replace(batch, prompts=prompts, noise=batch.noise.to(self.device), data=batch.data.to(self.device))
+        noise, data = (part.to(self.device, non_blocking=True) for part in (batch.noise, batch.data))
+        return replace(batch, prompts=prompts, noise=noise, data=data)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step; steps count from 1."""
@@ -302,8 +310,14 @@ class Trainer(ABC, Generic[Config]):
             "trainer": type(self).__name__,
             "dataset_rows": len(self.dataset),
             "dataset_manifest": self.dataset.manifest.fingerprint,
+            STARTING_MODEL: self.starting_model,
             **config_to_json(self.config),
         }
+
+    @cached_property
+    def starting_model(self) -> dict[str, str]:
+        """Digests of the parts of the pipeline that training starts from and that the finished pipeline contains."""
+        return fingerprints(self.pipeline)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name; every process must call this."""
@@ -328,13 +342,11 @@ class Trainer(ABC, Generic[Config]):
         """Load the newest checkpoint, if there is one, and return the number of completed steps."""
         checkpoint = newest_checkpoint(self.output.checkpoints)
         step = checkpoint.step if checkpoint else 0
-        if step > self.config.max_steps:
-            raise ValueError(
-                f"{self.output.path} holds a run of {step} steps, got max_steps={self.config.max_steps}. "
-                "Raise max_steps to go on, or give another output_dir."
-            )
+        guards.require_steps_left(step, self.config)
         if checkpoint:
             recorded = recorded_options(checkpoint.state["run"], self.config)
+            started = recorded.setdefault(STARTING_MODEL, self.starting_model)  # runs of preview releases lack it
+            require_same_model(started, self.starting_model, self.output.path)
             require_same_run(recorded, self.identity(), self.output.path)
             self.load(checkpoint)
         if self.accelerator.is_main_process:
@@ -352,7 +364,7 @@ class Trainer(ABC, Generic[Config]):
 
     def make_pipeline(self, network: Any) -> Any:
         """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""
-        return student_pipeline(self.denoiser, network)
+        return student_pipeline(self.denoiser, network, self.student_steps)
 
     def finish(self) -> Any:
         """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.

@@ -59,18 +59,16 @@ def swap_components(
 
 
 def _load_like(old: Any, fine_tune: str | Path, name: str) -> Any:
-    refuse_lora(old.state_dict(), f"the pipeline's {name}")
+    whose, whose_expected = f"the fine-tune's {name}", f"the pipeline's {name}"
+    refuse_lora(old.state_dict(), whose_expected)
     with remedies(fine_tune):
         new = type(old).from_pretrained(fine_tune, subfolder=name, use_safetensors=True)
-    whose, whose_expected = f"the fine-tune's {name}", f"the pipeline's {name}"
     shapes, expected = ({key: tuple(weight.shape) for key, weight in m.state_dict().items()} for m in (new, old))
     check_same_shapes(shapes, expected, whose, whose_expected)
     scale, expected_scale = (getattr(model.config, "scaling_factor", None) for model in (new, old))
     if scale != expected_scale:  # of the latents: the U-Net was trained with one of them
-        raise ValueError(
-            f"The scaling_factor of {whose} is {scale}, expected {expected_scale} as in {whose_expected}. Leave "
-            f"{name!r} out of `components`."
-        )
+        scales = f"The scaling_factor of {whose} is {scale}, expected {expected_scale} as in {whose_expected}"
+        raise ValueError(f"{scales}. Leave {name!r} out of `components`.")
     if new.dtype != old.dtype:  # diffusers warns about every conversion, even between equal dtypes
         new = new.to(old.dtype)
     return new.to(old.device).train(old.training)

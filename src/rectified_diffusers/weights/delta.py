@@ -4,11 +4,8 @@ InstaFlow's authors give their model the style of a fine-tune of Stable Diffusio
 U-Net(fine-tune) - U-Net(SD 1.5) and replace the VAE and the text encoder with those of the fine-tune (their scripts;
 arXiv:2309.06380). PeRFlow (arXiv:2405.07510) is published as such differences.
 
-A LyCORIS file (LoHa, LoKr, full difference and others) describes such differences by factors; see weights/lycoris.py.
-
-Weights are read one tensor at a time, subtracted and added in float32, and then cast. Besides the U-Net, memory holds
-a few copies of one tensor. All computation is on the CPU, wherever the U-Net is, so results are bit-identical
-everywhere.
+Weights are read one tensor at a time, subtracted and added in float32 on the CPU, and then cast. Besides the U-Net,
+memory holds a few copies of one tensor, and results are bit-identical everywhere.
 """
 
 import json
@@ -91,13 +88,13 @@ def compute_weight_delta(
         delta = (tuned.read(name).float() - origin.read(name).float()).to(stored)
         if not delta.isfinite().all():
             raise ValueError(
-                f"The difference of {name!r} is not finite in {dtype}: {tuned.name} or {origin.name} holds NaN or "
-                "infinity, or they differ too much. Check the models, or use dtype='float32'."
+                f"The difference of {name!r} is not finite in {dtype}, got {tuned.name} and {origin.name}. Check the "
+                "models, or use dtype='float32'."
             )
         return delta
 
-    header = {"kind": "weight_delta", "format_version": FORMAT_VERSION, "dtype": dtype}
-    header = {**header, "fine_tune": tuned.name, "base": origin.name}
+    names = {"fine_tune": tuned.name, "base": origin.name}
+    header = {"kind": "weight_delta", "format_version": FORMAT_VERSION, "dtype": dtype, **names}
     metadata = {"format": "pt", _METADATA_KEY: json.dumps(header, sort_keys=True)}
     write_weights(output, dict(sorted(origin.shapes.items())), dtype, metadata, difference)
     return load_weight_delta(output)
@@ -120,9 +117,8 @@ def load_weight_delta(source: WeightSource, *, variant: str | None = None) -> We
             return WeightDelta(weights, {"kind": _LYCORIS})
         if foreign:
             raise ValueError(
-                f"{weights.name} is no weight delta: expected our metadata or none, got another program's "
-                f"({foreign[0]!r}). Load a LoRA with pipeline.load_lora_weights(); make a delta with "
-                "compute_weight_delta(fine_tune, base, output)."
+                f"{weights.name} is no weight delta: expected our metadata or none, got {foreign[0]!r}. Load a LoRA "
+                "with pipeline.load_lora_weights(); make a delta with compute_weight_delta(fine_tune, base, output)."
             )
         return WeightDelta(weights, {})
     header: dict[str, Any] = {}
@@ -176,17 +172,15 @@ class AppliedDelta:
         """
         if self._undo is None:
             raise ValueError(
-                "There is no copy of the weights: the delta was taken back already, or applied with keep_undo=False. "
-                "Load the model again."
+                "The delta was taken back already, or applied with keep_undo=False. Load the model again."
             )
         weights = _weights_of(self._models, self._undo)
         for name, before in self._undo.items():
             now = weights[name].to("cpu")
             if now.dtype != before.dtype or not torch.equal(now, _sum(before, self._terms, name)):
                 raise ValueError(
-                    f"{name!r} changed after this delta was applied: expected the values that it left, in "
-                    f"{before.dtype}, got others, in {now.dtype}. Take back first what came later: deltas in reverse "
-                    "order, conversions of dtype."
+                    f"{name!r} changed after this delta was applied: expected its values in {before.dtype}, got "
+                    f"others in {now.dtype}. Undo later changes first, in reverse order."
                 )
         for name, before in self._undo.items():
             weights[name].copy_(before)
@@ -225,7 +219,7 @@ def apply_weight_delta(
     """
     models = _models_of(unet)
     opened = _scaled(delta, scale)
-    weights = _weights_of(models)
+    _weights_of(models)  # refuses a LoRA, whose layers rename the weights
     terms = [_term(delta, scale, models) for delta, scale in opened]
     weights = _weights_of(models, {name: None for term in terms for name in term.names})
     _check_values(weights, terms)
@@ -250,8 +244,7 @@ def _models_of(target: Any) -> dict[str, nn.Module]:
 def _term(delta: WeightDelta, scale: float, models: Mapping[str, nn.Module]) -> _Term:
     """Find what a delta changes in the models; a delta of complete weights must have all those of the U-Net."""
     if delta.metadata.get("kind") == _LYCORIS:
-        layers = open_lycoris(delta.weights, models)
-        return _Term(delta, scale, layers.names, layers.difference)
+        return _Term(delta, scale, *open_lycoris(delta.weights, models))
     unet = models["unet"]
     shapes = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
     check_same_shapes(delta.weights.shapes, shapes, f"the delta ({delta.weights.name})", type(unet).__name__)
@@ -267,13 +260,11 @@ def _scaled(delta: AnyDelta | Sequence[AnyDelta], scale: float | Sequence[float]
     deltas = [cast(AnyDelta, delta)] if single else list(cast("Sequence[AnyDelta]", delta))
     scales = [float(value) for value in scale] if isinstance(scale, Sequence) else [float(scale)] * len(deltas)
     if not deltas or len(scales) != len(deltas):
-        raise ValueError(
-            f"Expected at least one delta, and one scale for all or one for each, got {len(deltas)} "
-            f"deltas and {len(scales)} scales."
-        )
+        counts = f"{len(deltas)} deltas and {len(scales)} scales"
+        raise ValueError(f"Expected at least one delta, and one scale for all or one for each, got {counts}.")
     for value in scales:
         if not math.isfinite(value):
-            raise ValueError(f"The scale of a delta must be finite, got {value}; 1 is the whole difference.")
+            raise ValueError(f"The scale of a delta must be finite, got {value}; 1 is the full difference.")
     opened = [item if isinstance(item, WeightDelta) else load_weight_delta(item) for item in deltas]
     return list(zip(opened, scales, strict=True))
 
@@ -296,8 +287,8 @@ def _weights_of(models: Mapping[str, nn.Module], names: Iterable[str] | None = N
         weight = weights[name]
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(
-                f"Expected the weights of {type(models['unet']).__name__} in memory and in floating point, got "
-                f"{name!r} on {weight.device} in {weight.dtype}. Do it before offloading or quantizing the model."
+                f"Expected weights in memory and in floating point, got {name!r} on {weight.device} in "
+                f"{weight.dtype}. Apply deltas before offloading or quantizing the model."
             )
     return {name: weights[name] for name in wanted}
 
@@ -321,8 +312,8 @@ def _check_values(weights: Mapping[str, Tensor], terms: Sequence[_Term]) -> None
             values = term.difference(name, weight).float()
             if not values.isfinite().all():
                 raise ValueError(
-                    f"The delta {whose} holds NaN or infinity in {name!r}, expected finite numbers. It "
-                    "is damaged: download it again, or make it with compute_weight_delta(fine_tune, base, output)."
+                    f"The delta {whose} holds NaN or infinity in {name!r}, expected finite numbers. Download it "
+                    "again, or make it with compute_weight_delta(fine_tune, base, output)."
                 )
             if not term.delta.metadata:
                 flat, other = weight.flatten(), values.flatten()
@@ -331,9 +322,8 @@ def _check_values(weights: Mapping[str, Tensor], terms: Sequence[_Term]) -> None
                 theirs += float(other @ other)
         if inner > _MODEL_COSINE * math.sqrt(mine * theirs) > 0:
             raise ValueError(
-                f"{whose} holds the weights of a model, expected a difference of two: their cosine with "
-                f"the model's own is {inner / math.sqrt(mine * theirs):.2f}. Make the difference with "
-                "compute_weight_delta(fine_tune, base, output)."
+                f"{whose} holds the weights of a model, expected a difference of two: their cosine with the model's "
+                f"is {inner / math.sqrt(mine * theirs):.2f}. Use compute_weight_delta(fine_tune, base, output)."
             )
     for name, weight in weights.items():
         if not _sum(weight, terms, name).isfinite().all():

@@ -10,7 +10,6 @@ Every layer of such a file is a difference dW of a weight, given by factors. Wit
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,25 +28,18 @@ _BIAS = ("diff_b", "b_norm")
 _OPTIONAL = {"up": {"mid"}, "hada_w1_a": {"hada_t1", "hada_t2"}, "lokr_w2_a": {"lokr_t2"}}
 
 
-@dataclass(frozen=True)
-class LayerDifferences:
-    """The differences of a LyCORIS file for the weights of some models.
-
-    Args:
-        names: the keys are the names of the weights that it changes; those of a text encoder begin with
-            "text_encoder." or "text_encoder_2.".
-        difference: returns the difference for a weight, given its name and its values on the CPU.
-    """
-
-    names: Mapping[str, Any]
-    difference: Callable[[str, Tensor], Tensor]
-
-
-def open_lycoris(stored: StoredWeights, models: Mapping[str, nn.Module]) -> LayerDifferences:
+def open_lycoris(
+    stored: StoredWeights, models: Mapping[str, nn.Module]
+) -> tuple[Mapping[str, Any], Callable[[str, Tensor], Tensor]]:
     """Find the layers of a LyCORIS file in the models; no difference is computed yet.
 
     Args:
         models: by component: unet, text_encoder, text_encoder_2.
+
+    Returns:
+        a mapping whose keys are the names of the weights that the file changes, those of a text encoder with the
+        prefix "text_encoder." or "text_encoder_2."; and a function that returns the difference for one of them, given
+        its name and its values on the CPU.
     """
     changes: dict[str, FileLayer] = {}
     found = file_layers(stored.shapes, models, whose=f"file {stored.name}")
@@ -69,10 +61,10 @@ def open_lycoris(stored: StoredWeights, models: Mapping[str, nn.Module]) -> Laye
         except RuntimeError as error:  # of torch, for shapes that do not fit
             raise ValueError(
                 f"{stored.name}: the factors of {layer.name!r} do not give its weight's shape {tuple(weight.shape)} "
-                f"({error}). The file was made for another architecture: apply it to a model of that one."
+                f"({error}). The file was made for another architecture."
             ) from error
 
-    return LayerDifferences(changes, difference)
+    return changes, difference
 
 
 def _split(layer: FileLayer) -> dict[str, dict[str, str]]:
@@ -81,8 +73,8 @@ def _split(layer: FileLayer) -> dict[str, dict[str, str]]:
     weights = {part: name for part, name in layer.parts.items() if part not in _BIAS}
     if len(biases) > 1 or (weights and not _is_complete(set(weights))):
         raise ValueError(
-            f"{layer.name!r} has the parts {', '.join(sorted(layer.parts))}, expected those of one LoRA, LoHa, LoKr, "
-            "full-difference or norm layer. Download the file again."
+            f"{layer.name!r} has the parts {', '.join(sorted(layer.parts))}, expected those of one layer of LoRA, "
+            "LoHa, LoKr, full difference or norm. Download the file again."
         )
     return {kind: parts for kind, parts in (("weight", weights), ("bias", biases)) if parts}
 

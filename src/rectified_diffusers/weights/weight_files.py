@@ -127,12 +127,11 @@ def write_weights(
 def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> StoredWeights:
     if variant is not None:
         raise ValueError(f"variant={variant!r} names a file in a folder, but a state dict was given. Leave it out.")
-    name = "the state dict"
-    _check_floating(
-        {key: str(tensor.dtype) for key, tensor in tensors.items() if not tensor.is_floating_point()}, name
-    )
+    for key, tensor in sorted(tensors.items()):
+        if not tensor.is_floating_point():
+            raise _no_floats("the state dict", key, str(tensor.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    return StoredWeights(name, shapes, {}, lambda key: tensors[key].detach().to("cpu"))
+    return StoredWeights("the state dict", shapes, {}, lambda key: tensors[key].detach().to("cpu"))
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,6 @@ class _Place:
 def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
     places: dict[str, _Place] = {}
     metadata: dict[str, str] = {}
-    others: dict[str, str] = {}
     for path in files:
         try:
             with safe_open(path, framework="pt"):  # checks the header, the offsets and the file length
@@ -164,11 +162,9 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
         metadata = header.pop("__metadata__", None) or {}  # null is valid and means none
         for key, entry in header.items():
             if entry["dtype"] not in _DTYPES:
-                others[key] = entry["dtype"]
-                continue
+                raise _no_floats(name, key, entry["dtype"])
             offset = 8 + size + entry["data_offsets"][0]
             places[key] = _Place(path, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-    _check_floating(others, name)
     shapes = {key: place.shape for key, place in places.items()}
     return StoredWeights(name, shapes, metadata if len(files) == 1 else {}, lambda key: _read(places[key]))
 
@@ -180,20 +176,16 @@ def _read(place: _Place) -> Tensor:
         count = file.readinto(content)
     if count != len(content):
         raise ValueError(
-            f"{place.path.name} became shorter while it was read: expected {len(content)} bytes, got {count}. "
-            "Leave it alone until the end."
+            f"{place.path.name} became shorter while it was read: expected {len(content)} bytes, got {count}."
         )
     if not content:
         return torch.empty(place.shape, dtype=place.dtype)
     return torch.frombuffer(content, dtype=place.dtype).reshape(place.shape)
 
 
-def _check_floating(others: Mapping[str, str], name: str) -> None:
-    for key in sorted(others):
-        raise ValueError(
-            f"{name}: expected weights of 16 to 64 bits floating point, got {others[key]} in {key!r}. "
-            "Use the model without quantization."
-        )
+def _no_floats(name: str, key: str, dtype: str) -> ValueError:
+    floats = f"{name}: expected weights of 16 to 64 bits floating point, got {dtype} in {key!r}"
+    return ValueError(f"{floats}. Use the model without quantization.")
 
 
 def _find(source: str | Path, variant: str | None) -> tuple[str, Sequence[Path]]:
@@ -207,13 +199,11 @@ def _find(source: str | Path, variant: str | None) -> tuple[str, Sequence[Path]]
         return name, _find_in_folder(path, name, variant)
     if path.suffix in _PICKLES:
         raise ValueError(
-            f"{name} is a pickle, which runs code when it is opened; expected safetensors. {_CONVERT_FOLDER}; for "
-            "a file of a whole model, StableDiffusionPipeline.from_single_file(file).save_pretrained(new_folder)."
+            f"{name} is a pickle, which runs code when it is opened; expected safetensors. {_CONVERT_FOLDER}; for a "
+            "file of a pipeline, StableDiffusionPipeline.from_single_file(file).save_pretrained(new_folder)."
         )
     if not path.is_file():
-        raise FileNotFoundError(
-            f"No file, folder or Hub id {str(source)!r}; expected one with the weights of a U-Net."
-        )
+        raise FileNotFoundError(f"No file, folder or Hub id {str(source)!r} with the weights of a U-Net.")
     if variant is not None:
         raise ValueError(f"variant={variant!r} names a file in a folder, but {name} is a file. Leave it out.")
     return name, [path]
@@ -227,27 +217,26 @@ def _file_names(variant: str | None) -> tuple[str, str]:
 
 def _download(hub_id: str, variant: str | None) -> Path:
     """Download only the U-Net's weights, from its own repository or a pipeline's, or find them in the cache."""
-    whole, index = _file_names(variant)
-    shards = whole.replace(".safetensors", "-*-of-*.safetensors")
-    patterns = [folder + name for folder in ("", "unet/") for name in (whole, index, shards)]
+    single, index = _file_names(variant)
+    shards = single.replace(".safetensors", "-*-of-*.safetensors")
+    patterns = [folder + name for folder in ("", "unet/") for name in (single, index, shards)]
     with remedies(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
 
 
 def _find_in_folder(folder: Path, name: str, variant: str | None) -> Sequence[Path]:
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
-    whole, index = (folder / file for file in _file_names(variant))
-    if whole.is_file():
-        return [whole]
+    single, index = (folder / file for file in _file_names(variant))
+    if single.is_file():
+        return [single]
     if index.is_file():
         return _shards_of(index, name)
     here = sorted(path.name for path in folder.glob(f"{_WEIGHTS_NAME}*"))
     remedy = "Give the folder of a pipeline or of its U-Net, and `variant` if the file name has one"
     if here and all(file.endswith(_PICKLES) for file in here):
         remedy = _CONVERT_FOLDER
-    raise FileNotFoundError(
-        f"{name}: expected {whole.name} or {index.name}, got {', '.join(here) or 'none'}. {remedy}."
-    )
+    got = ", ".join(here) or "none"
+    raise FileNotFoundError(f"{name}: expected {single.name} or {index.name}, got {got}. {remedy}.")
 
 
 def _shards_of(index: Path, name: str) -> list[Path]:
@@ -256,7 +245,7 @@ def _shards_of(index: Path, name: str) -> list[Path]:
         listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{name}: {index.name} is no index of shards, which has their names under weight_map "
+            f"{name}: {index.name} is no index of shards, with their names under weight_map "
             f"({type(error).__name__}). Download it again."
         ) from error
     for shard in sorted(listed, key=str):
