@@ -53,7 +53,7 @@ def generate_real_triplets(
         pictures: a folder of captioned images, see `read_pictures`. Images are read on demand.
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
-    sizes = {} if config.size is None else {"height": config.size, "width": config.size}
+    sizes = dict.fromkeys(("height", "width"), config.size) if config.size else {}
     denoiser = Denoiser.of(teacher, config.guidance_scale, sizes)  # raises for unsupported pipelines
     if config.num_inference_steps and config.inversion_time < 1:
         require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
@@ -85,9 +85,8 @@ def generate_real_triplets(
             data = _latents(adapted, real.read([numbers[place] for place in places]))
             noise = _noise(adapted, config, own, data, drawn[batch])
             if shard == 0 and start == 0:
-                require_white(
-                    noise, f"The noise that {pictures} leads to", "Lower inversion_time, or raise the steps."
-                )
+                remedy = "Lower inversion_time, or raise the steps."
+                require_white(noise, f"The noise that {pictures} leads to", remedy)
             yield Triplets(own, noise, data, adapted.encode(own) if config.store_text_embeddings else {})
 
     decided = {

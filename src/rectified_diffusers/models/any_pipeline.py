@@ -150,6 +150,10 @@ class PipelineDenoiser(Denoiser):
         rounding = 64 * torch.finfo(self.dtype).eps
         return self.structure if error <= max(_BATCH_TOLERANCE, rounding) else None
 
+    def prepare(self) -> None:
+        """Find out now what else needs the network, before its pipeline's parts move to different devices."""
+        _ = self.axes, self.unconditional
+
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
         """Return the conditioning of prompts, each encoded alone. The network is not evaluated.
 
@@ -307,6 +311,7 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
     generator = torch.Generator().manual_seed(0)
     count = len(together)
     device = denoiser.network.device
+    together = together.to(device)
     sample = torch.randn(count, *denoiser.latent_shape, generator=generator).to(device)
     timestep = torch.linspace(700, 300, count, device=device)
     with torch.no_grad():

@@ -71,6 +71,7 @@ def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
             f"(format {manifest.settings.get('format')}). Make the triplets with this release, and with a teacher of "
             "this pipeline's layout and image size."
         )
+    denoiser.prepare()
 
 
 def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
