@@ -12,6 +12,7 @@ from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.data.manifest import Manifest
+from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig
@@ -229,3 +230,21 @@ def test_a_folder_is_held_to_its_call_options(tmp_path: Path) -> None:
         make_triplets(build("sd")[0], tmp_path / "other", {"height": 32})
     with pytest.raises(ValueError, match="call_options must be a JSON object of arguments by name"):
         TripletConfig(num_triplets=1, call_options="[1]")
+
+
+@pytest.mark.parametrize("name", ["sd3", "z_image", "flux2_klein"])
+def test_two_steps_of_a_student_are_those_of_its_training(name: str, tmp_path: Path) -> None:
+    """The stock pipeline of the finished folder makes Euler steps at t = 0 and t = 1/2, whatever its own grid was."""
+    pipeline, options = build(name)
+    dataset = make_triplets(pipeline, tmp_path / "triplets", options)
+    config = DistillConfig(output_dir=tmp_path / "run", max_steps=1, student_steps=2, **RUN)
+    trainer = DistillTrainer(pipeline, dataset, config)
+    network, noise = trainer.train(), dataset.rows([0]).noise
+    denoiser, told = trainer.denoiser, trainer.denoiser.encode(PROMPTS[:1], "cpu")
+    with torch.no_grad():
+        expected = euler(lambda x, t: denoiser.velocity(network, x, t, told), noise, 2)
+    student = PipelineDenoiser(type(pipeline).from_pretrained(tmp_path / "run"), options=options)
+    found = student.call.run(
+        PROMPTS[:1], 2, student.guidance_arguments, noise=(noise, student.calibration.noise_place)
+    )
+    torch.testing.assert_close(found.steps[-1].result, expected, rtol=1e-4, atol=1e-4)
