@@ -31,6 +31,13 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_count, value))
 
 
+def _is_object(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_triplets": (f"a number from 1 to {LARGEST:,}", _is_count),
     "triplets_per_shard": (f"a number from 1 to {LARGEST:,}", _is_count),
@@ -40,6 +47,7 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         f"one to four numbers from 1 to {LARGEST:,}",
         lambda value: _is_shape(value) and 1 <= len(value) <= 4,
     ),
+    "call_options": ("a JSON object as text, or nothing", lambda value: value is None or _is_object(value)),
     "text_embeddings": (
         "shapes by name, or nothing",
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_shape, value.values()))),
@@ -149,7 +157,7 @@ class Manifest:
     @property
     def call_options(self) -> dict[str, Any]:
         """Arguments of the teacher's call that determine the image size; empty if they were not recorded."""
-        return dict(self.settings.get("call_options") or {})
+        return json.loads(self.settings.get("call_options") or "{}")
 
     @property
     def guidance_scale(self) -> float:

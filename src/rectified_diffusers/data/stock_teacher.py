@@ -1,6 +1,7 @@
 """The teacher for pipelines other than Stable Diffusion's: the stock call from given noise, with its own guidance."""
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -103,4 +104,5 @@ class StockTeacher(Teacher):
         return data.to("cpu", noise.dtype)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "format": 2, "call_options": self.adapter.options}
+        options = json.dumps(self.adapter.options, sort_keys=True)
+        return {**super().settings(), "format": 2, "call_options": options}
