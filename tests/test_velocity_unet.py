@@ -165,18 +165,18 @@ def test_what_is_no_diffusion_unet_is_refused() -> None:
     from_unet, scheduler = DiffusionVelocityUNet.from_unet, make_diffusion_scheduler()
     with pytest.raises(TypeError, match="plain UNet2DConditionModel of a diffusion model, got StackedUNet"):
         from_unet(StackedUNet.from_unet(make_unet()), scheduler)
-    with pytest.raises(TypeError, match="got DiffusionVelocityUNet, which is a velocity model already"):
+    with pytest.raises(TypeError, match="of a diffusion model, got DiffusionVelocityUNet"):
         from_unet(from_unet(make_unet(), scheduler), scheduler)
     with pytest.raises(ValueError, match="got in_channels=9 and out_channels=4"):
         from_unet(make_unet(9), scheduler)
-    with pytest.raises(ValueError, match="RectifiedFlowEulerScheduler with prediction_type 'flow_prediction'"):
+    with pytest.raises(ValueError, match="got RectifiedFlowEulerScheduler with 'flow_prediction'"):
         from_unet(make_unet(), rectified_diffusers.RectifiedFlowEulerScheduler())
     with pytest.raises(ValueError, match="predicts epsilon has no flow on a schedule that ends in pure noise"):
         from_unet(make_unet(), make_diffusion_scheduler(rescale_betas_zero_snr=True))
     with pytest.raises(ValueError, match=r"Create the model with DiffusionVelocityUNet.from_unet\(unet, scheduler\)"):
         DiffusionVelocityUNet(sample_size=8)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.square()
-    with pytest.raises(ValueError, match="DDIMScheduler does not give its alphas_cumprod"):
+    with pytest.raises(ValueError, match="DDIMScheduler does not determine its alphas_cumprod"):
         from_unet(make_unet(), scheduler)
 
 

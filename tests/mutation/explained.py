@@ -19,12 +19,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "torch.searchsorted(angles, angle)",
         "flow/interpolation.py: VariancePreserving.timestep_at: True -> False",
     ),
-    "`torch.func.jvp` gives two values, so that the first three are those two.": (
-        "flow/interpolation.py: _value_and_derivative: 2 -> 3",
-    ),
-    "A coefficient that no prediction of a diffusion network asks for, as the line says.": (
-        "flow/prediction.py: DiffusionAsFlow.velocity: -sigma -> sigma",
-    ),
     "Both halves of the path say the same at t = 1/2.": (
         "flow/prediction.py: DiffusionAsFlow.velocity: t >= 0.5 -> t > 0.5",
     ),
@@ -34,11 +28,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "flow/prediction.py: _check_divisor: 4 -> 5",
         "pipelines/scheduler.py: RectifiedFlowEulerScheduler.index_for_timestep: distance[index] <= 1e-06 * "
         "self.config['num_train_timesteps'] -> distance[index] < 1e-06 * self.config['num_train_timesteps']",
-    ),
-    "A value for the places that the next line throws away.": (
-        "flow/time_density.py: LogitNormal.density: 0.5 -> 1.5",
-        "flow/time_density.py: LogitNormal.density: 0.5 -> 0.0",
-        "flow/time_density.py: UShaped.density: 1 -> 2",
     ),
     "A bound that only rounding could pass, and by less than it allows.": (
         "flow/time_density.py: UShaped.sample: 1 -> 2 (2)",

@@ -47,11 +47,14 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(call)
     def call_with_defaults(*args: P.args, **kwargs: P.kwargs) -> R:
         arguments = signature.bind(*args, **kwargs)
-        arguments.arguments.setdefault("num_inference_steps", student_steps(arguments.arguments["self"].scheduler))
+        decides = "num_inference_steps" in arguments.arguments
         arguments.apply_defaults()
         _check_call(arguments.arguments)
         _convert_images(arguments.arguments)
-        with _one_call_at_a_time(arguments.arguments["self"]):
+        pipeline = arguments.arguments["self"]
+        if not decides:
+            arguments.arguments["num_inference_steps"] = student_steps(pipeline.scheduler)
+        with _one_call_at_a_time(pipeline):
             return call(*arguments.args, **arguments.kwargs)
 
     call_with_defaults.__signature__ = signature  # pyright: ignore[reportAttributeAccessIssue]
