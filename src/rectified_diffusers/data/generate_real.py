@@ -53,7 +53,7 @@ def generate_real_triplets(
         pictures: a folder of captioned images, see `read_pictures`. Images are read on demand.
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
-    sizes = dict.fromkeys(("height", "width"), config.size) if config.size else {}
+    sizes: dict[str, Any] = dict.fromkeys(("height", "width"), config.size) if config.size else {}
     denoiser = Denoiser.of(teacher, config.guidance_scale, sizes)  # raises for unsupported pipelines
     if config.num_inference_steps and config.inversion_time < 1:
         require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
