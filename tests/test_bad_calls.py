@@ -206,7 +206,11 @@ TRAINING: list[Case] = [
     ("TripletDataset", lambda w: w.dataset.rows([-1]), "Indices must be in"),
     ("TripletDataset", lambda w: w.dataset.rows([10**9]), "Indices must be in"),
     ("verify_triplets", lambda w: rd.verify_triplets(None), "PathLike"),
-    ("generate_triplets", lambda w: rd.generate_triplets(None, ["a"], w.folder / "t", CONFIG), "A teacher must be"),
+    (
+        "generate_triplets",
+        lambda w: rd.generate_triplets(None, ["a"], w.folder / "t", CONFIG),
+        "of diffusers, got None",
+    ),
     ("generate_triplets", lambda w: rd.generate_triplets(w.pipe, [], w.folder / "t", CONFIG), "at least one prompt"),
     ("generate_triplets", lambda w: rd.generate_triplets(w.pipe, "a", w.folder / "t", CONFIG), "a list of texts"),
     (
@@ -223,7 +227,11 @@ TRAINING: list[Case] = [
     ("Trainer", lambda w: rd.Trainer(w.pipe, w.dataset, None), "abstract"),  # pyright: ignore[reportAbstractUsage]
     ("ReflowTrainer", lambda w: rd.ReflowTrainer(w.pipe, w.dataset, {}), "config must be of type ReflowConfig"),
     ("ReflowTrainer", lambda w: rd.ReflowTrainer(w.pipe, "t", rd.ReflowConfig(**RUN)), "dataset must be of type Trip"),
-    ("ReflowTrainer", lambda w: rd.ReflowTrainer(None, w.dataset, rd.ReflowConfig(**RUN)), "or a subclass, got None"),
+    (
+        "ReflowTrainer",
+        lambda w: rd.ReflowTrainer(None, w.dataset, rd.ReflowConfig(**RUN)),
+        "of diffusers, got None",
+    ),
     (
         "DistillTrainer",
         lambda w: rd.DistillTrainer(w.pipe, w.dataset, rd.ReflowConfig(**RUN)),
@@ -233,13 +241,13 @@ TRAINING: list[Case] = [
     (
         "generate_real_triplets",
         lambda w: rd.generate_real_triplets(None, w.folder, w.folder / "r", rd.RealTripletConfig(num_triplets=1)),
-        "Expected one of",
+        "of diffusers, got None",
     ),
     ("ProgressiveTrainer", lambda w: rd.ProgressiveTrainer(w.pipe, w.dataset, CONFIG), "of type ProgressiveConfig"),
     (
         "DistributionMatchingTrainer",
         lambda w: rd.DistributionMatchingTrainer(w.pipe, w.dataset, rd.DistributionMatchingConfig(**RUN), "teacher"),
-        "or a subclass, got str",
+        "of diffusers, got str",
     ),
 ]
 

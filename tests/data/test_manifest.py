@@ -45,8 +45,10 @@ def test_people_can_read_a_manifest(tmp_path):
         ("triplets_per_shard", True, "a number from 1 to 1,000,000,000"),
         ("num_prompts", 1.5, "a number from 1 to 1,000,000,000"),
         ("storage_dtype", "int8", "one of float16, bfloat16, float32"),
-        ("latent_shape", [4, 8, 0], "three numbers from 1 to 1,000,000,000"),
-        ("latent_shape", [8, 8], "three numbers from 1 to 1,000,000,000"),
+        ("latent_shape", [4, 8, 0], "one to four numbers from 1 to 1,000,000,000"),
+        ("latent_shape", [2, 4, 8, 8, 8], "one to four numbers from 1 to 1,000,000,000"),
+        ("call_options", "[1]", "a JSON object as text, or nothing"),
+        ("call_options", {"height": 8}, "a JSON object as text, or nothing"),
         ("text_embeddings", {"hidden_states": [0]}, "shapes by name, or nothing"),
     ],
 )

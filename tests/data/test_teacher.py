@@ -17,7 +17,6 @@ from diffusers import (
 
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.teacher import Teacher, fingerprint
-from rectified_diffusers.models.latents import pack, unpack
 from tests.tiny import make_components, make_tiny_pipeline
 
 
@@ -150,12 +149,12 @@ def test_a_network_without_a_size_needs_one_in_the_config(pipeline):
 
 
 def test_what_is_no_teacher_raises():
-    with pytest.raises(TypeError, match="vae and a unet or transformer, got UNet2DConditionModel"):
+    with pytest.raises(TypeError, match="Expected a text-to-image pipeline of diffusers, got UNet2DConditionModel"):
         Teacher.of(make_components()["unet"], config())
 
 
-def test_a_pipeline_without_a_vae_is_no_teacher(pipeline):
-    with pytest.raises(TypeError, match="vae and a unet or transformer, got DDPMPipeline"):
+def test_a_pipeline_without_a_prompt_is_no_teacher(pipeline):
+    with pytest.raises(TypeError, match="DDPMPipeline cannot be adapted: the call of DDPMPipeline takes no prompt"):
         Teacher.of(DDPMPipeline(pipeline.unet, DDPMScheduler()), config())
 
 
@@ -178,13 +177,14 @@ def test_the_pipeline_is_asked_for_data_of_the_noise_and_of_its_size(pipeline, m
     assert call == {"prompt": ["a"], **sizes, "output_type": "latent", "return_dict": False}
 
 
-def test_tokens_of_flux_are_turned_into_latents():
+def test_latents_of_flux_are_its_tokens():
     pipeline = make_tiny_pipeline("flux")
     teacher = Teacher.of(pipeline, config(height=32, width=64))
+    assert teacher.latent_shape == (32, 16)
     noise = torch.randn(1, *teacher.latent_shape)
-    options = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
-    expected = pipeline(["a"], latents=pack(noise), **options).images
-    assert torch.equal(teacher(["a"], noise), unpack(expected, 8, 16))
+    options = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 3.5, "output_type": "latent"}
+    assert torch.equal(teacher(["a"], noise), pipeline(["a"], latents=noise, **options).images)
+    assert teacher.settings()["guidance_scale"] == 3.5  # the default of its call
 
 
 def test_latents_of_another_shape_raise(pipeline, monkeypatch):

@@ -95,7 +95,7 @@ class NoisyScheduler(FlowMatchEulerDiscreteScheduler):
 def make_made_up_pipeline(fault: str = "") -> MadeUpPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network, lexicon = MadeUpNetwork().eval(), nn.Embedding(64, 8)
+        network, lexicon = MadeUpNetwork().eval(), nn.Embedding(64, 8).eval()
     pipeline = MadeUpPipeline(network, lexicon, FlowMatchEulerDiscreteScheduler(shift=2.0))
     pipeline.fault = fault
     pipeline.set_progress_bar_config(disable=True)

@@ -9,11 +9,10 @@ import torch
 
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.velocity import PipelineVelocity
 from tests.models_any.families import DIFFUSIONS, FLOWS, build
 from tests.models_any.made_up import make_made_up_pipeline
-from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "two dogs in a garden at night"]
 GUIDANCE = {
@@ -88,8 +87,8 @@ def test_two_passes_of_our_own_repeat_linear_guidance(name: str, adapted: Any) -
     denoiser = adapted(name)
     two_passes = denoiser.guidance_found.two_passes
     noise = torch.randn(1, *denoiser.latent_shape)
-    trace = denoiser.solve(PROMPTS[:1], noise, 2, **two_passes.options)
-    text, null = denoiser.encode(PROMPTS[:1], "cpu"), denoiser.encode_unconditional(1, "cpu")
+    trace = denoiser.solve(PROMPTS[:1], noise, 2, record=True, **two_passes.options)
+    text, null = denoiser.encode(PROMPTS[:1], "cpu"), denoiser.encode([""], "cpu")
     weight = two_passes.options[two_passes.argument] + two_passes.offset
     guided = PipelineDenoiser(denoiser.pipeline, two_passes.options[two_passes.argument], denoiser.call.options)
     assert (guided.two_passes, guided.guidance) == (True, weight)
@@ -100,19 +99,21 @@ def test_two_passes_of_our_own_repeat_linear_guidance(name: str, adapted: Any) -
     torch.testing.assert_close(uncond + weight * (cond - uncond), flow.sign * step.answer, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_schnell"])
+@pytest.mark.parametrize("name", ["rectified_flow", "sd", "sd_v_prediction", "sdxl", "sdxl_euler"])
 def test_it_equals_the_adapter_written_by_hand(name: str, adapted: Any) -> None:
-    from rectified_diffusers.models.latents import pack
-
-    generic, kind = adapted(name), name
-    hand = PipelineVelocity.of(make_tiny_pipeline(kind), PROMPTS, 1.0)
-    noise, t = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
-    packed = name.startswith("flux")
-    hand.denoiser.guidance = 3.5  # the default of Flux, which the other adapter keeps
+    """The same predictions, and the same unconditional, which is zero for SDXL."""
+    generic = adapted(name)
+    hand = Denoiser.of(generic.pipeline)
+    assert not isinstance(hand, PipelineDenoiser)
+    assert (hand.latent_shape, hand.num_train_timesteps) == (generic.latent_shape, generic.num_train_timesteps)
+    noise, timestep = torch.randn(3, 4, 8, 8), torch.tensor([800.0, 300.0, 500.0])
+    prompts = [*PROMPTS, ""]
     with torch.no_grad():
-        expected = hand(noise, t)
-        found = generic.velocity(generic.network, pack(noise) if packed else noise, t, generic.encode(PROMPTS, "cpu"))
-    torch.testing.assert_close(found, pack(expected) if packed else expected, rtol=1e-4, atol=1e-5)
+        expected = hand.predict(hand.network, noise, timestep, hand.encode(prompts, "cpu"))
+        found = generic.predict(generic.network, noise, timestep, generic.encode(prompts, "cpu"))
+    sign = 1 if hand.direction == generic.direction else -1
+    torch.testing.assert_close(sign * found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(generic.decode_pixels(noise), hand.decode_pixels(noise).clamp(-1, 1))
 
 
 @pytest.mark.parametrize("name", FLOWS)

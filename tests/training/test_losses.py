@@ -7,16 +7,18 @@ import pytest
 import torch
 
 from rectified_diffusers.flow.loss import endpoint_loss, pseudo_huber, velocity_loss
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.losses import DecodedDistance, FlowLoss
-from tests.tiny import make_vae
+from tests.tiny import make_tiny_pipeline
 
 KINDS: list[Any] = ["l2", "pseudo_huber", "lpips", "lpips_huber"]
 
 
 def make_loss(kind: Any, backbone: Path, weigh_by_time: bool = False) -> FlowLoss:
     config = DistillConfig(output_dir=Path("run"), lpips_weights=backbone)
-    return FlowLoss.of(kind, config, make_vae(), torch.device("cpu"), weigh_by_time)
+    decode = Denoiser.of(make_tiny_pipeline()).decode_pixels
+    return FlowLoss.of(kind, config, decode, torch.device("cpu"), weigh_by_time)
 
 
 def make_velocities() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

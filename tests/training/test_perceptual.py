@@ -2,20 +2,22 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.losses import DecodedDistance, load_lpips
-from tests.tiny import make_vae
+from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
 
 
 def test_pictures_are_those_of_the_pipeline(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("distill", dataset, output_dir)
-    decoded = DecodedDistance(trainer.pipeline.vae, torch.nn.Identity())
+    decoded = DecodedDistance(trainer.denoiser.decode_pixels, torch.nn.Identity())
     latents = dataset.rows([0]).data
     pixels = trainer.pipeline(
         "a cat", latents=latents, num_inference_steps=1, output_type="pt", guidance_scale=1.0,
@@ -52,9 +54,10 @@ def test_a_download_that_fails_says_what_to_do(no_network: None, network: str, m
 
 
 def test_a_shift_is_undone_before_the_scaling() -> None:
-    vae = make_vae()
+    denoiser = Denoiser.of(make_tiny_pipeline())
+    vae: Any = denoiser.pipeline.vae
     latents = torch.randn(1, 4, 8, 8)
-    plain = DecodedDistance(vae, torch.nn.Identity()).decode(latents)
+    plain = denoiser.decode_pixels(latents)
     vae.register_to_config(scaling_factor=vae.config["scaling_factor"] * 2, shift_factor=0.1)
     scaled = (latents / vae.config["scaling_factor"] * 2 - 0.1) * vae.config["scaling_factor"]
-    torch.testing.assert_close(DecodedDistance(vae, torch.nn.Identity()).decode(scaled), plain)
+    torch.testing.assert_close(denoiser.decode_pixels(scaled), plain)

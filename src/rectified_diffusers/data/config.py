@@ -1,8 +1,9 @@
 """Options of triplet generation. Does not import torch, so that `--help` is fast."""
 
+import json
 import math
 from dataclasses import MISSING, dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from rectified_diffusers.options import check_options, option
 
@@ -35,7 +36,7 @@ class StoredTripletConfig:
 
     num_triplets: int = option(MISSING, "Triplets to make.")
     num_inference_steps: int = option(25, "Solver steps of the teacher.")
-    guidance_scale: float = option(1.0, "Classifier-free guidance of the teacher; 1 is none.")
+    guidance_scale: float | None = option(1.0, "Classifier-free guidance of the teacher; 1 is none.")
     batch_size: int = option(16, "Triplets asked of the teacher at once; the noise does not depend on it.")
     triplets_per_shard: int = option(256, "Triplets in a file, and what a killed process loses at most.")
     seed: int = option(0, "The noise of shard k is drawn from (seed, k).")
@@ -57,7 +58,7 @@ class StoredTripletConfig:
                 raise ValueError(f"{name} must be at least {value}, got {getattr(self, name)}.")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+        if self.guidance_scale is not None and not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ValueError(f"guidance_scale must be a finite number of at least 0, got {self.guidance_scale}.")
 
 
@@ -73,9 +74,11 @@ class TripletConfig(StoredTripletConfig):
     """
 
     num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
-    guidance_scale: float = option(
-        5.0,
-        "Classifier-free guidance of the teacher: 5 for Stable Diffusion, 1.5 for its 2-Rectified Flow; 1 is none.",
+    guidance_scale: float | None = option(
+        None,
+        "Guidance of the teacher, as its pipeline's call takes it. For Stable Diffusion, 1 is none, and the "
+        "2-Rectified Flow has 1.5.",
+        shown="the pipeline's own; 5 for Stable Diffusion and SDXL",
     )
     solver: Solver = option(
         "auto",
@@ -84,12 +87,30 @@ class TripletConfig(StoredTripletConfig):
     )
     height: int | None = option(None, "Picture height in pixels; none is the teacher's own.")
     width: int | None = option(None, "Picture width in pixels; none is the teacher's own.")
+    call_options: str | None = option(
+        None,
+        'Further arguments of the teacher\'s call as JSON, such as {"num_frames": 9}; for pipelines other than Stable '
+        "Diffusion and SDXL.",
+        metavar="JSON",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.arguments()
         for name in ("height", "width"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 pixel or none, got {getattr(self, name)}.")
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the set arguments of the teacher's call: height, width and `call_options`."""
+        try:
+            further = json.loads(self.call_options or "{}")
+        except json.JSONDecodeError:
+            further = None
+        if not isinstance(further, dict):
+            raise ValueError(f"call_options must be a JSON object of arguments by name, got {self.call_options!r}.")
+        sizes = {"height": self.height, "width": self.width}
+        return {**{name: size for name, size in sizes.items() if size is not None}, **further}
 
 
 @dataclass(frozen=True, kw_only=True)

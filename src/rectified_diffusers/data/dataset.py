@@ -244,7 +244,7 @@ def _whiteness(latents: Tensor) -> tuple[float, float, int]:
     return math.sqrt(mean_square), product / mean_square if mean_square else 0.0, pairs
 
 
-_SHARED = ("latent_shape", "text_embeddings", "vae_scaling_factor", "vae_shift_factor")
+_SHARED = ("latent_shape", "call_options", "text_embeddings", "vae_scaling_factor", "vae_shift_factor")
 
 
 def open_triplets(folders: Sequence[str | Path]) -> TripletDataset:

@@ -197,7 +197,7 @@ def make_manifest(
         sha256: SHA-256 of the prompts.
         more: further settings that determine the triplets, or that override the teacher's.
     """
-    embeddings = teacher.encode([""]) if config.store_text_embeddings else {}
+    embeddings = teacher.encode(["a"]) if config.store_text_embeddings else {}
     settings = {
         "format": FORMAT,
         "num_triplets": config.num_triplets,

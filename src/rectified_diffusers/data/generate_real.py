@@ -18,6 +18,7 @@ that a rectified flow requires (arXiv:2209.03003). Data detail finer than (1 - s
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,18 @@ def generate_real_triplets(
         pictures: a folder of captioned images, see `read_pictures`. Images are read on demand.
     """
     require_type("config", config, RealTripletConfig, "Make one: RealTripletConfig(num_triplets=1000).")
-    Denoiser.of(teacher)  # raises for unsupported pipelines
+    sizes: dict[str, Any] = dict.fromkeys(("height", "width"), config.size) if config.size else {}
+    denoiser = Denoiser.of(teacher, config.guidance_scale, sizes)  # raises for unsupported pipelines
     if config.num_inference_steps and config.inversion_time < 1:
         require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
     shape = latent_shape(teacher, config.size, config.size)
     if shape[1] != shape[2]:
         raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
-    adapted = Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape)
+    if denoiser.latent_shape != shape:
+        raise TypeError(
+            f"Expected a teacher whose scheduler sees the latents of its VAE, {shape}, got {type(teacher).__name__}."
+        )
+    adapted = replace(Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape), denoiser=denoiser)
     real = read_pictures(pictures, shape[1] * teacher.vae_scale_factor, config.split)
     numbers = real.numbers(config.split)
     if not numbers:
@@ -79,9 +85,8 @@ def generate_real_triplets(
             data = _latents(adapted, real.read([numbers[place] for place in places]))
             noise = _noise(adapted, config, own, data, drawn[batch])
             if shard == 0 and start == 0:
-                require_white(
-                    noise, f"The noise that {pictures} leads to", "Lower inversion_time, or raise the steps."
-                )
+                remedy = "Lower inversion_time, or raise the steps."
+                require_white(noise, f"The noise that {pictures} leads to", remedy)
             yield Triplets(own, noise, data, adapted.encode(own) if config.store_text_embeddings else {})
 
     decided = {
@@ -118,7 +123,7 @@ def _noise(
     """
     if config.num_inference_steps == 0:
         return teacher.round(new_noise)
-    velocity = PipelineVelocity.of(teacher.pipeline, prompts, config.guidance_scale)
+    velocity = PipelineVelocity.bind(teacher.denoiser or Denoiser.of(teacher.pipeline), prompts)
     begin = config.inversion_time
     if begin <= velocity.start:
         raise ValueError(

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 MANIFEST_NAME = "manifest.json"
 PROMPT = "prompt."  # prefix of the names of stored text embeddings in a shard
 FORMAT = 1
+FORMATS = (1, 2)  # 2: latents in the layout of the scheduler, `call_options`; of pipelines other than SD and SDXL
 ORIGIN = "made_with"  # the entry that does not determine the triplets
 STORAGE_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # ours -> safetensors'
 
@@ -30,12 +31,23 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_count, value))
 
 
+def _is_object(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and isinstance(json.loads(text), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
 _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_triplets": (f"a number from 1 to {LARGEST:,}", _is_count),
     "triplets_per_shard": (f"a number from 1 to {LARGEST:,}", _is_count),
     "num_prompts": (f"a number from 1 to {LARGEST:,}", _is_count),
     "storage_dtype": (f"one of {', '.join(STORAGE_DTYPES)}", lambda value: value in tuple(STORAGE_DTYPES)),
-    "latent_shape": (f"three numbers from 1 to {LARGEST:,}", lambda value: _is_shape(value) and len(value) == 3),
+    "latent_shape": (
+        f"one to four numbers from 1 to {LARGEST:,}",
+        lambda value: _is_shape(value) and 1 <= len(value) <= 4,
+    ),
+    "call_options": ("a JSON object as text, or nothing", lambda value: value is None or _is_object(value)),
     "text_embeddings": (
         "shapes by name, or nothing",
         lambda value: value is None or (isinstance(value, dict) and all(map(_is_shape, value.values()))),
@@ -89,9 +101,10 @@ class Manifest:
             raise ValueError(
                 f"{path} is no manifest of triplets ({error!r}); restore it or make the folder again."
             ) from error
-        if written != FORMAT:
+        if written not in FORMATS:
             raise ValueError(
-                f"{path} has format {written!r}, expected {FORMAT}; read it with the release that wrote it."
+                f"{path} has format {written!r}, expected {' or '.join(map(str, FORMATS))}; "
+                "read it with the release that wrote it."
             )
         for name, (expected, holds) in _ENTRIES.items():
             if not holds(settings.get(name)):
@@ -140,6 +153,11 @@ class Manifest:
         """The recorded ones of scaling_factor and shift_factor of the VAE; a missing shift is 0."""
         names = [name for name in ("scaling_factor", "shift_factor") if f"vae_{name}" in self.settings]
         return {name: self.settings[f"vae_{name}"] or 0.0 for name in names}
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """Arguments of the teacher's call that determine the image size; empty if they were not recorded."""
+        return json.loads(self.settings.get("call_options") or "{}")
 
     @property
     def guidance_scale(self) -> float:

@@ -11,13 +11,15 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from rectified_diffusers import __version__
 from rectified_diffusers.data.config import StoredTripletConfig, TripletConfig
 from rectified_diffusers.data.solvers import make_solver
-from rectified_diffusers.models.denoiser import Conditioning, Denoiser
-from rectified_diffusers.models.latents import latent_shape, pack, packs_latents, unpack
+from rectified_diffusers.models.conditioning import PromptConditioning
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.models.latents import latent_shape, network_of
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 _SAMPLED_VALUES = 1024  # values of each tensor in the fingerprint of a teacher
@@ -35,31 +37,34 @@ class Teacher:
     pipeline: Any
     network: Any
     config: StoredTripletConfig
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[int, ...]
+    denoiser: Denoiser | None = None
 
     @classmethod
     def of(cls, pipeline: Any, config: TripletConfig) -> "Teacher":
         """Return a teacher with the solver and the latent shape that the options specify."""
-        _network_of(pipeline)  # raises for unsupported pipelines
+        if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
+            from rectified_diffusers.data.stock_teacher import StockTeacher
+
+            return StockTeacher.of(pipeline, config)
+        if config.call_options:
+            raise ValueError(f"{type(pipeline).__name__} takes no call_options, got {config.call_options!r}.")
         shape = latent_shape(pipeline, config.height, config.width)
         return cls.adapt(pipeline, config, make_solver(pipeline.scheduler, config.solver), shape)
 
     @classmethod
-    def adapt(
-        cls, pipeline: Any, config: StoredTripletConfig, scheduler: Any, shape: tuple[int, int, int]
-    ) -> "Teacher":
+    def adapt(cls, pipeline: Any, config: StoredTripletConfig, scheduler: Any, shape: tuple[int, ...]) -> "Teacher":
         """Return a teacher with this scheduler and without a progress bar."""
-        network = _network_of(pipeline)
-        for name, model in _models(pipeline).items():
-            if model.training:
-                raise ValueError(
-                    f"The teacher's {name} is in training mode, where dropout makes its outputs random; "
-                    f"call pipeline.{name}.eval() first."
-                )
+        require_evaluation(pipeline)
         adapted = copy.copy(pipeline)
         adapted.scheduler = scheduler
         adapted.set_progress_bar_config(disable=True)
-        return cls(adapted, network, config, shape)
+        return cls(adapted, network_of(pipeline), config, shape)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return the guidance scale in use, as the pipeline's call takes it."""
+        return 5.0 if self.config.guidance_scale is None else float(self.config.guidance_scale)
 
     def autocast(self) -> torch.autocast:
         """Return the context manager that runs forward passes in the precision of the options."""
@@ -78,9 +83,8 @@ class Teacher:
         """Solve the ODE from unit-variance noise `(B, C, H, W)` to data: VAE-scaled latents in the storage dtype.
 
         The pipeline itself multiplies the latents passed to it by the scheduler's init_noise_sigma. Because the output
-        is latents, neither the VAE nor a safety checker runs. Flux tokens are unpacked to latents here.
+        is latents, neither the VAE nor a safety checker runs.
         """
-        packed = packs_latents(self.pipeline)
         factor = self.pipeline.vae_scale_factor
         with self.autocast():
             data = self.pipeline(
@@ -88,13 +92,11 @@ class Teacher:
                 height=self.latent_shape[1] * factor,
                 width=self.latent_shape[2] * factor,
                 num_inference_steps=self.config.num_inference_steps,
-                guidance_scale=self.config.guidance_scale,
-                latents=(pack(noise) if packed else noise).to(self.network.dtype),
+                guidance_scale=self.guidance_scale,
+                latents=noise.to(self.network.dtype),
                 output_type="latent",
                 return_dict=False,
             )[0]
-        if packed:
-            data = unpack(data, *noise.shape[-2:])
         if data.shape != noise.shape:
             raise ValueError(
                 f"{type(self.pipeline).__name__} returned latents of shape {tuple(data.shape)} for noise of shape "
@@ -103,14 +105,16 @@ class Teacher:
         return data.to("cpu", noise.dtype)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """Run the text encoders and return the network's conditioning, in the storage dtype on the CPU."""
-        encoded = Denoiser.of(self.pipeline).encode(prompts, self.pipeline._execution_device)
-        return {name: part.to("cpu", getattr(torch, self.config.storage_dtype)) for name, part in encoded.items()}
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Run the text encoders and return the network's conditioning as rows, in the storage dtype on the CPU."""
+        denoiser = self.denoiser or Denoiser.of(self.pipeline)
+        encoded = denoiser.encode(prompts, self.pipeline._execution_device)
+        rows = encoded.stack() if isinstance(encoded, PromptConditioning) else encoded
+        return {name: part.to("cpu", getattr(torch, self.config.storage_dtype)) for name, part in rows.items()}
 
     def settings(self) -> dict[str, Any]:
         """Return all settings of the teacher and its solver that determine the data for a given noise."""
-        vae = self.pipeline.vae.config
+        vae = getattr(getattr(self.pipeline, "vae", None), "config", {})
         return {
             "pipeline": type(self.pipeline).__name__,
             "teacher_dtype": str(self.network.dtype).removeprefix("torch."),
@@ -119,10 +123,10 @@ class Teacher:
             "solver": type(self.pipeline.scheduler).__name__,
             "solver_config": _plain_config(self.pipeline.scheduler),
             "num_inference_steps": self.config.num_inference_steps,
-            "guidance_scale": float(self.config.guidance_scale),
+            "guidance_scale": self.guidance_scale,
             "latent_shape": list(self.latent_shape),
-            "vae_scaling_factor": vae.scaling_factor,
-            "vae_shift_factor": getattr(vae, "shift_factor", None),
+            "vae_scaling_factor": vae.get("scaling_factor"),
+            "vae_shift_factor": vae.get("shift_factor"),
         }
 
     def provenance(self) -> dict[str, Any]:
@@ -136,15 +140,14 @@ class Teacher:
         }
 
 
-def _network_of(pipeline: Any) -> Any:
-    """Return the network that is evaluated at every step."""
-    for name in ("unet", "transformer"):
-        if getattr(pipeline, name, None) is not None and getattr(pipeline, "vae", None) is not None:
-            return getattr(pipeline, name)
-    raise TypeError(
-        f"A teacher must be a diffusers text-to-image pipeline with a vae and a unet or transformer, "
-        f"got {type(pipeline).__name__}."
-    )
+def require_evaluation(pipeline: Any) -> None:
+    """Raise ValueError if a network of the teacher is in training mode."""
+    for name, model in _models(pipeline).items():
+        if model.training:
+            raise ValueError(
+                f"The teacher's {name} is in training mode, where dropout makes its outputs random; "
+                f"call pipeline.{name}.eval() first."
+            )
 
 
 def _models(pipeline: Any) -> dict[str, nn.Module]:

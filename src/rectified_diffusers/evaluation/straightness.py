@@ -7,7 +7,7 @@ It is zero if and only if every path is a straight line traversed at constant sp
 comparable. Multiply by C * H * W for the formula as printed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.flow.ode import Velocity, euler
-from rectified_diffusers.models.latents import latent_shape
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.velocity import PipelineVelocity
 
 
@@ -82,7 +82,7 @@ def pool(parts: Sequence[Straightness]) -> Straightness:
 def pipeline_straightness(
     pipeline: Any,
     prompts: Sequence[str],
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
     steps: int = 100,
     bins: int = 10,
     batch_size: int = 16,
@@ -90,19 +90,22 @@ def pipeline_straightness(
     progress: bool = True,
     height: int | None = None,
     width: int | None = None,
+    call_options: Mapping[str, Any] | None = None,
 ) -> Straightness:
     """Estimate S(Z) of a text-to-image pipeline, flow or diffusion, over one path per prompt.
 
-    The pipeline must be of a family that `Denoiser.of` supports. Images have its default size unless `height` and
-    `width` are given in pixels. Noise is sampled from `seed` on the CPU, the same for all pipelines with latents of
-    this shape. A diffusion pipeline is measured from the start of its schedule, see `Straightness.edges`.
+    The pipeline must be one that `Denoiser.of` supports, which also explains `guidance_scale`; `call_options` are
+    further arguments of its call. Images have its default size unless `height` and `width` are given in pixels. Noise
+    is sampled from `seed` on the CPU, the same for all pipelines with latents of this shape.
+    A diffusion pipeline is measured from the start of its schedule, see `Straightness.edges`.
     """
-    shape = latent_shape(pipeline, height, width)
-    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(seed))
+    sizes = {name: size for name, size in (("height", height), ("width", width)) if size is not None}
+    denoiser = Denoiser.of(pipeline, guidance_scale, {**(call_options or {}), **sizes})
+    noise = torch.randn(len(prompts), *denoiser.latent_shape, generator=torch.Generator().manual_seed(seed))
     parts = []
     batches = range(0, len(prompts), batch_size)
     for first in tqdm(batches, desc="straightness", leave=False, disable=not progress):
-        velocity = PipelineVelocity.of(pipeline, prompts[first : first + batch_size], guidance_scale)
+        velocity = PipelineVelocity.bind(denoiser, prompts[first : first + batch_size])
         state = velocity.state_at_start(noise[first : first + batch_size]).to(pipeline.device)
         parts.append(straightness(velocity, state, steps, bins, start=velocity.start))
     return pool(parts)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.flow.ode import euler
-from rectified_diffusers.models.latents import latent_shape, unscale
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.velocity import PipelineVelocity
 
 
@@ -28,7 +28,7 @@ class Trajectories:
 
 @torch.no_grad()
 def trajectories(
-    pipeline: Any, prompt: str, guidance_scale: float = 1.0, steps: int = 25, values: int = 20, seed: int = 0
+    pipeline: Any, prompt: str, guidance_scale: float | None = None, steps: int = 25, values: int = 20, seed: int = 0
 ) -> Trajectories:
     """Record selected values along the Euler path of a text-to-image pipeline, flow or diffusion.
 
@@ -38,19 +38,14 @@ def trajectories(
     Args:
         values: number of values to record, of the latent and of the image each.
     """
-    noise = torch.randn(1, *latent_shape(pipeline), generator=torch.Generator().manual_seed(seed))
-    velocity = PipelineVelocity.of(pipeline, [prompt], guidance_scale)
+    denoiser = Denoiser.of(pipeline, guidance_scale)
+    noise = torch.randn(1, *denoiser.latent_shape, generator=torch.Generator().manual_seed(seed))
+    velocity = PipelineVelocity.bind(denoiser, [prompt])
     state = velocity.state_at_start(noise.to(pipeline.device))
-    states = euler(velocity, state, steps, velocity.start, return_trajectory=True)[:, 0]  # (T, C, H, W)
-    pictures = torch.cat([_decode(pipeline, part) for part in states.split(8)])
+    states = euler(velocity, state, steps, velocity.start, return_trajectory=True)[:, 0]  # (T, ...)
+    pictures = torch.cat([(denoiser.decode_pixels(part) / 2 + 0.5).clamp(0, 1) for part in states.split(8)])
     t = torch.linspace(velocity.start, 1, steps + 1)
     return Trajectories(t, _follow(states, values, seed), _follow(pictures, values, seed))
-
-
-def _decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """Decode VAE-scaled latents to images `(B, 3, H, W)` in [0, 1]."""
-    vae = pipeline.vae
-    return (vae.decode(unscale(vae, latents).to(vae.dtype)).sample / 2 + 0.5).clamp(0, 1)
 
 
 def _follow(states: Tensor, values: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ the end of the stock call on given latents. No pipeline class is named here, and
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -15,13 +16,14 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
-from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate, first
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate, first, map_answer
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.stock_call import (
     StockCall,
     Trace,
+    UnsupportedPipelineError,
     evaluate,
     first_sample,
     stop,
@@ -58,11 +60,11 @@ class PipelineDenoiser(Denoiser):
         solver: Any = scheduler if self.is_flow else DDIMScheduler.from_config(scheduler.config)
         self.call = StockCall(pipeline, options or {}, solver)
         self.calibration = calibrate(self.call, self.is_flow)
-        self.component = self.calibration.component  # pyright: ignore
+        self.component = self.calibration.component
         self._shared: list[Any] = []
         inputs = [] if guidance is None else self.guidance_found.inputs
         self.scale = dict.fromkeys(inputs, guidance)
-        super().__init__(pipeline, 1.0 if guidance is None else guidance + self._offset)
+        super().__init__(pipeline, 1.0 if guidance is None else guidance + self._offset, options)
         self.dtype = _dtype(self.network)
 
     @property
@@ -95,9 +97,37 @@ class PipelineDenoiser(Denoiser):
         return find_guidance(self.call, self.calibration)
 
     @property
-    def guides_by_two_passes(self) -> bool:  # pyright: ignore
+    def takes_guidance(self) -> bool:
+        return bool(self.guidance_found.inputs)
+
+    @property
+    def scale_argument(self) -> str | None:
+        """Argument of the stock call for the guidance scale; None if it has none."""
+        found = self.guidance_found
+        names = [*found.inputs, *([found.two_passes.argument] if found.two_passes else []), *self.call.scales]
+        return next((name for name in names if name in self.call.scales), None)
+
+    @property
+    def guides_by_two_passes(self) -> bool:
         two_passes = self.guidance_found.two_passes
         return two_passes is not None and two_passes.linear and not self.guidance_found.inputs
+
+    def guide(self, scale: float) -> None:
+        kind = type(self.pipeline).__name__
+        if self.takes_guidance:
+            own = next(iter(self.scale.values()), None)
+            if scale != own:
+                raise ValueError(
+                    f"The network of {kind} takes guidance as an input, which is {own} here, got {scale}. Set the "
+                    "guidance of the triplets."
+                )
+        elif scale > 1 and not self.guides_by_two_passes:
+            raise UnsupportedPipelineError(
+                f"{kind} guides in a way that two passes cannot repeat ({self.guidance_found.kind}), got guidance "
+                f"{scale}. Set it to 1."
+            )
+        else:
+            self.guidance = scale + self._offset
 
     @cached_property
     def structure(self) -> Any:
@@ -120,18 +150,28 @@ class PipelineDenoiser(Denoiser):
         rounding = 64 * torch.finfo(self.dtype).eps
         return self.structure if error <= max(_BATCH_TOLERANCE, rounding) else None
 
-    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        """Return the conditioning of prompts, each encoded alone. The network is not evaluated."""
-        trees = tuple(map_leaves(self._encoding([prompt]), self._intern) for prompt in prompts)
-        return cast(Conditioning, PromptConditioning(trees, self.axes).to(device))
+    def prepare(self) -> None:
+        """Find out now what else needs the network, before its pipeline's parts move to different devices."""
+        _ = self.axes, self.unconditional
 
-    def encode_unconditional(self, count: int, device: str | torch.device) -> Conditioning:
-        """Return the conditioning that the pipeline guides away from, `count` rows."""
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+        """Return the conditioning of prompts, each encoded alone. The network is not evaluated.
+
+        That of the empty prompt is what the pipeline guides away from, see `unconditional`.
+        """
+        trees = tuple(
+            map_leaves(self._encoding([prompt]), self._intern) if prompt else self.unconditional for prompt in prompts
+        )
+        return PromptConditioning(trees, self.axes).to(device)
+
+    @cached_property
+    def unconditional(self) -> dict[str, Any]:
+        """The conditioning that the pipeline guides away from, with the adapter's guidance as an input."""
         two_passes = self.guidance_found.two_passes
         if two_passes is None:
-            return self.encode([""] * count, device)
-        tree = map_leaves(unconditional(self.call, self.calibration, two_passes, self.structure), self._intern)
-        return cast(Conditioning, PromptConditioning((tree,) * count, self.axes).to(device))
+            return map_leaves(self._encoding([""]), self._intern)
+        guided = replace(two_passes, options={**two_passes.options, **self.scale})
+        return map_leaves(unconditional(self.call, self.calibration, guided, self.structure), self._intern)
 
     def _encoding(self, prompts: Sequence[str]) -> dict[str, Any]:
         trace = self.call.run(prompts, STEPS, {**self.calibration.off, **self.scale}, on_network=self._stop)
@@ -160,7 +200,7 @@ class PipelineDenoiser(Denoiser):
             timestep = flow.timestep_at(1 - timestep.double() / flow.num_train_timesteps)
         return self.predict_at(network, sample, timestep, conditioning)
 
-    def predict_at(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
+    def predict_at(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the scheduler would receive for latents `(B, ...)` and its own timesteps `(B,)`."""
         form, dtype = self.calibration.sample, _dtype(network)
         time_form = self.calibration.time
@@ -168,7 +208,8 @@ class PipelineDenoiser(Denoiser):
         conditioning = cast(PromptConditioning, conditioning)
         if dtypes:
             conditioning = conditioning.to(None, dtypes)
-        answers, order = [], []
+        answers: list[Tensor] = []
+        order: list[int] = []
         for rows, arguments in conditioning.groups():
             part, times = (sample, timestep) if len(rows) == len(sample) else (sample[rows], timestep[rows])
             time_dtype = time_form.dtype or torch.float64
@@ -184,11 +225,18 @@ class PipelineDenoiser(Denoiser):
         return torch.cat(answers)[back]
 
     def solve(
-        self, prompts: Sequence[str], noise: Tensor, num_inference_steps: int, scheduler: Any = None, **options: Any
+        self,
+        prompts: Sequence[str],
+        noise: Tensor,
+        num_inference_steps: int,
+        scheduler: Any = None,
+        record: bool = False,
+        **options: Any,
     ) -> Trace:
         """Run the stock call from noise `(B, ...)`, with its own guidance; the data are the last step's result.
 
         Args:
+            record: keep all steps, not only the last.
             options: arguments of the stock call, such as guidance_scale.
         """
         return self.call.run(
@@ -198,7 +246,18 @@ class PipelineDenoiser(Denoiser):
             noise=(noise, self.calibration.noise_place),
             guided=True,
             scheduler=scheduler,
+            record=record,
         )
+
+    @property
+    def guidance_arguments(self) -> dict[str, Any]:
+        return {**self.calibration.off, **self.scale}
+
+    def call_arguments(self, prompt: str, num_inference_steps: int, guidance: float = 1.0) -> dict[str, Any]:
+        guided = {} if guidance == 1 or self.scale_argument is None else {self.scale_argument: guidance}
+        steps = {self.call.prompt: prompt, self.call.steps: num_inference_steps}
+        output = {self.call.output_type: "pil"} if self.call.output_type else {}
+        return {**steps, **self.options, **self.guidance_arguments, **guided, **output}
 
     @property
     def _latents_only(self) -> dict[str, str]:
@@ -218,9 +277,17 @@ class PipelineDenoiser(Denoiser):
             np.concatenate(images) if isinstance(images[0], np.ndarray) else [image for row in images for image in row]
         )
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Decode latents to images `(B, 3, H, W)` in [-1, 1], float32, with their gradient."""
+        return 2 * self.decode(latents, "pt", gradient=torch.is_grad_enabled()).float() - 1
+
     def _decode_row(self, latents: Tensor, output_type: str, gradient: bool) -> Any:
+        def to_device(leaf: Any) -> Any:
+            return leaf.to(latents.device) if isinstance(leaf, Tensor) else leaf
+
         def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.calibration.answer.blank if component == self.component else network(*args, **kwargs)
+            blank = self.calibration.answer.blank
+            return map_answer(blank, to_device) if component == self.component else network(*args, **kwargs)
 
         def step(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
             result = scheduler_step(*args, **kwargs)
@@ -231,7 +298,7 @@ class PipelineDenoiser(Denoiser):
             return result
 
         options = {**self.calibration.off, **({self.call.output_type: output_type} if self.call.output_type else {})}
-        encoded = self.calibration.trace.encoded
+        encoded = [map_leaves(part, to_device) for part in self.calibration.trace.encoded]
         trace = self.call.run(
             PROMPTS[:1], STEPS, options, on_network=answer, on_step=step, encoded=encoded, gradient=gradient
         )
@@ -244,6 +311,7 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
     generator = torch.Generator().manual_seed(0)
     count = len(together)
     device = denoiser.network.device
+    together = together.to(device)
     sample = torch.randn(count, *denoiser.latent_shape, generator=generator).to(device)
     timestep = torch.linspace(700, 300, count, device=device)
     with torch.no_grad():

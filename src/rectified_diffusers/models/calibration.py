@@ -8,7 +8,7 @@ Nothing is known about a pipeline in advance. Each finding is a fact that holds 
 - for a flow, the sign with which the first step moves the sample along the scheduler's sigmas.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -313,9 +313,14 @@ def _find_answer(calls: Sequence[NetworkCall], steps: Sequence[Step]) -> AnswerF
 
 def _blank(answer: Any) -> Any:
     """Return zeros in the structure of an answer."""
-    if isinstance(answer, Mapping):  # an output of diffusers
-        return type(answer)(**{name: _blank(part) for name, part in answer.items()})
-    return map_leaves(answer, lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf)
+    return map_answer(answer, lambda leaf: torch.zeros_like(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def map_answer(answer: Any, function: Callable[[Any], Any]) -> Any:
+    """Return a network's answer, possibly an output of diffusers, with a function applied to its leaves."""
+    if isinstance(answer, Mapping):
+        return type(answer)(**{name: map_answer(part, function) for name, part in answer.items()})
+    return map_leaves(answer, function)
 
 
 def require_ode(call: StockCall, off: Mapping[str, Any], noise: Tensor, place: int, scheduler: Any = None) -> None:

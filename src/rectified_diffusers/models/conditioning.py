@@ -165,6 +165,42 @@ class PromptConditioning:
                 group.append(i)
         return [(group, join_rows([self.trees[i] for i in group], self.axes)) for group in found]
 
+    def stack(self) -> dict[str, Tensor]:
+        """Return what differs between prompts as tensors with a row for each prompt, by the leaves' paths.
+
+        Raises:
+            ValueError: the prompts have tensors of different shapes, or the tensors are numbers that float16 lacks.
+        """
+        rows = [dict(_own_leaves(tree, self.axes)) for tree in self.trees]
+        for row in rows:
+            for path, leaf in row.items():
+                expected = rows[0].get(path)
+                if expected is None or len(row) != len(rows[0]) or leaf.shape != expected.shape:
+                    raise ValueError(
+                        f"The network's argument {path} has another shape for each prompt, so that it cannot be "
+                        "stored. Encode the prompts during training: leave out store_text_embeddings."
+                    )
+        return {path: torch.stack([row[path] for row in rows]) for path in rows[0]}
+
+    def unstack(self, rows: Mapping[str, Tensor]) -> tuple["PromptConditioning", ...]:
+        """Return the conditioning of each prompt that `stack` returned, with this one's first tree for the rest."""
+        tree, count = self.trees[0], len(next(iter(rows.values())))
+        own = dict(_own_leaves(tree, self.axes))
+        if own.keys() - rows.keys():
+            raise ValueError(
+                f"The stored text embeddings lack {min(own.keys() - rows.keys())}, which this pipeline's network "
+                "takes. Make the triplets again with this teacher, or without store_text_embeddings."
+            )
+
+        def build(part: Any, path: str, i: int) -> Any:
+            if isinstance(part, Mapping):
+                return {name: build(inner, f"{path}/{name}" if path else name, i) for name, inner in part.items()}
+            if isinstance(part, (list, tuple)):
+                return _CONTAINERS[_kind(part)](build(inner, f"{path}/{k}", i) for k, inner in enumerate(part))
+            return rows[path][i].reshape(part.shape).to(part.dtype) if path in own else part
+
+        return tuple(replace(self, trees=(build(tree, "", i),)) for i in range(count))
+
     @property
     def nbytes(self) -> int:
         tensors = {
@@ -213,6 +249,40 @@ class PromptConditioning:
 
         stored = json.loads(text)
         return cls(tuple(build(tree) for tree in stored["trees"]), stored["axes"])
+
+
+def concat(parts: Sequence[Any]) -> Any:
+    """Join conditionings, of tensors by name or of trees, in order."""
+    if isinstance(parts[0], PromptConditioning):
+        return PromptConditioning.concat(parts)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def repeat(conditioning: Any, count: int) -> Any:
+    """Return a conditioning of one row, or of `count` rows already, with `count` rows."""
+    if isinstance(conditioning, PromptConditioning):
+        return conditioning if len(conditioning) == count else conditioning.select([0] * count)
+    return {name: part.expand(count, *part.shape[1:]) for name, part in conditioning.items()}
+
+
+def named_tensors(conditioning: Any) -> dict[str, Tensor]:
+    """Return the tensors of a conditioning by name; of trees, those of each prompt."""
+    if not isinstance(conditioning, PromptConditioning):
+        return conditioning
+    leaves = (
+        (f"{path} of prompt {i}", leaf) for i, tree in enumerate(conditioning.trees) for path, leaf in leaves_of(tree)
+    )
+    return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def _own_leaves(tree: Any, axes: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a prompt that are not shared, without the batch axis; all of them if axes are None."""
+    if isinstance(tree, (Mapping, list, tuple)):
+        for name, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+            inner = axes[name] if isinstance(axes, (Mapping, list)) else axes
+            yield from _own_leaves(part, inner, f"{path}/{name}" if path else str(name))
+    elif isinstance(tree, Tensor) and axes != SHARED:
+        yield path, tree.squeeze(axes) if isinstance(axes, int) else tree
 
 
 def _kind(tree: Any) -> str:

@@ -1,4 +1,4 @@
-"""Adapters for the networks of diffusers pipelines, one per family: which inputs they take, and what they predict.
+"""Adapters for the networks of diffusers pipelines: which inputs they take, and what they predict.
 
 Only this module converts between conventions of time, sign and layout. A flow network predicts our velocity data -
 noise up to a sign, at the flow time t, 0 noise and 1 data:
@@ -7,25 +7,25 @@ noise up to a sign, at the flow time t, 0 noise and 1 data:
 |---|---|---|---|---|
 | Stable Diffusion 1, 2 | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | embeddings |
 | Stable Diffusion XL | (B, C, H, W) | 1000 (1 - t) | data - noise (ours) | two encoders', pooled; six sizes |
-| Stable Diffusion 3 | (B, C, H, W) | 1000 sigma, sigma = 1 - t | noise - data | three encoders', pooled |
-| Flux | packed (B, H W / 4, 4 C) | sigma | noise - data | T5's, CLIP's pooled; positions; guidance |
+| all others, see `any_pipeline` | the scheduler's | read off the stock call | either sign | a tree of arguments |
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from rectified_diffusers.flow.interpolation import VariancePreserving
 from rectified_diffusers.flow.prediction import DIFFUSION_TYPES, DiffusionAsFlow
-from rectified_diffusers.models.latents import pack, unpack
+from rectified_diffusers.models.conditioning import PromptConditioning
+from rectified_diffusers.models.latents import latent_shape, unscale
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, VelocityDirection, time_to_timestep
 
-Conditioning = dict[str, Tensor]
-"""Encoded prompts: tensors by name, of B rows each, independent of the time and the image size."""
+Conditioning = dict[str, Tensor] | PromptConditioning
+"""Encoded prompts: tensors by name, of B rows each, or a tree for each prompt. `conditioning` joins and moves both."""
 
 Network = Callable[..., Any]
 """A pipeline's U-Net or transformer, or a wrapper that trains it."""
@@ -53,24 +53,50 @@ class Denoiser(ABC):
         guidance: for a network that takes guidance as an input (FLUX.1-dev); no effect on others.
     """
 
-    component: ClassVar[str] = "unet"
-    direction_of_flow: ClassVar[VelocityDirection] = "data"
-    guides_by_two_passes: ClassVar[bool] = True
+    component: str = "unet"
 
-    def __init__(self, pipeline: Any, guidance: float = 1.0) -> None:
-        self.pipeline, self.guidance = pipeline, guidance
+    def __init__(self, pipeline: Any, guidance: float = 1.0, options: Mapping[str, Any] | None = None) -> None:
+        self.pipeline, self.guidance, self.options = pipeline, guidance, dict(options or {})
 
     @staticmethod
-    def of(pipeline: Any, guidance: float = 1.0) -> "Denoiser":
-        """Return the adapter for a text-to-image pipeline; a pipeline of another family raises a `TypeError`."""
+    def of(pipeline: Any, guidance: float | None = None, options: Mapping[str, Any] | None = None) -> "Denoiser":
+        """Return the adapter for a text-to-image pipeline.
+
+        Args:
+            guidance: scale, as the pipeline's call takes it; None is no second pass, and the pipeline's default for a
+                network that takes guidance as an input.
+            options: arguments of the pipeline's call that determine the image size, such as height and width.
+
+        Raises:
+            UnsupportedPipelineError: the pipeline does not fit; it is a TypeError, and its message says why.
+        """
         for pipeline_class, denoiser_class in _FAMILIES.items():
             if isinstance(pipeline, pipeline_class):
-                return denoiser_class(pipeline, guidance)
-        known = ", ".join(pipeline_class.__name__ for pipeline_class in _FAMILIES)
-        raise TypeError(
-            f"Expected one of {known} or a subclass, got {type(pipeline).__name__}. Other pipelines condition their "
-            "networks in other ways, which are not known here."
-        )
+                return denoiser_class(pipeline, 1.0 if guidance is None else guidance, options)
+        if not hasattr(pipeline, "components"):
+            raise TypeError(f"Expected a text-to-image pipeline of diffusers, got {type(pipeline).__name__}.")
+        from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+        from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+
+        try:
+            return PipelineDenoiser(pipeline, guidance, options)
+        except UnsupportedPipelineError as error:
+            raise UnsupportedPipelineError(f"{type(pipeline).__name__} cannot be adapted: {error}.") from error
+
+    @property
+    def guides_by_two_passes(self) -> bool:
+        """Return whether two evaluations of the network repeat the guidance of the pipeline."""
+        return True
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Return whether the network takes guidance as an input."""
+        return False
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Return the shape of the latents of one image."""
+        return latent_shape(self.pipeline, self.options.get("height"), self.options.get("width"))
 
     @property
     def network(self) -> Any:
@@ -82,6 +108,10 @@ class Denoiser(ABC):
         """Return whether `guidance` needs a second forward pass, with the empty prompt."""
         return self.guidance > 1 and self.guides_by_two_passes
 
+    def guide(self, scale: float) -> None:
+        """Set the guidance of the two passes, as the pipeline's call takes it; raise if they cannot repeat it."""
+        self.guidance = scale
+
     @property
     def direction(self) -> VelocityDirection:
         """Return what the network's flow predicts: "data" for data - noise, "noise" for noise - data.
@@ -91,7 +121,7 @@ class Denoiser(ABC):
         scheduler = self.pipeline.scheduler
         if isinstance(scheduler, RectifiedFlowEulerScheduler):
             return scheduler.config["velocity_direction"]
-        return "noise" if scheduler.config.get("use_flow_sigmas") else self.direction_of_flow
+        return "noise" if scheduler.config.get("use_flow_sigmas") else "data"
 
     @property
     def num_train_timesteps(self) -> int:
@@ -117,6 +147,21 @@ class Denoiser(ABC):
         velocity = self.predict(network, x_t, time_to_timestep(t, self.num_train_timesteps), conditioning)
         return velocity if self.direction == "data" else -velocity
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Decode latents to images `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
+        vae = self.pipeline.vae
+        return vae.decode(unscale(vae, latents).to(vae.dtype), return_dict=False)[0].float()
+
+    @property
+    def guidance_arguments(self) -> dict[str, Any]:
+        """Return arguments of the pipeline's call for a single pass; guidance that is a network's input stays."""
+        return {"guidance_scale": 1.0}
+
+    def call_arguments(self, prompt: str, num_inference_steps: int, guidance: float = 1.0) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for an image of this size; guidance 1 is none."""
+        steps = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance}
+        return {"prompt": prompt, **self.options, **steps}
+
     @abstractmethod
     def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
         """Run the text encoders and return the conditioning of prompts."""
@@ -129,17 +174,17 @@ class Denoiser(ABC):
 class StableDiffusionDenoiser(Denoiser):
     """Adapter for Stable Diffusion 1 and 2, and all of our models of that architecture, including the StackedUNet."""
 
-    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self.pipeline.encode_prompt(list(prompts), device, 1, False)[0]}
 
-    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
         return network(sample, timestep, **conditioning, return_dict=False)[0]
 
 
 class StableDiffusionXLDenoiser(Denoiser):
     """Adapter for Stable Diffusion XL. Size conditioning: the image's own size, uncropped, as in its pipeline."""
 
-    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+    def encode(self, prompts: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -148,7 +193,7 @@ class StableDiffusionXLDenoiser(Denoiser):
             embeds, pooled = embeds * there[:, None, None], pooled * there[:, None]
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
-    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
         pooled, factor = conditioning["text_embeds"], self.pipeline.vae_scale_factor
         size = [pixels * factor for pixels in sample.shape[-2:]]
         # Original size, crop corner, target size.
@@ -162,55 +207,7 @@ class StableDiffusionXLDenoiser(Denoiser):
         )[0]
 
 
-class StableDiffusion3Denoiser(Denoiser):
-    """Adapter for Stable Diffusion 3 and 3.5."""
-
-    component = "transformer"
-    direction_of_flow = "noise"
-
-    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            list(prompts), prompt_2=None, prompt_3=None, device=device, do_classifier_free_guidance=False
-        )
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        return network(hidden_states=sample, timestep=timestep, **conditioning, return_dict=False)[0]
-
-
-class FluxDenoiser(Denoiser):
-    """Adapter for FLUX.1: tokens are 2 x 2 squares of latents. The network of dev takes guidance, schnell's not."""
-
-    component = "transformer"
-    direction_of_flow = "noise"
-    guides_by_two_passes = False
-
-    def encode(self, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
-        embeds, pooled, _ = self.pipeline.encode_prompt(list(prompts), device=device)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
-
-    def predict(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        count, height, width = len(sample), sample.shape[-2], sample.shape[-1]
-        takes_guidance = self.network.config["guidance_embeds"]
-        rows = torch.arange(height // 2, device=sample.device, dtype=sample.dtype)
-        columns = torch.arange(width // 2, device=sample.device, dtype=sample.dtype)
-        places = torch.cartesian_prod(rows.new_zeros(1), rows, columns)
-        length = conditioning["encoder_hidden_states"].shape[1]  # of the prompt
-        tokens = network(
-            hidden_states=pack(sample),
-            timestep=timestep / self.num_train_timesteps,
-            guidance=timestep.new_full((count,), self.guidance) if takes_guidance else None,
-            **conditioning,
-            txt_ids=places.new_zeros(length, 3),
-            img_ids=places,
-            return_dict=False,
-        )[0]
-        return unpack(tokens, height, width)
-
-
 _FAMILIES: dict[type, type[Denoiser]] = {
     StableDiffusionPipeline: StableDiffusionDenoiser,
     StableDiffusionXLPipeline: StableDiffusionXLDenoiser,
-    StableDiffusion3Pipeline: StableDiffusion3Denoiser,
-    FluxPipeline: FluxDenoiser,
 }

@@ -63,6 +63,7 @@ class Trace:
     encoded: list[Any] = field(default_factory=list)
     scheduler: Any = None
     output: Any = None
+    record: bool = True
 
     def calls_of(self, step: int) -> list[NetworkCall]:
         return [call for call in self.calls if call.step == step]
@@ -174,6 +175,7 @@ class StockCall:
         scheduler: Any = None,
         encoded: Sequence[Any] | None = None,
         gradient: bool = False,
+        record: bool = True,
     ) -> Trace:
         """Run the stock call and return what it did, up to the first `Stop`.
 
@@ -186,16 +188,17 @@ class StockCall:
             scheduler: replaces the pipeline's own; it is copied.
             encoded: results of `encode_prompt` of an earlier run, in order, in place of the text encoders.
             gradient: allows gradients, which the stock call turns off.
+            record: keeps all calls and steps; otherwise only the last step.
         """
-        trace = Trace()
+        trace = Trace(record=record)
         private = self._private_copy(trace, on_network, on_step, noise, encoded, guided=guided, scheduler=scheduler)
         arguments = {self.prompt: prompts[0] if len(prompts) == 1 else list(prompts), self.steps: steps}
         arguments |= {**self.options, **options}
         if "generator" in self.parameters:
             arguments["generator"] = torch.Generator().manual_seed(seed)
-        call = type(self.pipeline).__call__
-        if gradient:
-            call = inspect.unwrap(call)
+        call: Any = type(self.pipeline).__call__
+        while gradient and call.__code__.co_name == "decorate_context":  # torch.no_grad
+            call = call.__wrapped__
         devices = {part.device for part in self.networks.values() if part.device.type == "cuda"}
         try:
             with torch.random.fork_rng(devices=devices), suppress(Stop), torch.set_grad_enabled(gradient):
@@ -243,6 +246,8 @@ class StockCall:
     def _call_network(
         self, trace: Trace, on_network: OnNetwork, network: Any, component: str, *args: Any, **kwargs: Any
     ) -> Any:
+        if not trace.record:
+            return on_network(network, component, args, kwargs)
         arguments = bind(network, args, kwargs)
         kept = map_leaves(arguments, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
         call = NetworkCall(component, kept, None, len(trace.steps))
@@ -290,6 +295,8 @@ def _watched_step(solver: Any, trace: Trace, on_step: OnStep | None) -> Callable
         if sigmas is not None and index + 1 < len(sigmas):
             around = float(sigmas[index]), float(sigmas[index + 1])
         moved = first_sample(result).detach().clone()
+        if not trace.record:
+            trace.steps.clear()
         trace.steps.append(Step(answer.detach().clone(), float(timestep), sample.detach(), moved, around))
         return result
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow, scale_of
+from rectified_diffusers.models.conditioning import concat, repeat
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 
 
@@ -37,7 +38,7 @@ def guided(
     """
     if null is None:
         return predict(x, time, conditioning)
-    both = {name: torch.cat([null[name].expand_as(part), part]) for name, part in conditioning.items()}
+    both = concat([repeat(null, len(x)), conditioning])
     of_null, of_text = predict(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
     return guide(of_null, of_text, guidance_scale)
 
@@ -65,12 +66,21 @@ class PipelineVelocity:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, pipeline: Any, prompts: Sequence[str], guidance_scale: float = 1.0) -> "PipelineVelocity":
-        """Bind a text-to-image pipeline, flow or diffusion, of a family known to `Denoiser.of`, to prompts."""
-        denoiser = Denoiser.of(pipeline, guidance_scale)
-        as_flow = denoiser.diffusion()
-        conditioning = denoiser.encode(list(prompts), pipeline.device)
-        null = denoiser.encode([""] * len(prompts), pipeline.device) if denoiser.two_passes else None
+    def of(cls, pipeline: Any, prompts: Sequence[str], guidance_scale: float | None = None) -> "PipelineVelocity":
+        """Bind a text-to-image pipeline, flow or diffusion, to prompts; `guidance_scale` as `Denoiser.of` takes it."""
+        return cls.bind(Denoiser.of(pipeline, guidance_scale), prompts)
+
+    @classmethod
+    @torch.no_grad()
+    def bind(cls, denoiser: Denoiser, prompts: Sequence[str]) -> "PipelineVelocity":
+        """Bind the adapter of a pipeline to prompts."""
+        if denoiser.guidance > 1 and not (denoiser.guides_by_two_passes or denoiser.takes_guidance):
+            raise ValueError(
+                f"Two passes do not repeat the guidance of {type(denoiser.pipeline).__name__}. Leave out the guidance."
+            )
+        as_flow, device = denoiser.diffusion(), denoiser.pipeline.device
+        conditioning = denoiser.encode(list(prompts), device)
+        null = denoiser.encode([""] * len(prompts), device) if denoiser.two_passes else None
         return cls(denoiser, conditioning, null, as_flow)
 
     @property

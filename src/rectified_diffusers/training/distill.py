@@ -34,7 +34,7 @@ class DistillTrainer(Trainer[DistillConfig]):
         self.student_steps = config.student_steps
         self.validation_steps = (config.student_steps,)
         self.time_density = Grid(config.student_steps)
-        self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
 
     def make_network(self) -> Any:
         network = super().make_network()

@@ -15,6 +15,7 @@ from rectified_diffusers.data.teacher import fingerprint
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.flow.ode import euler
+from rectified_diffusers.models.conditioning import concat
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.models.velocity import guided
 from rectified_diffusers.pipelines.scheduler import require_straight
@@ -121,10 +122,10 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
                 "without FSDP, and with lora_rank if memory is short."
             )
         kind = config.regression_loss if config.regression_weight else "l2"
-        self.regression = FlowLoss.of(kind, config, pipeline.vae, self.device)
+        self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
         self.teacher_denoiser = denoiser_for(teacher, dataset)
         require_straight(teacher.scheduler, "Distribution matching")
-        self.teacher_denoiser.guidance = config.teacher_guidance_scale
+        self.teacher_denoiser.guide(config.teacher_guidance_scale)
         prompts = dataset.rows(range(min(4, len(dataset)))).prompts
         require_same_text(self.prompt_encoder.encode(prompts), self.teacher_denoiser.encode(prompts, teacher.device))
         self.real_data: Any = real_data
@@ -236,7 +237,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.real_prompt_encoder.use_stored(real)
         real_x_t, _ = self.interpolation.interpolate(real_noise.to(self.device), real.data.to(self.device), t)
         real_conditioning = self.real_prompt_encoder(real.prompts)
-        both = {name: torch.cat([part, real_conditioning[name]]) for name, part in conditioning.items()}
+        both = concat([conditioning, real_conditioning])
         predicted = self.predict(denoiser, model, torch.cat([x_t, real_x_t]), t.repeat(2), both)
         student_logits, real_logits = self.discriminator.logits.chunk(2)
         losses = softplus(student_logits) + softplus(-real_logits)

@@ -11,6 +11,7 @@ from torch import Tensor
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import Triplets
 from rectified_diffusers.data.manifest import Manifest
+from rectified_diffusers.models.conditioning import named_tensors
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.speed.optimize import is_optimized
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
@@ -65,8 +66,9 @@ def require_own_weights(pipeline: Any) -> None:
 
 def require_same_latents(vae: Any, manifest: Manifest) -> None:
     """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
+    config = getattr(vae, "config", {})
     for name, made in manifest.vae_scaling.items():
-        here = vae.config.get(name)
+        here = config.get(name)
         if made != (here or 0.0):
             raise ValueError(
                 f"The triplets were made with a VAE of {name} {made}, the pipeline's has {here}: it would "
@@ -87,8 +89,9 @@ def require_pairs(manifest: Manifest) -> None:
 
 def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
     """Raise if two pipelines encode the same prompts differently, that is, if their text encoders differ."""
-    for name in sorted(student.keys() | teacher.keys()):
-        own, other = (told[name].float().cpu() if name in told else torch.empty(0) for told in (student, teacher))
+    both = named_tensors(student), named_tensors(teacher)
+    for name in sorted(both[0].keys() | both[1].keys()):
+        own, other = (told[name].float().cpu() if name in told else torch.empty(0) for told in both)
         if own.shape != other.shape or (own - other).norm() > _ROUNDING * own.norm():
             raise ValueError(
                 f"The teacher's text encoders are not the student's: of the same prompts, {name} is "

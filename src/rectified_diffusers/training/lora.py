@@ -1,11 +1,13 @@
 """LoRA training (arXiv:2106.09685): a peft adapter on the student, saved in the format of diffusers."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -26,6 +28,8 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
     """
     rank: Any = config.lora_rank
     alpha: Any = config.lora_alpha or rank
+    if not hasattr(network, "add_adapter"):
+        raise ValueError(f"{type(network).__name__} takes no LoRA of diffusers. Train all weights: unset lora_rank.")
     _require_layers(network, config.lora_target_modules)
     network.requires_grad_(False)
     settings = LoraConfig(
@@ -64,16 +68,38 @@ class Adapter:
         return cls(component, tensors, network.peft_config["default"].to_dict())
 
     def save(self, pipeline_class: Any, folder: Path) -> None:
-        """Save in the format of diffusers, with alpha, for `load_lora_weights(folder)` of such pipelines."""
+        """Save in the format of diffusers, with alpha, for `load_lora_weights(folder)` of such pipelines.
+
+        A pipeline without it gets the file for `load_lora_adapter` of its network, with the component as prefix.
+        """
+        save = pipeline_class.save_lora_weights if has_loader(pipeline_class, self.component) else self._save_plainly
         layers = {f"{self.component}_lora_layers": self.tensors}
         settings = {f"{self.component}_lora_adapter_metadata": self.settings}
-        pipeline_class.save_lora_weights(folder, weight_name=WEIGHTS, **layers, **settings)
+        save(folder, weight_name=WEIGHTS, **layers, **settings)
         # Older safetensors write the metadata in a different order each time; equal runs must produce equal files.
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             metadata = dict(sorted(file.metadata().items()))
         tensors = dict(sorted(load_file(folder / WEIGHTS).items()))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         write_weights(folder / WEIGHTS, shapes, "float32", metadata, tensors.__getitem__)
+
+    def _save_plainly(self, folder: Path, weight_name: str, **_: Any) -> None:
+        named = {f"{self.component}.{name}": tensor.contiguous() for name, tensor in self.tensors.items()}
+        LoraBaseMixin.write_lora_layers(
+            named,
+            str(folder),
+            is_main_process=True,
+            weight_name=weight_name,
+            save_function=None,  # pyright: ignore[reportArgumentType]
+            safe_serialization=True,
+            lora_adapter_metadata={f"{self.component}.{name}": value for name, value in self.settings.items()},
+        )
+
+
+def has_loader(pipeline_class: Any, component: str) -> bool:
+    """Return whether a pipeline class saves and loads LoRAs of a component."""
+    save = getattr(pipeline_class, "save_lora_weights", None)
+    return save is not None and f"{component}_lora_layers" in inspect.signature(save).parameters
 
 
 def _require_layers(network: Any, names: Iterable[str]) -> None:

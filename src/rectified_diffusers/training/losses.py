@@ -1,9 +1,10 @@
 """Losses of the trainers: flow losses on latents and perceptual losses on decoded images."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.error import URLError
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import perceptual_loss, pseudo_huber, velocity_loss
-from rectified_diffusers.models.latents import unscale
 from rectified_diffusers.training.config import TrainerConfig
 
 
@@ -20,21 +20,22 @@ class DecodedDistance:
     """LPIPS of decoded latents; the gradient flows through the frozen VAE to the first of the two.
 
     Args:
-        vae: VAE of the latents, an AutoencoderKL or one with its configuration.
+        decode: maps latents to images `(B, 3, H, W)` in about [-1, 1], float32, see `Denoiser.decode_pixels`.
         network: maps two batches of images `(B, 3, H, W)` in [-1, 1] to B distances, see `load_lpips`.
     """
 
-    def __init__(self, vae: Any, network: nn.Module) -> None:
-        self.vae, self.network = vae, network
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Decode VAE-scaled latents to images `(B, 3, H, W)` in about [-1, 1], float32, with their gradient."""
-        return self.vae.decode(unscale(self.vae, latents).to(self.vae.dtype), return_dict=False)[0].float()
+    def __init__(self, decode: Callable[[Tensor], Tensor], network: nn.Module) -> None:
+        self.decode, self.network = decode, network
 
     def __call__(self, predicted_data: Tensor, data: Tensor) -> Tensor:
-        """Return the distances `(B,)` between predicted and target latents `(B, C, H, W)`."""
+        """Return the distances `(B,)` between predicted and target latents `(B, ...)`."""
         with torch.no_grad():
             images = self.decode(data)
+        if images.ndim != 4:
+            raise ValueError(
+                f"LPIPS compares images (B, 3, H, W), got a decoded shape of {tuple(images.shape)}. "
+                'Set loss="l2" or "pseudo_huber".'
+            )
         return perceptual_loss(self.decode(predicted_data), images, self.network)
 
 
@@ -103,19 +104,24 @@ class FlowLoss:
 
     @classmethod
     def of(
-        cls, kind: TrainingLoss, config: TrainerConfig, vae: Any, device: torch.device, weigh_by_time: bool = False
+        cls,
+        kind: TrainingLoss,
+        config: TrainerConfig,
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        weigh_by_time: bool = False,
     ) -> "FlowLoss":
         """Return the loss, with LPIPS loaded to the device if the loss uses it."""
         if kind not in ("lpips", "lpips_huber"):
             return cls(kind)
         network = load_lpips(config.lpips_network, config.lpips_weights).to(device)
-        return cls(kind, DecodedDistance(vae, network), weigh_by_time)
+        return cls(kind, DecodedDistance(decode, network), weigh_by_time)
 
     def __call__(self, predicted: Tensor, velocity: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the loss of each example, `(B,)`.
 
         Args:
-            predicted, velocity, x_t: `(B, C, H, W)`.
+            predicted, velocity, x_t: `(B, ...)`.
             t: `(B,)` in [0, 1].
         """
         if self.decoded is None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from huggingface_hub import HfApi, ModelCardData
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
 from rectified_diffusers.files import TEMPORARY
-from rectified_diffusers.training.lora import WEIGHTS
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.training.lora import WEIGHTS, has_loader
 from rectified_diffusers.training.run_folder import STARTING_MODEL
 from rectified_diffusers.training.tracking import FOLDER
 
@@ -35,6 +37,8 @@ class Card:
         pipeline_class: class that loads the model, or the LoRA onto its base.
         base_model: Hub id of the model that training started from; None if it has none.
         sampling_steps: number of sampling steps that the model is made for.
+        arguments: further arguments of the pipeline's call, for the guidance that the model was trained with.
+        component: component that a LoRA belongs to.
         last_line: the last line of the log; empty if there is none.
         straightness: S(Z), if it was measured.
     """
@@ -45,6 +49,8 @@ class Card:
     sampling_steps: int
     last_line: Mapping[str, Any]
     straightness: Straightness | None = None
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    component: str = "unet"
 
     @property
     def is_lora(self) -> bool:
@@ -76,11 +82,16 @@ class Card:
         lines = [f"from {package} import {name}", ""]
         if self.is_lora:
             base = f'"{self.base_model}"' if self.base_model else '"BASE_MODEL"'
-            lines += [f"pipeline = {name}.from_pretrained({base})", f"pipeline.load_lora_weights({this})"]
+            load = f"pipeline.load_lora_weights({this})"
+            if not has_loader(self.pipeline_class, self.component):
+                names = f'prefix="{self.component}", weight_name="{WEIGHTS}"'
+                load = f"pipeline.{self.component}.load_lora_adapter({this}, {names})"
+            lines += [f"pipeline = {name}.from_pretrained({base})", load]
         else:
             lines += [f"pipeline = {name}.from_pretrained({this})"]
-        steps = self.sampling_steps
-        lines += [f'image = pipeline("a red apple", num_inference_steps={steps}, guidance_scale=1.0).images[0]']
+        arguments = {"num_inference_steps": self.sampling_steps, **self.arguments}
+        given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        lines += [f'image = pipeline("a red apple", {given}).images[0]']
         return "\n".join(["## Use", "", "```python", *lines, "```"])
 
     def _training(self) -> str:
@@ -98,10 +109,13 @@ class Card:
         return "\n".join([*lines, "- Nothing else yet: quality, bias and safety are those of its base, or unknown."])
 
 
-def measure_straightness(pipeline: Any, dataset: TripletDataset, paths: int) -> Straightness:
-    """Return S(Z) of a pipeline over paths of the first prompts of a dataset."""
+def measure_straightness(pipeline: Any, dataset: TripletDataset, paths: int, denoiser: Denoiser) -> Straightness:
+    """Return S(Z) of a student's pipeline over paths of the first prompts; `denoiser` is that of its start."""
     prompts = dataset.rows(range(min(paths, len(dataset)))).prompts
-    return pipeline_straightness(pipeline, prompts, progress=False)
+    if not isinstance(denoiser, PipelineDenoiser):
+        return pipeline_straightness(pipeline, prompts, progress=False)
+    guidance = dataset.manifest.guidance_scale if denoiser.takes_guidance else None
+    return pipeline_straightness(pipeline, prompts, guidance, progress=False, call_options=denoiser.options)
 
 
 def base_model_of(pipeline: Any) -> str | None:

@@ -44,7 +44,9 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         self.student_steps = config.student_steps
         self.validation_steps = (config.student_steps, 2 * config.student_steps, 4 * config.student_steps)
         self.prompt_dropout = config.prompt_dropout
-        self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device)
+        if config.teacher_guidance_scale > 1:
+            self.denoiser.guide(config.teacher_guidance_scale)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
         self.teacher = self.make_network().requires_grad_(False).eval()
         self.step = 1
 
@@ -118,11 +120,10 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     def predict_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
         """Return the teacher's velocity; the first teacher is guided, later teachers have learned the guidance."""
         velocity = self.predict_velocity(x_t, t, prompts, self.teacher)
-        weight = self.config.teacher_guidance_scale
-        if weight <= 1 or self.round_of(self.step) > 0:
+        if self.config.teacher_guidance_scale <= 1 or self.round_of(self.step) > 0:
             return velocity
         null = self.predict_velocity(x_t, t, [""] * len(prompts), self.teacher)
-        return guide(null, velocity, weight)
+        return guide(null, velocity, self.denoiser.guidance)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint, without the first teacher, which is the pipeline's own network."""

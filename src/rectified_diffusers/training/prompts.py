@@ -1,11 +1,16 @@
 """Prompt embeddings for training, from a pipeline's own frozen text encoders."""
 
 from collections import ChainMap
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
+from rectified_diffusers.models.calibration import PROMPTS
+from rectified_diffusers.models.conditioning import PromptConditioning
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 
 TABLE_BYTES = 2**30
@@ -27,8 +32,8 @@ class PromptEncoder:
         for name, part in denoiser.pipeline.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 part.to(device).eval()
-        self.table: dict[str, Conditioning] = {}
-        self.stored: dict[str, Conditioning] = {}
+        self.table: dict[str, Any] = {}
+        self.stored: dict[str, Any] = {}
 
     def remember(self, dataset: TripletDataset) -> None:
         """Build the table of a dataset's prompts and the empty prompt, or leave it empty if it would be too large."""
@@ -36,25 +41,24 @@ class PromptEncoder:
         empty = self.encode([""])
         if dataset.manifest.text_embeddings:
             self._require_same_encoder(dataset.rows([0]))
-            self.table = {"": {name: part[0].cpu() for name, part in empty.items()}}
+            self.table = {"": _rows_on_cpu(empty)[0]}
             return
         rows = dataset.prompt_rows()
-        if len(rows) * sum(part.numel() * part.element_size() for part in empty.values()) > TABLE_BYTES:
+        if len(rows) * _nbytes(empty) > TABLE_BYTES:
             return
         prompts = sorted(
             {"", *(prompt for chunk in rows.split(1024) for prompt in dataset.rows(chunk.tolist()).prompts)}
         )
         for start in range(0, len(prompts), _TOGETHER):
             together = prompts[start : start + _TOGETHER]
-            encoded = {name: part.cpu() for name, part in self.encode(together).items()}
-            for i, prompt in enumerate(together):
-                self.table[prompt] = {name: part[i].clone() for name, part in encoded.items()}
+            self.table |= dict(zip(together, _rows_on_cpu(self.encode(together)), strict=True))
 
     def _require_same_encoder(self, triplets: Triplets) -> None:
         """Raise if stored embeddings differ from those of this pipeline's text encoders for the same prompts."""
-        here = self.encode(triplets.prompts)
+        encoded = self.encode(triplets.prompts)
+        here = encoded.stack() if isinstance(encoded, PromptConditioning) else encoded
         for name, stored in triplets.text_embeddings.items():
-            own = here[name].cpu() if name in here else stored.new_empty(0)
+            own = here[name].cpu().to(stored.dtype) if name in here else stored.new_empty(0)
             if own.shape != stored.shape or (own - stored).norm() > _ROUNDING * stored.norm():
                 raise ValueError(
                     f"The triplets have text embeddings of other text encoders than this pipeline's: {name} of prompt "
@@ -64,17 +68,27 @@ class PromptEncoder:
 
     def use_stored(self, batch: Triplets) -> None:
         """Use the text embeddings that are stored with a batch, if any, until the next batch."""
-        rows = {name: part.unbind() for name, part in batch.text_embeddings.items()}
-        self.stored = {
-            prompt: {name: parts[i] for name, parts in rows.items()} for i, prompt in enumerate(batch.prompts) if rows
-        }
+        self.stored = {}
+        if batch.text_embeddings:
+            rows: Any = _unbind(batch.text_embeddings)
+            if self._template is not None:
+                rows = self._template.unstack(batch.text_embeddings)
+            self.stored = dict(zip(batch.prompts, rows, strict=True))
+
+    @cached_property
+    def _template(self) -> PromptConditioning | None:
+        """A conditioning that has all that prompts share; None for tensors by name, which share nothing."""
+        encoded = self.encode(list(PROMPTS[:1]))
+        return encoded.to("cpu") if isinstance(encoded, PromptConditioning) else None
 
     def __call__(self, prompts: list[str]) -> Conditioning:
-        """Return the conditioning of the network for the prompts: tensors `(B, ...)` in float32 on the device."""
+        """Return the conditioning of the network for the prompts, on the device; tensors by name are in float32."""
         known = ChainMap(self.stored, self.table)
         if not all(prompt in known for prompt in prompts):
             return self.encode(prompts)
         rows = [known[prompt] for prompt in prompts]
+        if isinstance(rows[0], PromptConditioning):
+            return PromptConditioning.concat(rows).to(self.device)
         return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
 
     def _stack(self, parts: list[Tensor]) -> Tensor:
@@ -83,4 +97,31 @@ class PromptEncoder:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """Encode prompts with the text encoders."""
-        return {name: part.float() for name, part in self.denoiser.encode(prompts, self.device).items()}
+        encoded = self.denoiser.encode(prompts, self.device)
+        if isinstance(encoded, PromptConditioning):  # the adapter converts it to the precision of the network
+            return encoded
+        return {name: part.float() for name, part in encoded.items()}
+
+
+def _unbind(conditioning: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Split tensors by name into those of each prompt."""
+    parts = {name: part.unbind() for name, part in conditioning.items()}
+    return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+
+
+def _rows_on_cpu(conditioning: Conditioning) -> list[Any]:
+    """Return the conditioning of each prompt, on the CPU."""
+    if isinstance(conditioning, PromptConditioning):
+        on_cpu = conditioning.to("cpu")
+        return [on_cpu.select([i]) for i in range(len(on_cpu))]
+    return [{name: part.clone() for name, part in row.items()} for row in _unbind(_on_cpu(conditioning))]
+
+
+def _on_cpu(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.cpu() for name, part in conditioning.items()}
+
+
+def _nbytes(conditioning: Conditioning) -> int:
+    if isinstance(conditioning, PromptConditioning):
+        return conditioning.nbytes
+    return sum(part.nbytes for part in conditioning.values())

@@ -7,6 +7,7 @@ from torch import Tensor
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.interpolation import Cosine, Interpolation, Straight
 from rectified_diffusers.flow.time_density import LogitNormal, Uniform, UShaped
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.losses import FlowLoss
@@ -40,7 +41,7 @@ class ReflowTrainer(Trainer[ReflowConfig]):
         densities = {"uniform": Uniform, "logit_normal": LogitNormal, "u_shaped": UShaped}
         self.time_density = densities[config.time_density]()
         self.prompt_dropout = config.prompt_dropout
-        self.loss = FlowLoss.of(config.loss, config, self.pipeline.vae, self.device, weigh_by_time=True)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device, weigh_by_time=True)
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         x_t, velocity = self.interpolation.interpolate(batch.noise, batch.data, t)
@@ -63,7 +64,7 @@ def interpolation_of(config: ReflowConfig, denoiser: Denoiser) -> Interpolation:
     """
     if config.interpolation == "straight":
         return Straight()
-    if denoiser.direction_of_flow == "noise":
+    if isinstance(denoiser, PipelineDenoiser):
         raise ValueError(
             f"{type(denoiser.pipeline).__name__} keeps its own scheduler, which has straight paths only, got "
             f"interpolation={config.interpolation!r}. Set interpolation='straight'."

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -208,28 +208,33 @@ def _text_of(record: dict[str, Any]) -> str:
 
 
 def save_validation_images(
-    path: Path, pipeline: Any, config: TrainerConfig, steps: tuple[int, ...], size: tuple[int, int]
+    path: Path,
+    pipeline: Any,
+    config: TrainerConfig,
+    steps: tuple[int, ...],
+    arguments: Callable[[str, int, float], dict[str, Any]],
 ) -> None:
     """Generate an image per validation prompt from fixed noise: a column per prompt, a row per number of steps.
 
+    Of a video, it is the middle frame.
+
     Args:
-        size: height and width in pixels.
+        arguments: returns the arguments of the pipeline's call for a prompt, a number of steps and a guidance scale.
     """
     pipeline.set_progress_bar_config(disable=True)
-    prompts, dtype = list(config.validation_prompts), pipeline.vae.dtype
+    prompts, vae = list(config.validation_prompts), getattr(pipeline, "vae", None)
+    dtype = torch.float32 if vae is None else vae.dtype
     images = []
     # The student is float32; autocast allows a text encoder and a VAE in half precision.
     with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
         for count in steps:
             for i, prompt in enumerate(prompts):
+                generator = torch.Generator().manual_seed(config.seed + i)
                 result: Any = pipeline(
-                    prompt,
-                    height=size[0],
-                    width=size[1],
-                    num_inference_steps=count,
-                    guidance_scale=config.validation_guidance_scale,
-                    generator=torch.Generator().manual_seed(config.seed + i),
+                    **arguments(prompt, count, config.validation_guidance_scale), generator=generator
                 )
-                images += result.images
+                made = result[0]
+                frames = made[0] if isinstance(made[0], (list, tuple)) else [made[0]]
+                images.append(frames[len(frames) // 2])
     grid = make_image_grid(images, rows=len(steps), cols=len(prompts))
     write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))

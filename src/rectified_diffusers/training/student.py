@@ -3,17 +3,16 @@
 import copy
 from typing import Any, Literal
 
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import StableDiffusionXLPipeline
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.data.manifest import Manifest
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from rectified_diffusers.models.calibration import PROMPTS
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
+from rectified_diffusers.models.stock_call import UnsupportedPipelineError, stop
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
@@ -28,21 +27,51 @@ def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
     the flow that generated them, and at that value it must be sampled.
     """
     require_type("dataset", dataset, TripletDataset, "Open a folder of triplets: TripletDataset(folder).")
-    denoiser = Denoiser.of(pipeline, dataset.manifest.guidance_scale)
-    shape, channels = tuple(dataset.rows([0]).data.shape), latent_channels(pipeline)
-    if shape[1] != channels:
-        raise ValueError(
-            f"The {denoiser.component} takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
-            "Make the triplets with a teacher that shares the VAE of this pipeline."
-        )
-    require_same_latents(pipeline.vae, dataset.manifest)
-    guidances = {part.guidance_scale for part in dataset.manifest.parts}
-    if denoiser.network.config.get("guidance_embeds") and len(guidances) > 1:
+    manifest = dataset.manifest
+    denoiser = Denoiser.of(pipeline, manifest.guidance_scale, _options_for(pipeline, manifest))
+    if isinstance(denoiser, PipelineDenoiser):
+        _require_student(denoiser, manifest)
+    else:
+        shape, channels = tuple(dataset.rows([0]).data.shape), latent_channels(pipeline)
+        if shape[1] != channels:
+            raise ValueError(
+                f"The {denoiser.component} takes {channels} channels, the triplets have {shape[1]} (shape {shape}). "
+                "Make the triplets with a teacher that shares the VAE of this pipeline."
+            )
+    require_same_latents(getattr(pipeline, "vae", None), manifest)
+    guidances = {part.guidance_scale for part in manifest.parts}
+    if len(guidances) > 1 and denoiser.takes_guidance:
         raise ValueError(
             f"The {denoiser.component} takes guidance as an input, and the folders of triplets were made with several "
             f"guidances: {sorted(guidances)}. Make them all with one guidance_scale."
         )
     return denoiser
+
+
+def _options_for(pipeline: Any, manifest: Manifest) -> dict[str, Any]:
+    """Return the arguments of the pipeline's call for the image size of the triplets."""
+    factor = getattr(pipeline, "vae_scale_factor", None)
+    if "call_options" in manifest.settings or factor is None or len(manifest.latent_shape) != 3:
+        return manifest.call_options
+    _, height, width = manifest.latent_shape
+    return {"height": height * factor, "width": width * factor}
+
+
+def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
+    """Raise if a pipeline is no flow, or has latents of another shape than the triplets."""
+    kind = type(denoiser.pipeline).__name__
+    if not denoiser.is_flow:
+        raise UnsupportedPipelineError(
+            f"{kind} cannot be trained: it is a diffusion model, and only the U-Nets of Stable Diffusion and SDXL can "
+            "be made a flow."
+        )
+    if denoiser.latent_shape != manifest.latent_shape:
+        raise ValueError(
+            f"The latents of {kind} have shape {denoiser.latent_shape}, those of the triplets {manifest.latent_shape} "
+            f"(format {manifest.settings.get('format')}). Make the triplets with this release, and with a teacher of "
+            "this pipeline's layout and image size."
+        )
+    denoiser.prepare()
 
 
 def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
@@ -65,25 +94,25 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
 def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     """Return the pipeline that samples a trained network, with all other components unchanged.
 
-    It is a pipeline of this package where one exists. Stable Diffusion 3 and Flux keep their own, which already
-    samples a flow and loads without this package; its scheduler is Euler without shift. A shift, fixed or by image
-    size, spends more steps where the teacher's paths bend, and reflow leaves no such region. One step is the same
-    under any shift. (The pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to
-    the scheduler, whose last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+    It is a pipeline of this package for Stable Diffusion and SDXL. Others keep their own, which already samples a flow
+    and loads without this package; its scheduler has no shift. A shift, fixed or by image size, spends more steps
+    where the teacher's paths bend, and reflow leaves no such region. One step is the same under any shift. (The
+    pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
+    last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
 
     Args:
-        steps: N of a student that was distilled to N steps. Its scheduler records N. For Stable Diffusion 3 it also
-            ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a single step is then
-            not possible.
+        steps: N of a student that was distilled to N steps. Its scheduler records N. For pipelines such as Stable
+            Diffusion 3 it also ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a
+            single step is then not possible.
     """
     pipeline = denoiser.pipeline
-    parts = {**pipeline.components, denoiser.component: network}
-    if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
-        ends = isinstance(pipeline, StableDiffusion3Pipeline) and steps > 1
-        grid: dict[str, Any] = {"shift_terminal": 1 / steps} if ends else {}
-        scheduler = FlowMatchEulerDiscreteScheduler(denoiser.num_train_timesteps, shift=1.0, **grid)
+    if isinstance(denoiser, PipelineDenoiser):
+        student = copy.copy(pipeline)
+        scheduler = _without_shift(denoiser, steps)
         record_student_steps(scheduler, steps)
-        return type(pipeline)(**{**parts, "scheduler": scheduler})
+        student.register_modules(**{denoiser.component: network, "scheduler": scheduler})
+        return student
+    parts = {**pipeline.components, denoiser.component: network}
     parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
     record_student_steps(parts["scheduler"], steps)
     config = pipeline.config
@@ -92,3 +121,22 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
         watermark = getattr(pipeline, "watermark", None) is not None
         return RectifiedFlowXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=watermark)
     return RectifiedFlowPipeline(**parts, requires_safety_checker=config.get("requires_safety_checker", True))
+
+
+_SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+
+
+def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
+    """Return a copy of the pipeline's scheduler without shift; with it, where the shift is in its timesteps."""
+    scheduler, flow = denoiser.pipeline.scheduler, denoiser.calibration.flow
+    if flow is None or flow.table is not None:
+        return copy.deepcopy(scheduler)
+    changes = {name: value for name, value in _SHIFTS.items() if name in scheduler.config}
+    plain = type(scheduler).from_config(scheduler.config, **changes)
+    if steps == 1 or "shift_terminal" not in scheduler.config:
+        return plain
+    call, off = denoiser.call, denoiser.calibration.off
+    grid = call.run(PROMPTS[:1], steps, off, on_network=stop, scheduler=plain).scheduler.sigmas
+    if abs(float(grid[steps - 1]) - 1 / steps) < 1e-3:
+        return plain
+    return type(scheduler).from_config(scheduler.config, **{**changes, "shift_terminal": 1 / steps})

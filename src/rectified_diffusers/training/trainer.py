@@ -101,7 +101,8 @@ class Trainer(ABC, Generic[Config]):
         self.reader = RowReader(dataset, config.num_workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
-        pipeline.vae.to(self.device).requires_grad_(False).eval()
+        if getattr(pipeline, "vae", None) is not None:
+            pipeline.vae.to(self.device).requires_grad_(False).eval()
         folder, name = self.output.checkpoints, self.denoiser.component
         self.student = Trained(self.make_network(), self.accelerator, config, folder, name)
         steps: dict[str, Any] = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.schedule_steps}
@@ -290,12 +291,11 @@ class Trainer(ABC, Generic[Config]):
 
         If the weights are sharded, every process must call this, because none holds all of them.
         """
-        _, height, width = self.dataset.manifest.latent_shape
-        factor, path = self.pipeline.vae_scale_factor, self.output.validation / f"step-{step:08d}.png"
+        path = self.output.validation / f"step-{step:08d}.png"
         with nullcontext(self.averaged()) if self.sharded else self.student.average() as network:
             if self.accelerator.is_main_process:
-                pipeline, size = self.make_pipeline(network), (height * factor, width * factor)
-                save_validation_images(path, pipeline, self.config, self.validation_steps, size)
+                pipeline, arguments = self.make_pipeline(network), self.denoiser.call_arguments
+                save_validation_images(path, pipeline, self.config, self.validation_steps, arguments)
                 report_image(self.accelerator, path, step)
 
     def averaged(self) -> Any:
@@ -381,9 +381,11 @@ class Trainer(ABC, Generic[Config]):
             record = {"steps": config.max_steps, **self.identity()}
             if not self.output.contains(record):
                 pipeline, paths = self.make_pipeline(network), config.straightness_paths
-                straight = measure_straightness(pipeline, self.dataset, paths) if paths else None
+                straight = measure_straightness(pipeline, self.dataset, paths, self.denoiser) if paths else None
                 base, last_line = base_model_of(self.pipeline), self.output.last_line()
-                card = Card(record, type(pipeline), base, self.validation_steps[0], last_line, straight)
+                steps = self.validation_steps[0]
+                usage = {"arguments": self.denoiser.guidance_arguments, "component": self.denoiser.component}
+                card = Card(record, type(pipeline), base, steps, last_line, straight, **usage)
                 report = render_report(self.output.path, record, config.validation_prompts, straight)
                 self.output.publish(pipeline, record, {"README.md": str(card), REPORT: report}, adapter)
             if config.push_to_hub and config.hub_model_id:
