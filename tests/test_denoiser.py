@@ -128,7 +128,7 @@ def test_a_stacked_unet_is_asked_like_a_plain_one() -> None:
 def test_the_empty_prompt_is_what_guidance_steers_away_from(force_zeros: bool) -> None:
     pipeline = make_tiny_pipeline("xl")
     pipeline.register_to_config(force_zeros_for_empty_prompt=force_zeros)
-    found = Denoiser.of(pipeline).encode(["a cat", ""], "cpu")
+    found: Any = Denoiser.of(pipeline).encode(["a cat", ""], "cpu")
     text, null, pooled, null_pooled = pipeline.encode_prompt("a cat", device="cpu", num_images_per_prompt=1)
     torch.testing.assert_close(found["encoder_hidden_states"], torch.cat([text, null]))
     torch.testing.assert_close(found["text_embeds"], torch.cat([pooled, null_pooled]))

@@ -162,9 +162,9 @@ def test_the_sign_of_the_students_start_is_kept(tmp_path: Path) -> None:
     dataset = make_triplets(teacher, tmp_path / "triplets", count=4, num_inference_steps=2)
     trainer = ReflowTrainer(teacher, dataset, ReflowConfig(output_dir=tmp_path / "run", **{**SHORT, "max_steps": 1}))
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
-    told = trainer.prompt_encoder(["a cat"])
+    conditioning: Any = trainer.prompt_encoder(["a cat"])
     with torch.no_grad():
-        answer = teacher.unet(x, 500.0, told["encoder_hidden_states"]).sample
+        answer = teacher.unet(x, 500.0, conditioning["encoder_hidden_states"]).sample
         torch.testing.assert_close(trainer.predict_velocity(x, t, ["a cat"]), -answer)
     trainer.train()
     finished = RectifiedFlowPipeline.from_pretrained(tmp_path / "run")

@@ -23,14 +23,14 @@ def test_remembered_prompts_cost_nothing(dataset: TripletDataset, monkeypatch: p
         raise AssertionError("encoded again")
 
     monkeypatch.setattr(encoder, "encode", encode)
-    found = encoder([PROMPTS[1], "", PROMPTS[1]])
+    found: Any = encoder([PROMPTS[1], "", PROMPTS[1]])
     assert found["encoder_hidden_states"].dtype == torch.float32
     assert not found["encoder_hidden_states"].requires_grad
     torch.testing.assert_close(found, fresh)
 
 
 def test_memory_is_bounded(dataset: TripletDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = PromptEncoder(Denoiser.of(make_tiny_pipeline()), torch.device("cpu"))
+    encoder: Any = PromptEncoder(Denoiser.of(make_tiny_pipeline()), torch.device("cpu"))
     one = encoder([""])["encoder_hidden_states"].numel() * 4
     monkeypatch.setattr(prompts_module, "TABLE_BYTES", 4 * one)
     encoder.remember(dataset)
@@ -42,7 +42,7 @@ def test_memory_is_bounded(dataset: TripletDataset, monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_prompts_are_encoded(dataset: TripletDataset) -> None:
-    encoder = PromptEncoder(Denoiser.of(make_tiny_pipeline()), torch.device("cpu"))
+    encoder: Any = PromptEncoder(Denoiser.of(make_tiny_pipeline()), torch.device("cpu"))
     encoder.remember(dataset)
     found, expected = (encoder(prompts)["encoder_hidden_states"] for prompts in (["new", PROMPTS[0]], PROMPTS[:1]))
     torch.testing.assert_close(found[1:], expected)
