@@ -122,7 +122,7 @@ def test_a_model_that_no_trainer_knows(other, command, tmp_path, capsys):
     triplets = make_dataset(tmp_path / "triplets").folder
     words = ["--model", other, "--triplets", str(triplets), "--output-dir", str(tmp_path / "run")]
     assert cli.main([command, *words]) == 2
-    assert "error: Expected one of StableDiffusionPipeline" in capsys.readouterr().err
+    assert "error: DDPMPipeline cannot be adapted: the call of DDPMPipeline takes no prompt" in capsys.readouterr().err
     assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -66,11 +66,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "data/prompts.py: ParquetPrompts._read: count - len(prompts) -> count + len(prompts)",
     ),
     "NumPy takes every negative length for the one that is left over.": ("data/shards.py: write_shard: 1 -> 2",),
-    "The two last of four lengths, counted from either end.": ("data/teacher.py: Teacher.__call__: -2 -> 2",),
     "One text without a revision in it is as good as another.": ("data/teacher.py: Teacher.provenance: '' -> 'X'",),
-    "All prompts have embeddings of one shape, and it is the shape that is asked for.": (
-        "data/generate.py: make_manifest: '' -> 'X'",
-    ),
     "A value that every place is given another for.": ("data/dataset.py: TripletDataset.rows: '' -> 'X'",),
     "`str.format` leaves out what the text does not ask for.": (
         "data/dataset.py: TripletDataset._check_orientation: 2 -> 3",
