@@ -27,6 +27,7 @@ from rectified_diffusers import (
     RectifiedFlowPipeline,
 )
 from tests.tiny import make_components, make_tiny_pipeline, sample
+from tests.tiny_inputs import settings
 
 PROMPTS = ["a red apple", "a cat"]
 STEPS = [1, 2, 3, 4, 7, 25]
@@ -217,7 +218,7 @@ def test_from_pipe_both_ways(pipelines, caplog):
     back = StableDiffusionPipeline.from_pipe(ours)
     assert back.scheduler is ours.scheduler
     assert torch.equal(sample(back, guidance_scale=1.0), sample(ours))
-    assert RectifiedFlowPipeline.from_pipe(ours).scheduler.config == ours.scheduler.config
+    assert settings(RectifiedFlowPipeline.from_pipe(ours).scheduler) == settings(ours.scheduler)
 
 
 def test_from_pipe_with_a_passed_scheduler(pipelines):

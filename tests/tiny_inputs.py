@@ -70,3 +70,8 @@ def make_refiner() -> StableDiffusionXLImg2ImgPipeline:
             requires_aesthetics_score=True,
             add_watermarker=False,
         )
+
+
+def settings(scheduler: Any) -> dict[str, Any]:
+    """Return a scheduler's config without the entries that diffusers adds, whose order varies."""
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}

@@ -95,7 +95,7 @@ def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
 
     component = trainer.denoiser.component
     if has_loader(type(pipeline), component):
-        pipeline.load_lora_weights(tmp_path / "lora")
+        pipeline.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
     else:
         getattr(pipeline, component).load_lora_adapter(tmp_path / "lora", prefix=component, weight_name=WEIGHTS)
     assert np.abs(make_image(pipeline, arguments) - expected).max() <= 2
