@@ -24,8 +24,8 @@ from rectified_diffusers.cli import main as command
 TOLERANCE = 3
 REFERENCES = Path(__file__).parent / "references"
 PROMPT = "a red apple"
-# The folders, and the picture that each has to draw: a stock solver asks at other times, so its picture is another.
-WRITTEN = {"saved": "apple.png", "trained": "apple.png", "exported": "apple-stock.png"}
+# The folders, and the image that each has to generate: the stock solver of the export takes our step.
+WRITTEN = {"saved": "apple.png", "trained": "apple.png", "exported": "apple.png"}
 
 
 def draw(model: Path, picture: Path) -> None:
