@@ -71,7 +71,7 @@ def flush(path: Path, recursive: bool = True) -> None:
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file, or all safetensors files in a folder, the permissions of a new file.
+    """Set the permissions of a new file on a file, or on all safetensors files in a folder.
 
     safetensors creates files that only their owner can read, whatever the umask.
     """

@@ -136,7 +136,7 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _is_start(value: Any, latent_channels: int) -> bool:
     """Return whether diffusers starts from a tensor as it is: from latents, or from an image in [-1, 1]."""
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim not in (3, 4):
+    if not _is_floating(value):
         return False
     return value.shape[-3] == latent_channels or (
         value.shape[-3] == 3 and -1 <= float(value.min()) < 0 and float(value.max()) <= 1
@@ -145,8 +145,13 @@ def _is_start(value: Any, latent_channels: int) -> bool:
 
 def _is_ready(value: Any, channels: int) -> bool:
     """Return whether a value is a floating-point tensor of `channels`, all in [0, 1]."""
-    is_image = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim in (3, 4)
-    return is_image and value.shape[-3] == channels and float(value.min()) >= 0 and float(value.max()) <= 1
+    has_channels = _is_floating(value) and value.shape[-3] == channels
+    return has_channels and float(value.min()) >= 0 and float(value.max()) <= 1
+
+
+def _is_floating(value: Any) -> bool:
+    """Return whether a value is a floating-point tensor `(C, H, W)` or `(B, C, H, W)`."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim in (3, 4)
 
 
 def _channels_last(name: str, value: Any) -> tuple[np.ndarray, bool]:

@@ -103,6 +103,12 @@ def make_trainer(
     return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
 
 
+def make_matching(dataset: TripletDataset, output_dir: Path, **options: Any) -> DistributionMatchingTrainer:
+    trainer = make_trainer("dmd", dataset, output_dir, **options)
+    assert isinstance(trainer, DistributionMatchingTrainer)
+    return trainer
+
+
 def make_matching_teacher(kind: Any = "flow") -> Any:
     """Build a pipeline with the tiny text encoder and VAE, and a network of its own."""
     pipeline, other = make_tiny_pipeline(kind), make_tiny_pipeline(kind, seed=1)

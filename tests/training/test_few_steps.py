@@ -27,16 +27,11 @@ from tests.training.helpers import (
     PROMPTS,
     SHORT,
     digests,
+    make_matching,
     make_matching_teacher,
     make_trainer,
     record_unet_calls,
 )
-
-
-def make_matching(dataset: TripletDataset, output_dir: Path, **options: Any) -> DistributionMatchingTrainer:
-    trainer = make_trainer("dmd", dataset, output_dir, **options)
-    assert isinstance(trainer, DistributionMatchingTrainer)
-    return trainer
 
 
 def sampled_states(trainer: Any, prompts: list[str], noise: Tensor, steps: int) -> list[Tensor]:

@@ -23,16 +23,10 @@ from tests.training.helpers import (
     SHORT,
     digests,
     make_ends,
+    make_matching,
     make_matching_teacher,
-    make_trainer,
     write_dataset,
 )
-
-
-def make_matching(dataset: TripletDataset, output_dir: Path, **options: Any) -> DistributionMatchingTrainer:
-    trainer = make_trainer("dmd", dataset, output_dir, **options)
-    assert isinstance(trainer, DistributionMatchingTrainer)
-    return trainer
 
 
 def expected_data(x_t: Tensor, t: Tensor, mean: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def _scaling(layer: FileLayer, parts: Mapping[str, Tensor], settings: Mapping[st
 
 
 def _complete(attached: dict[str, AttachedLayer], component: str) -> None:
-    """Give all layers one scaling, and biases to all if one has them; refuse DoRA in a part of the layers."""
+    """Set one scaling for all layers, and biases for all if one has them; refuse DoRA in a part of the layers."""
     with_norms = sum(layer.magnitude is not None for layer in attached.values())
     if with_norms not in (0, len(attached)):
         count = f"{with_norms} of the {len(attached)} layers of the {component}"
