@@ -68,8 +68,7 @@ class Teacher:
 
     def autocast(self) -> torch.autocast:
         """Return the context manager that runs forward passes in the precision of the options."""
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
-        return torch.autocast(self.network.device.type, dtype, enabled=dtype is not None)
+        return autocast(self.network.device, self.config.mixed_precision)
 
     def round(self, noise: Tensor) -> Tensor:
         """Round noise to the storage dtype so that the teacher's dtype can also represent every value exactly.
@@ -138,6 +137,12 @@ class Teacher:
             "revision": revision[1] if revision else None,
             "versions": {"rectified_diffusers": __version__, **{package: version(package) for package in _PACKAGES}},
         }
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """Return the context manager for forward passes in a precision: "no", "bf16" or "fp16"."""
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 def require_evaluation(pipeline: Any) -> None:

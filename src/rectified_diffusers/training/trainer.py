@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
-from rectified_diffusers.data.teacher import fingerprints
+from rectified_diffusers.data.teacher import autocast, fingerprints
 from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
@@ -149,8 +149,7 @@ class Trainer(ABC, Generic[Config]):
 
     def predict(self, denoiser: Denoiser, network: Any, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity of a network of any pipeline, computed in the precision of the config, as float32."""
-        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.mixed_precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast(self.device, self.config.mixed_precision):
             velocity = denoiser.velocity(network, x_t, t, conditioning)
         return velocity.float()
 
