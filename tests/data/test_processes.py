@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rectified_diffusers import distributed as processes
+from rectified_diffusers import files
 from rectified_diffusers.data import generate as generate_module
 from tests.data.test_triplets import contents, generate
 from tests.forks import call_in_fork
@@ -99,6 +100,27 @@ def test_the_main_process_shows_the_progress_of_all(made):
         assert "Triplets: 100%" in shown
         assert "22/22" in shown
         assert shown.count("[00:00<?, ?image/s]") == 1, "one bar"
+
+
+def test_no_other_run_removes_what_is_being_written(tmp_path, monkeypatch):
+    """A run that starts removes the temporary files of killed ones, so every file is written under the lock."""
+    written = []
+
+    def settle(folder: Path, manifest: Any) -> Any:
+        with files.lock(folder) as nobody_writes:
+            written.append(nobody_writes)
+        return settle_manifest(folder, manifest)
+
+    def make(folder: Path, *args: Any) -> None:
+        with files.lock(folder) as nobody_writes:
+            written.append(nobody_writes)
+        make_shard(folder, *args)
+
+    settle_manifest, make_shard = generate_module.settle_manifest, generate_module._make_shard
+    monkeypatch.setattr(generate_module, "settle_manifest", settle)
+    monkeypatch.setattr(generate_module, "_make_shard", make)
+    generate(tmp_path / "triplets", make_tiny_pipeline("diffusion"), num_triplets=8)
+    assert written == [False] * 3, "a manifest and two shards"
 
 
 @pytest.mark.parametrize(

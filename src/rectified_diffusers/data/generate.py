@@ -83,18 +83,20 @@ def write_triplets(output_dir: str | Path, manifest: Manifest, batches: Batches,
     processes = join_processes()
     with processes.main_process_first():
         is_new = processes.is_main_process and not (folder / MANIFEST_NAME).exists()
+        folder.mkdir(parents=True, exist_ok=True)
         if processes.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
             with lock(folder) as nobody_writes:
                 if nobody_writes:
                     remove_leftovers(folder)
-        manifest = settle_manifest(folder, manifest)  # every process must match it
-    missing = _missing_shards(folder, manifest, processes)
-    done = manifest.num_triplets - sum(map(manifest.rows, missing))
-    hidden = not (progress and processes.is_main_process)
-    bar = tqdm(total=manifest.num_triplets, initial=done, desc="Triplets", unit="image", disable=hidden)
-    with lock(folder, shared=True), bar as progress_bar, _settings_can_change(folder, is_new):
-        _make_shards(folder, manifest, missing, batches, progress_bar)
+    with lock(folder, shared=True):  # from here on, nobody removes our temporary files
+        with processes.main_process_first():
+            manifest = settle_manifest(folder, manifest)  # every process must match it
+        missing = _missing_shards(folder, manifest, processes)
+        done = manifest.num_triplets - sum(map(manifest.rows, missing))
+        hidden = not (progress and processes.is_main_process)
+        bar = tqdm(total=manifest.num_triplets, initial=done, desc="Triplets", unit="image", disable=hidden)
+        with bar as progress_bar, _settings_can_change(folder, is_new):
+            _make_shards(folder, manifest, missing, batches, progress_bar)
     processes.wait_for_everyone()
     return TripletDataset(folder)
 
