@@ -20,7 +20,7 @@ from rectified_diffusers.evaluation.config import ComparisonConfig, EvaluationCo
 from rectified_diffusers.options import flag, option, options_from
 
 if TYPE_CHECKING:
-    from rectified_diffusers.data.images import RealPictures
+    from rectified_diffusers.data.real_images import RealPictures
     from rectified_diffusers.evaluation.intervals import Interval
 
 
@@ -60,7 +60,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     model = options.source
     load = lambda model: load_pipeline(model, options.device, options.dtype)  # noqa: E731
     pipeline = load(model)
-    from rectified_diffusers.data.images import read_pictures
+    from rectified_diffusers.data.real_images import read_pictures
     from rectified_diffusers.evaluation.comparison import evaluate_beside, model_name
 
     name = options.name or model_name(model)
@@ -97,7 +97,7 @@ def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -
     import torch
 
     from rectified_diffusers.data.dataset import TripletDataset
-    from rectified_diffusers.data.images import RealPictures
+    from rectified_diffusers.data.real_images import RealPictures
     from rectified_diffusers.evaluation.gallery import digest_of
     from rectified_diffusers.models.latents import unscale
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.checks import require_pipeline, require_type
-from rectified_diffusers.data.images import Choice, RealPictures, choose, words_of
+from rectified_diffusers.data.real_images import Choice, RealPictures, choose, words_of
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, digest_of, fingerprint, for_evaluation
 from rectified_diffusers.evaluation.intervals import GROUPS, Interval, interval_of, merged

@@ -15,7 +15,7 @@ from diffusers import (
 )
 
 from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
-from rectified_diffusers.loading.lora import refuse_any_lora
+from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 
