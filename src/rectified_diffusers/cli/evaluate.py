@@ -98,7 +98,7 @@ def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -
 
     from rectified_diffusers.data.dataset import TripletDataset
     from rectified_diffusers.data.real_images import RealPictures
-    from rectified_diffusers.evaluation.gallery import digest_of
+    from rectified_diffusers.digests import digest_of
     from rectified_diffusers.models.latents import unscale
 
     dataset, vae = TripletDataset(folder), pipeline.vae

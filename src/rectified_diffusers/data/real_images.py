@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.checks import require_count, require_unicode
+from rectified_diffusers.digests import hash_file
 from rectified_diffusers.images import open_square
 from rectified_diffusers.lines import read_lines, read_object
 
@@ -176,12 +177,7 @@ def _tags(row: dict[str, Any]) -> list[str]:
 
 
 def _content(path: Path) -> bytes:
-    """Return the digest of a file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.blake2b(digest_size=16)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
+    return hash_file(path, hashlib.blake2b(digest_size=16)).digest()
 
 
 def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
