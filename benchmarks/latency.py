@@ -10,6 +10,8 @@ not depend on the weights. The variants:
   `eager-half`, the same in float16.
 - fast: `optimize(pipeline)`, with the full VAE.
 - tiny: `optimize(pipeline, decoder=AutoencoderTiny)`.
+- openvino, openvino-tiny: U-Net and decoder of `fast` and of `tiny`, by OpenVINO in bfloat16, for comparison (only if
+  named; needs `pip install openvino`). Each model is converted for its first shapes.
 - sd: Stable Diffusion, 25 steps of DPM-Solver++ with guidance 7.5, float32. On a CPU, runs of --sd-steps steps and of
   one step more are timed, and the time of 25 steps is extrapolated from both.
 
@@ -38,6 +40,7 @@ from models import MAX_TOKENS, MODELS, make, make_pipeline, unet_of, vae_config
 from rectified_diffusers import optimize
 
 SD_STEPS, SD_GUIDANCE = 25, 7.5
+WAYS = ("eager", "eager-half", "fast", "tiny", "openvino", "openvino-tiny", "sd")
 
 
 def build(args: argparse.Namespace, way: str) -> Any:
@@ -46,10 +49,51 @@ def build(args: argparse.Namespace, way: str) -> Any:
     eager = torch.float16 if way == "eager-half" else torch.float32
     dtype = eager if way in ("eager", "eager-half", "sd") else half
     pipeline = make_pipeline(args.model, dtype, args.device, diffusion=way == "sd", small=args.small)
+    tiny = make(AutoencoderTiny, dtype, args.device) if way.endswith("tiny") else None
     if way in ("fast", "tiny"):
-        tiny = make(AutoencoderTiny, dtype, args.device) if way == "tiny" else None
         optimize(pipeline, decoder=tiny, compile="auto" if args.compile is None else args.compile)
+    if way.startswith("openvino"):
+        pipeline.to(torch.float32)
+        pipeline.register_modules(vae=pipeline.vae if tiny is None else tiny.float())
+        use_openvino(pipeline, args.threads)
     return pipeline
+
+
+class ByOpenVino(nn.Module):
+    """A model that OpenVINO computes in bfloat16 on a CPU, converted at the first call for the shapes of its inputs."""
+
+    def __init__(self, model: Any, threads: int, **keywords: Any) -> None:
+        super().__init__()
+        self.model, self.stock, self.keywords, self.threads = model, model.forward, keywords, threads
+        self.compiled: Any = None
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call the stock model; this is what the converter traces."""
+        result = self.stock(*inputs, **self.keywords)
+        return result[0] if isinstance(result, tuple) else result
+
+    def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
+        import openvino
+
+        if self.compiled is None:
+            model = openvino.convert_model(self, example_input=inputs)
+            model.reshape({i: list(each.shape) for i, each in enumerate(inputs)})
+            hints = {"INFERENCE_PRECISION_HINT": "bf16", "PERFORMANCE_HINT": "LATENCY"}
+            hints["INFERENCE_NUM_THREADS"] = self.threads
+            self.compiled = openvino.Core().compile_model(model, "CPU", hints)
+        return torch.from_numpy(self.compiled([each.numpy() for each in inputs])[0].copy())
+
+
+def use_openvino(pipeline: Any, threads: int) -> None:
+    """Compute the U-Net and the decoder of a pipeline by OpenVINO."""
+    unet = ByOpenVino(pipeline.unet, threads, return_dict=False)
+    decoder = ByOpenVino(pipeline.vae.decoder, threads)
+
+    def predict(latents: torch.Tensor, time: torch.Tensor, encoder_hidden_states: torch.Tensor, **_: Any) -> Any:
+        return (unet.compute(latents, time.float().reshape(1), encoder_hidden_states),)
+
+    pipeline.unet.forward = predict
+    pipeline.vae.decoder.forward = lambda latents, *_: decoder.compute(latents)
 
 
 class Way:
@@ -249,7 +293,7 @@ def floor(args: argparse.Namespace, way: str, batch: int, measured: dict[str, tu
     unet, config = unet_of(args.model, args.small)
     side = args.size // 8
     with torch.device("meta"):
-        models = {"U-Net": unet(**config), "decoder": AutoencoderTiny() if way == "tiny" else None}
+        models = {"U-Net": unet(**config), "decoder": AutoencoderTiny() if way.endswith("tiny") else None}
         models["decoder"] = models["decoder"] or AutoencoderKL(**vae_config(args.small))
         latents = torch.empty(batch, 4, side, side)
         embeds = torch.empty(batch, MAX_TOKENS, config["cross_attention_dim"])
@@ -315,7 +359,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", default="sd15", choices=MODELS)
-    parser.add_argument("--ways", nargs="+", choices=["eager", "eager-half", "fast", "tiny", "sd"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS)
     parser.add_argument("--size", type=int, help="pixels (default: 512, sdxl 1024, small models 128)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each variant")

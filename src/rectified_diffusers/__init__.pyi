@@ -42,6 +42,7 @@ from .pipelines.stable_diffusion_xl import (
     RectifiedFlowXLInpaintPipeline,
     RectifiedFlowXLPipeline,
 )
+from .speed.cpu import tune
 from .speed.optimize import Optimized, optimize
 from .training.config import DistillConfig, DistributionMatchingConfig, ProgressiveConfig, ReflowConfig, TrainerConfig
 from .training.distill import DistillTrainer
@@ -119,6 +120,7 @@ __all__ = [
     "save_portable",
     "slerp",
     "swap_components",
+    "tune",
     "verify_triplets",
     "write_plots",
 ]

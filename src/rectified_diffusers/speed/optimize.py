@@ -16,6 +16,7 @@ from rectified_diffusers.loading.errors import remedies
 from rectified_diffusers.speed.attention import blockwise_attention as use_blockwise_attention
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
+from rectified_diffusers.speed.cpu import SWITCHES, cpu_kind
 from rectified_diffusers.speed.patching import can_keep_memory, images_on_device, kept_memory, replaced
 from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
 from rectified_diffusers.speed.projections import can_fuse, fused_projections
@@ -79,7 +80,7 @@ def optimize(
 ) -> Optimized:
     """Optimize the speed of a pipeline, in place, on its device; `docs/speed.md` has each switch's gain and cost.
 
-    "auto" depends on the device. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
+    "auto" depends on the device, and on a CPU on its instructions; `tune` measures instead. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
     load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`;
     copies and pickles of the pipeline are not optimized.
 
@@ -89,7 +90,7 @@ def optimize(
         dtype: of the models; auto is float16 on CUDA (bfloat16 for SDXL) and MPS, bfloat16 on a CPU with instructions
             for it, else none. None keeps each dtype. The latents stay in float32.
         channels_last: of the convolutions; auto is on for CUDA and CPUs.
-        blockwise_attention: our own order of attention's operations; auto is on for bfloat16 on a CPU.
+        blockwise_attention: our own order of attention's operations; auto is on for bfloat16 on a CPU without AMX.
         fold_upsampling: upsampling and convolution in one, with 4/9 of the products; auto is on.
         fuse_qkv: query, key and value in one multiplication; auto is on for CUDA, where a LoRA allows it.
         compile: U-Net, decoder and text encoders by torch.compile, minutes at the first image; auto is on for CUDA.
@@ -141,11 +142,15 @@ def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[st
         dtype = None if lossless else fast_dtype(device, wide_range="text_encoder_2" in pipeline.components)
     computed_in = pipeline.unet.dtype if dtype is None else dtype
     compiles = (on_cuda and not lossless) if requested["compile"] == "auto" else requested["compile"]
+    on_this_cpu = SWITCHES[cpu_kind()] if on_cpu else {}
     automatic = {
         "compile": compiles,
-        "channels_last": not lossless and (on_cpu or on_cuda),
-        "blockwise_attention": not lossless and on_cpu and computed_in == torch.bfloat16 and not compiles,
-        "fold_upsampling": not lossless,
+        "channels_last": not lossless and on_this_cpu.get("channels_last", on_cuda),
+        "blockwise_attention": not lossless
+        and computed_in == torch.bfloat16
+        and not compiles
+        and on_this_cpu.get("blockwise_attention", False),
+        "fold_upsampling": not lossless and on_this_cpu.get("fold_upsampling", True),
         "fuse_qkv": not lossless and on_cuda and can_fuse(pipeline.unet),
         "cache_times": on_cpu and not compiles,
         "keep_memory": on_cpu and can_keep_memory(),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rectified_diffusers.speed.cpu import SWITCHES, cpu_kind
 from rectified_diffusers.speed.patching import replaced
 
 
@@ -21,10 +22,7 @@ def fast_dtype(device: torch.device, wide_range: bool = False) -> torch.dtype:
         return torch.bfloat16 if wide_range and torch.cuda.is_bf16_supported() else torch.float16
     if device.type == "mps":
         return torch.float16
-    # AVX-512 without its bf16 instructions also runs bfloat16, by conversion and no faster than float32.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    multiplies = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return torch.bfloat16 if device.type == "cpu" and multiplies else torch.float32
+    return SWITCHES[cpu_kind()]["dtype"] if device.type == "cpu" else torch.float32
 
 
 @contextmanager

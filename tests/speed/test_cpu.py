@@ -1,0 +1,97 @@
+"""The switches by kind of CPU: the table against its measurement, and the measurement of a single machine."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rectified_diffusers import optimize, tune
+from rectified_diffusers.speed import cpu
+from rectified_diffusers.speed.cpu import SWITCHES, cpu_kind
+from rectified_diffusers.speed.precision import fast_dtype
+from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu_switches.json"
+
+
+def as_kind(monkeypatch, kind: str) -> None:
+    """Make PyTorch say that this CPU is of a kind."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: kind == "amx", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: kind != "other", raising=False)
+
+
+@pytest.mark.parametrize("kind", SWITCHES)
+def test_auto_follows_the_kind_of_cpu(monkeypatch, kind):
+    as_kind(monkeypatch, kind)
+    assert cpu_kind() == kind
+    assert fast_dtype(torch.device("cpu")) == SWITCHES[kind]["dtype"]
+    with optimize(make_tiny_pipeline()) as fast:
+        assert {name: fast.switches[name] for name in SWITCHES[kind]} == SWITCHES[kind]
+
+
+def test_blockwise_attention_is_for_bfloat16_without_amx(monkeypatch):
+    as_kind(monkeypatch, "avx512_bf16")
+    with optimize(make_tiny_pipeline(), dtype=None) as fast:
+        assert not fast.switches["blockwise_attention"]
+    as_kind(monkeypatch, "amx")
+    with optimize(make_tiny_pipeline(), blockwise_attention=True) as fast:
+        assert fast.switches["blockwise_attention"]
+
+
+def test_a_cpu_whose_instructions_torch_does_not_report_is_of_the_other_kind(monkeypatch):
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, probe, raising=False)
+    assert cpu_kind() == "other"
+
+
+def test_no_measured_switch_of_the_table_loses():
+    kinds = json.loads(RESULTS.read_text(encoding="utf-8"))["kinds"]
+    assert kinds
+    for kind, results in kinds.items():
+        assert not any(results["summary"]["pays"].values()), kind
+        names = {name.partition("=")[0] for name in results["summary"]["pays"]}
+        assert names >= set(SWITCHES[kind])
+
+
+@pytest.mark.parametrize("make", [make_tiny_pipeline, make_tiny_xl_pipeline])
+def test_tune_returns_arguments_of_optimize(make):
+    pipeline = make()
+    chosen = tune(pipeline, height=32, width=48)
+    assert set(chosen) == set(SWITCHES["other"])
+    with optimize(pipeline, **chosen) as fast:
+        assert {name: fast.switches[name] for name in chosen} == chosen
+        pipeline("a red apple", num_inference_steps=1, height=32, width=48)
+
+
+@pytest.mark.parametrize("slow", ["blockwise_attention", "fold_upsampling"])
+def test_tune_leaves_off_what_is_slower_here(monkeypatch, slow):
+    def wait(stock):
+        def call(*args):
+            time.sleep(0.2)
+            return stock(*args)
+
+        return call
+
+    if slow == "blockwise_attention":
+        monkeypatch.setattr(cpu, "attention", wait(cpu.attention))
+    else:
+        monkeypatch.setattr(torch.nn.functional, "conv_transpose2d", wait(torch.nn.functional.conv_transpose2d))
+    assert not tune(make_tiny_pipeline())[slow]
+
+
+def test_tune_times_the_largest_layers():
+    layers = cpu._LargestLayers()
+    with torch.no_grad(), layers:
+        cpu._call_on_meta(make_tiny_pipeline().unet, [24, 8])
+    assert layers.attention[0][2] == 24 * 8
+    assert layers.upsampling[2:] == (12, 4)
+    assert layers.convolution[0][2:] == (24, 8)
+
+
+def test_tune_refuses_another_device():
+    pipeline = make_tiny_pipeline()
+    pipeline.unet.to("meta")
+    with pytest.raises(ValueError, match="tune measures CPUs, got a pipeline on meta"):
+        tune(pipeline)
