@@ -19,6 +19,8 @@ _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
 
 # A key of the config, not an argument. With the underscore, diffusers' own schedulers load and keep it silently too.
 _STUDENT_STEPS = "_student_steps"
+# Likewise, in the config of a stock solver that `export_diffusers` wrote: the number of timesteps of our scheduler.
+FLOW_TIMESTEPS = "_flow_timesteps"
 
 # Keys of the config that `for_pipeline` copies from a stock flow scheduler; pipelines compute mu from _SIZES.
 _GRID = ("sigma_min", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas")
@@ -112,11 +114,9 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
                     f"schedulers need {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
-            count = config_dict.get("num_train_timesteps", 0)
-            exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
+            own = {"num_train_timesteps": config_dict[FLOW_TIMESTEPS]} if FLOW_TIMESTEPS in config_dict else {}
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
-            if exported:
-                config_dict["num_train_timesteps"] = count - 1
+            config_dict |= own
         # Not arguments: the path of a reflow that is not straight, see `require_straight`, and keys of `for_pipeline`.
         recorded = {key: config_dict[key] for key in ("interpolation", *_GRID, *_SIZES) if key in config_dict}
         for name in ("sigma_min", "shift_terminal"):
@@ -134,13 +134,12 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
         FlowMatchEulerDiscreteScheduler, and makes Euler steps in place of a multistep solver with flow sigmas.
 
         Args:
-            uniform: N equal steps without shift, on which students of this package are trained. Sigmas that the
-                pipeline passes are used as they are.
+            uniform: N equal steps without shift, as students are trained. Sigmas that the pipeline passes are kept.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler  # imports scipy
 
         stock: Any = getattr(pipeline, "scheduler", None)
-        config: Any = getattr(stock, "config", {})
+        config = getattr(stock, "config", {})
         is_ours, is_euler = isinstance(stock, cls), isinstance(stock, FlowMatchEulerDiscreteScheduler)
         if not (is_ours or is_euler or config.get("use_flow_sigmas")):
             raise TypeError(f"Expected a pipeline with a flow scheduler of diffusers, got {type(stock).__name__}.")
@@ -186,8 +185,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
-            timesteps: the grid as timesteps, descending, without the final 0. With `for_pipeline`, they may come with
-                sigmas (CogView4): the network receives these timesteps at those sigmas.
+            timesteps: the grid as timesteps, descending, without the final 0; after `for_pipeline`, or of `sigmas`.
             sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.
             mu: logarithm of a shift for this run, instead of the config's.
             start: flow time at which the run starts, in [0, 1).
