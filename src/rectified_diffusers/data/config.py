@@ -76,9 +76,9 @@ class TripletConfig(StoredTripletConfig):
     num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
     guidance_scale: float | None = option(
         None,
-        "Guidance of the teacher, as its pipeline's call takes it. For Stable Diffusion, 1 is none, and the "
-        "2-Rectified Flow has 1.5.",
-        shown="the pipeline's own; 5 for Stable Diffusion and SDXL",
+        "Guidance of the teacher, as its pipeline's call takes it. For Stable Diffusion, 1 is none; InstaFlow takes 5 "
+        "for reflow, and 1.5 for its 2-Rectified Flow.",
+        shown="that of its pipeline's call: 7.5 for Stable Diffusion, 5 for SDXL",
     )
     solver: Solver = option(
         "auto",
