@@ -139,14 +139,7 @@ def _read_tensor(folder: Path, split: str) -> RealPictures:
         raise ValueError(f"{path} has {images.get_shape()[0]} pictures, rows.jsonl {len(rows)} lines: make it again.")
     digest = hashlib.blake2b((folder / "rows.jsonl").read_bytes(), digest_size=16)
     digest.update(_content(path))
-    return RealPictures(
-        [row["label"] for row in rows],
-        [row.get("split", split) for row in rows],
-        [row.get("style", "") for row in rows],
-        digest.hexdigest(),
-        lambda numbers: torch.stack([images[number] for number in numbers]),
-        [_tags(row) for row in rows],
-    )
+    return _pictures(rows, "label", split, digest, lambda number: images[number])
 
 
 def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
@@ -161,12 +154,18 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
         if not path.is_file():
             raise FileNotFoundError(f"metadata.jsonl names {row['file_name']!r}, which is not in {folder}.")
         digest.update(json.dumps(row, sort_keys=True).encode() + _content(path))
+    return _pictures(rows, "text", split, digest, lambda number: open_square(paths[number], size))
+
+
+def _pictures(
+    rows: list[dict[str, Any]], key: str, split: str, digest: Any, read: Callable[[int], Tensor]
+) -> RealPictures:
     return RealPictures(
-        [row["text"] for row in rows],
+        [row[key] for row in rows],
         [row.get("split", split) for row in rows],
         [row.get("style", "") for row in rows],
         digest.hexdigest(),
-        lambda numbers: torch.stack([open_square(paths[number], size) for number in numbers]),
+        lambda numbers: torch.stack([read(number) for number in numbers]),
         [_tags(row) for row in rows],
     )
 

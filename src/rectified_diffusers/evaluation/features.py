@@ -51,7 +51,6 @@ class MobileNetV2Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 1280)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        _check_images(images)
         pixels = images.to(self.get_buffer("mean").device).float()
         shape = (self.size, self.size)
         pixels = nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True, align_corners=False)
@@ -99,13 +98,7 @@ class InceptionV3Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 2048)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        _check_images(images)
         return self.network(images.to(next(self.network.parameters()).device))[0]
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"Expected images (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -173,15 +166,6 @@ class CLIPScore:
         return torch.cat(parts)
 
 
-def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
-    """Return the mean cosine of the pairs (image i, prompt i), given unit vectors `(N, J)` each."""
-    return clip_cosines(image_embeds, text_embeds).mean().item()
-
-
 def clip_cosines(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """Return the cosine of each pair (image i, prompt i) `(N,)`, given unit vectors `(N, J)` each."""
-    if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2 or len(image_embeds) == 0:
-        raise ValueError(
-            f"Expected one embedded prompt per image, got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
-        )
     return (image_embeds.double() * text_embeds.double()).sum(dim=1)
