@@ -200,7 +200,7 @@ def test_triplets_of_unequal_lengths_raise():
     ids=str,
 )
 def test_other_settings_raise(folder, reference, options, message):
-    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to go on"):
+    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to continue"):
         generate(folder, **options)
     assert contents(folder) == reference
 

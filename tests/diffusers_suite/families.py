@@ -72,6 +72,16 @@ FAMILIES = [
     "glm_image.test_glm_image",
 ]
 SIZES = ("height", "width", "num_frames", "video_length", "text_encoder_out_layers", "use_resolution_binning")
+INTRODUCTION = """\
+Which pipelines can be teacher and student through the adapter for any pipeline. Each row is the adapter's self-test on
+a tiny random model of diffusers' own tests.
+
+- Euler loop: relative difference between an Euler loop on the adapter's velocity and the stock pipeline.
+- prediction: relative difference between the predictions of the network.
+- guidance: how the stock pipeline guides, or why it is refused.
+
+Noise and decoding are equal bit for bit in every row that passes.
+"""
 HEAD = "| pipeline | network | kind | Euler loop | prediction | guidance |\n|---|---|---|---|---|---|\n"
 
 
@@ -187,10 +197,7 @@ def main() -> int:
     versions = f"diffusers {diffusers.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     text = (
         "# Families of pipelines\n\n"
-        "The adapter for any pipeline passes its self-test on tiny random models of these families. Euler loop is the "
-        "relative difference of an Euler loop on the adapter's velocity to the latents of the stock pipeline; "
-        "prediction is that of the network's prediction. Noise and decoding are equal bit for bit. Guidance says how "
-        "the stock pipeline guides, or why a pipeline is refused.\n\n"
+        f"{INTRODUCTION}\n"
         f"{HEAD}" + "\n".join(line for line, _ in found) + f"\n\n{count} flows pass. Made by "
         f"`python -m tests.diffusers_suite.families --diffusers CHECKOUT --output docs/families.md` with {versions}.\n"
     )
