@@ -35,7 +35,7 @@ def test_a_velocity_of_the_wrong_sign_is_found_at_the_start(
 ) -> None:
     trainer = make_trainer(method, dataset, output_dir)
     turn_round(trainer, 1.0)
-    with pytest.raises(ValueError, match=r"points away from the data .* is -0\.\d\d, expected above 0.*say so"):
+    with pytest.raises(ValueError, match=r"points away from the data .* above 0, got -0\.\d\d.*velocity_direction"):
         trainer.train()
     assert not (output_dir / "checkpoints").exists()
     trainer = make_trainer(method, dataset, output_dir)

@@ -35,11 +35,7 @@ class MobileNetV2Features(nn.Module):
         try:
             network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
         except URLError as error:
-            raise OSError(
-                f"The weights of torchvision's mobilenet_v2 cannot be downloaded ({error}). Where there is a network, "
-                "safetensors.torch.save_file(torchvision.models.mobilenet_v2(weights='IMAGENET1K_V1').state_dict(), "
-                "'mobilenet.safetensors'); then give mobilenet_weights (--mobilenet-weights mobilenet.safetensors)."
-            ) from error
+            raise not_downloaded("mobilenet_v2", "mobilenet_weights", error) from error
         if weights is not None:
             network.load_state_dict(load_file(weights))
         self.size = size
@@ -56,6 +52,15 @@ class MobileNetV2Features(nn.Module):
         pixels = nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True, align_corners=False)
         pixels = (pixels - self.get_buffer("mean")) / self.get_buffer("std")
         return self.layers(pixels.to(memory_format=torch.channels_last)).mean(dim=(2, 3))
+
+
+def not_downloaded(model: str, option: str, error: Exception) -> OSError:
+    """Return the error for weights of torchvision that cannot be downloaded."""
+    return OSError(
+        f"The weights of torchvision's {model} cannot be downloaded ({error}). Where there is a network, "
+        f"safetensors.torch.save_file(torchvision.models.{model}(weights='IMAGENET1K_V1').state_dict(), "
+        f"'{model}.safetensors'); then give {option} (--{option.replace('_', '-')} {model}.safetensors)."
+    )
 
 
 class InceptionV3Features(nn.Module):

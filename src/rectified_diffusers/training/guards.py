@@ -116,13 +116,10 @@ def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Te
     velocity = batch.data - batch.noise
     cosine = torch.cosine_similarity(predicted.flatten(), velocity.flatten(), dim=0).item()
     if cosine < _OPPOSITE:
-        ratio = (predicted - velocity).square().sum().item() / velocity.square().sum().item()
         raise ValueError(
-            f"The model's velocity at the noise points away from the data of the triplets: its cosine with data - "
-            f"noise is {cosine:.2f}, expected above 0, and its loss is {ratio:.1f} times that of no velocity at all. "
-            "If the model predicts noise - data, say so to its scheduler: "
-            "RectifiedFlowEulerScheduler(velocity_direction='noise'). If it is a diffusion model, load it with the "
-            "scheduler that it was trained with, as StableDiffusionPipeline or DiffusionPipeline."
+            "The model's velocity points away from the data of the triplets: expected a cosine with data - noise above "
+            f"0, got {cosine:.2f}. For a model that predicts noise - data, set "
+            "RectifiedFlowEulerScheduler(velocity_direction='noise'). Load a diffusion model with its own scheduler."
         )
 
 
