@@ -117,7 +117,7 @@ def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Te
     cosine = torch.cosine_similarity(predicted.flatten(), velocity.flatten(), dim=0).item()
     if cosine < _OPPOSITE:
         raise ValueError(
-            "The model's velocity points away from the data of the triplets: expected a cosine with data - noise above "
+            "The velocity of the model points away from the data: expected a cosine with data - noise above "
             f"0, got {cosine:.2f}. For a model that predicts noise - data, set "
             "RectifiedFlowEulerScheduler(velocity_direction='noise'). Load a diffusion model with its own scheduler."
         )
