@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(pictures, tmp_path):
         generate(pictures, tmp_path, inversion_time=0.06)
     oblong = make_tiny_pipeline("diffusion")
     oblong.unet.register_to_config(sample_size=[8, 16])
-    with pytest.raises(ValueError, match=r"made square, and the teacher's latents are .*; set size"):
+    with pytest.raises(ValueError, match=r"cropped to squares, and the teacher's latents are .*; set size"):
         generate(pictures, tmp_path, oblong)
 
 
@@ -179,7 +179,7 @@ def test_pictures_of_another_size_are_refused(tmp_path):
 
     save_file({"images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, tmp_path / "images.safetensors")
     (tmp_path / "rows.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
-    with pytest.raises(ValueError, match=r"latents are \(4, 4, 4\), expected \(4, 8, 8\).* are \(16, 16\) pixels"):
+    with pytest.raises(ValueError, match=r"are \(4, 4, 4\), expected \(4, 8, 8\).* have \(16, 16\) pixels"):
         generate(tmp_path, tmp_path / "out")
 
 

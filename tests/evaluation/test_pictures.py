@@ -69,7 +69,7 @@ def test_single_pictures_are_divided(data):
     assert choice.prompts == [single[i] for i in choice.reference]
     with pytest.raises(ValueError, match=r"need as many other real images.*, to 9 at most"):
         choose(alone, "train", 10, seed=0)
-    with pytest.raises(ValueError, match=r"there are 0 in all\. Add pictures"):
+    with pytest.raises(ValueError, match=r"there are 0 in total\. Add images"):
         choose(alone, "nothing", None, seed=0)
 
 
