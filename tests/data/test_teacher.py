@@ -74,13 +74,13 @@ def test_a_flow_teacher_keeps_its_scheduler():
 )
 def test_samplers_that_add_noise_raise(pipeline, scheduler):
     pipeline.scheduler = scheduler
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} adds noise on the way"):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} adds noise in its steps"):
         Teacher.of(pipeline, config(solver="teacher"))
 
 
 def test_a_stochastic_flow_sampler_raises(pipeline):
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(ValueError, match="adds noise on the way"):
+    with pytest.raises(ValueError, match="adds noise in its steps"):
         Teacher.of(pipeline, config())
 
 

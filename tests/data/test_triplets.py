@@ -200,7 +200,7 @@ def test_triplets_of_unequal_lengths_raise():
     ids=str,
 )
 def test_other_settings_raise(folder, reference, options, message):
-    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to go on"):
+    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to continue"):
         generate(folder, **options)
     assert contents(folder) == reference
 
@@ -230,7 +230,7 @@ def test_another_release_is_a_warning_and_new_solver_options_are_none(folder, re
     (folder / "manifest.json").write_bytes(content)
     with caplog.at_level(logging.WARNING):
         generate(folder)
-    assert "begun with versions.torch = '1.0'" in caplog.text
+    assert "started with versions.torch = '1.0'" in caplog.text
     assert (folder / "manifest.json").read_bytes() == content
     difference = first_difference({"solver_config": {"a": 1}}, {"solver_config": {"a": 1, "b": 2}})
     assert difference is None
