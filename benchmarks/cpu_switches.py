@@ -4,8 +4,8 @@
     python benchmarks/cpu_switches.py --small --rounds 2 --output work/cpu_switches   # to test the script
 
 The models have the shapes of Stable Diffusion 1.5. The variants take turns in one process: U-Net, VAE decoder and
-AutoencoderTiny, each called once before it is timed. A change pays if its shortest time is below that of "auto" by more
-than the spread of auto's own times. The results are stored by kind of CPU, next to those of other machines;
+AutoencoderTiny, each called once before it is timed. A change pays if its shortest time is below that of "auto" by
+more than the spread of auto's own times. The results are stored by kind of CPU, next to those of other machines;
 `rectified_diffusers.speed.cpu.SWITCHES` must agree with them.
 """
 
@@ -63,11 +63,13 @@ def times(pipeline: Any, decoder: Any, side: int, arguments: dict[str, Any]) -> 
 
 def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """Return the shortest times of each variant, the spread of auto's, and the stages in which a change pays."""
-    shortest = {name: {stage: min(each[stage] for each in found) for stage in STAGES} for name, found in rounds.items()}
-    spread = {
-        stage: max(each[stage] for each in rounds["auto"]) - min(each[stage] for each in rounds["auto"])
-        for stage in STAGES
-    }
+
+    def extreme(of: Any, name: str) -> dict[str, float]:
+        return {stage: of(each[stage] for each in rounds[name]) for stage in STAGES}
+
+    shortest = {name: extreme(min, name) for name in rounds}
+    longest = extreme(max, "auto")
+    spread = {stage: longest[stage] - shortest["auto"][stage] for stage in STAGES}
     pays = {
         name: [stage for stage in STAGES if row[stage] < shortest["auto"][stage] - spread[stage]]
         for name, row in shortest.items()

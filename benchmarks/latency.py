@@ -60,7 +60,7 @@ def build(args: argparse.Namespace, way: str) -> Any:
 
 
 class ByOpenVino(nn.Module):
-    """A model that OpenVINO computes in bfloat16 on a CPU, converted at the first call for the shapes of its inputs."""
+    """A model that OpenVINO computes in bfloat16 on a CPU, converted at the first call for these shapes."""
 
     def __init__(self, model: Any, threads: int, **keywords: Any) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ SWITCHES: dict[CpuKind, dict[str, Any]] = {
     },
     "other": {"dtype": torch.float32, "channels_last": True, "blockwise_attention": False, "fold_upsampling": True},
 }
-"""By kind of CPU. `dtype` is the fastest; AVX-512 without its bfloat16 instructions computes bfloat16 by conversion."""
+"""By kind of CPU. AVX-512 without its bfloat16 instructions computes bfloat16 by conversion, no faster."""
 
 _TRIES = 3
 _SIDE, _CHANNELS = 64, 320  # the most of a timed feature map; beyond them, the time per product hardly changes

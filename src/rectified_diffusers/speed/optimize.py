@@ -80,9 +80,9 @@ def optimize(
 ) -> Optimized:
     """Optimize the speed of a pipeline, in place, on its device; `docs/speed.md` has each switch's gain and cost.
 
-    "auto" depends on the device, and on a CPU on its instructions; `tune` measures instead. Extensions that already act on images (ControlNets, LoRAs, callbacks) keep working;
-    load and fuse weights before this call where possible. The original weights are kept in memory, for `restore`;
-    copies and pickles of the pipeline are not optimized.
+    "auto" depends on the device, and on a CPU on its instructions; `tune` measures instead. Extensions that already
+    act on images (ControlNets, LoRAs, callbacks) keep working; load and fuse weights before this call where possible.
+    The original weights are kept in memory, for `restore`; copies and pickles of the pipeline are not optimized.
 
     Args:
         pipeline: with the architecture of Stable Diffusion or SDXL, ours or diffusers' own, without CPU offload.
