@@ -73,7 +73,7 @@ class ByOpenVino(nn.Module):
         return result[0] if isinstance(result, tuple) else result
 
     def compute(self, *inputs: torch.Tensor) -> torch.Tensor:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         if self.compiled is None:
             model = openvino.convert_model(self, example_input=inputs)

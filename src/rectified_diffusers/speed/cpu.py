@@ -83,7 +83,8 @@ def tune(pipeline: DiffusionPipeline, *, height: int | None = None, width: int |
         queries, keys = (torch.randn(shape).to(dtype) for shape in layers.attention)
         plain = _seconds(lambda: F.scaled_dot_product_attention(queries, keys, keys))
         blockwise = _seconds(lambda: attention(queries, keys, keys)) if dtype == torch.bfloat16 else math.inf
-        upsample = Upsample2D(layers.upsampling[1], use_conv=True).to(dtype=dtype, memory_format=layout)
+        upsample: Any = Upsample2D(layers.upsampling[1], use_conv=True)
+        upsample.to(dtype=dtype, memory_format=layout)
         features = torch.randn(layers.upsampling).to(dtype=dtype, memory_format=layout)
         unfolded = _seconds(lambda: upsample(features))
         with folded_upsampling(upsample):
