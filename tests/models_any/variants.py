@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Words(ModelMixin, ConfigMixin):
         return self.table(letters)
 
 
-class Network(ModelMixin, ConfigMixin):
+class Network(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A velocity for each pixel."""
 
     @register_to_config
