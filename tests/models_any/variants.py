@@ -255,7 +255,14 @@ class WholeTime(Variant):
 
 
 class Film(Variant):
+    """Latents of five dimensions, which the call does not return."""
+
     shape = (CHANNELS, 2, SIDE, SIDE)
+
+    def output(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            raise ValueError(f"unknown output_type {output_type}")
+        return super().output(latents, output_type)
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents)[:, :, 0]
