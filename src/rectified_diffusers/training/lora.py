@@ -80,7 +80,8 @@ class Adapter:
     def of(cls, network: Any, component: str) -> "Adapter":
         """Return a copy of the LoRA that `add_lora` added to a network."""
         tensors = {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
-        settings = network.peft_config["default"].to_dict()
+        settings = network.peft_config["default"].to_dict()  # its sets have another order in each process
+        settings = {name: sorted(part) if isinstance(part, set) else part for name, part in settings.items()}
         return cls(component, tensors, settings, not hasattr(network, "load_lora_adapter"))
 
     def save(self, pipeline_class: Any, folder: Path) -> None:
@@ -116,8 +117,7 @@ class Adapter:
 
     def _save_for_peft(self, folder: Path) -> None:
         config, weights = PEFT_FILES
-        settings = {name: sorted(part) if isinstance(part, set) else part for name, part in self.settings.items()}
-        (folder / config).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / config).write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {f"base_model.model.{name}": tensor for name, tensor in sorted(self.tensors.items())}
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         write_weights(folder / weights, shapes, "float32", {"format": "pt"}, tensors.__getitem__)
