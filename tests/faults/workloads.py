@@ -20,13 +20,8 @@ TRAINING = [
 PROGRAMS = {
     "reflow": ["reflow", "--max-steps", "6"],
     "distill": ["distill", "--max-steps", "6"],
-    "progressive": [
-        "progressive",
-        "--teacher-steps",
-        "4",
-        "--steps-per-round",
-        "3",
-    ],  # two rounds, a checkpoint in each
+    # Two rounds, and a checkpoint in each.
+    "progressive": ["progressive", "--teacher-steps", "4", "--steps-per-round", "3"],
     "dmd": ["dmd", "--max-steps", "6", "--fake-updates", "2", "--first-fake-updates", "2"],
     "distill with LoRA": ["distill", "--max-steps", "6", "--lora-rank", "2"],
 }
