@@ -167,9 +167,10 @@ def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 def _is_start(value: Any, latent_channels: int) -> bool:
     """Return whether diffusers starts from a tensor as it is: from latents, or from an image in [-1, 1]."""
-    if not _is_floating(value) or value.numel() == 0:
+    if not _is_floating(value):
         return False
-    channels, low, high = value.shape[-3], float(value.min()), float(value.max())
+    channels = value.shape[-3]
+    low, high = (float(value.min()), float(value.max())) if value.numel() else (0.0, 0.0)
     if channels == latent_channels:
         return not 0 <= low < high <= 1  # those are RGB and alpha
     return channels == 3 and -1 <= low < 0 and high <= 1
@@ -264,6 +265,8 @@ def batched(name: str, images: Any) -> Any:
     """
     if isinstance(images, Image.Image):
         return images
+    if isinstance(images, torch.Tensor):
+        return images[None] if images.ndim == 3 else images
     items = list(_flat(images))
     if not items:
         raise ValueError(f"{name}: expected an image, got an empty list.")

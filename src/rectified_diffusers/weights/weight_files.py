@@ -128,7 +128,7 @@ def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> Stor
     if variant is not None:
         raise ValueError(f"variant={variant!r} names a file in a folder, but a state dict was given. Leave it out.")
     for key, tensor in sorted(tensors.items()):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and tensor.ndim:  # an alpha may be an integer
             raise _no_floats("the state dict", key, str(tensor.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return StoredWeights("the state dict", shapes, {}, lambda key: tensors[key].detach().to("cpu"))
