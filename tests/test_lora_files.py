@@ -264,14 +264,18 @@ ALPHAS: dict[str, Callable[[int], Tensor]] = {
 
 
 @pytest.mark.parametrize("alpha_of", ALPHAS.values(), ids=ALPHAS)
-def test_every_alpha_counts(pipeline, lora, alpha_of):
+def test_every_alpha_counts(pipeline, tmp_path, lora, alpha_of):
     file = lora.kohya()
     for i, name in enumerate(name for name in file if name.endswith(".alpha")):
         file[name] = alpha_of(i)
     pipeline.load_lora_weights({name: tensor.clone() for name, tensor in file.items()})
     merged: Any = make_tiny_pipeline("flow")
-    apply_weight_delta(merged, file)
+    save_file(file, tmp_path / "lora.safetensors")
+    apply_weight_delta(merged, tmp_path / "lora.safetensors")
     torch.testing.assert_close(sample(pipeline), sample(merged), **CLOSE)
+    again: Any = make_tiny_pipeline("flow")
+    apply_weight_delta(again, file)
+    assert torch.equal(sample(again), sample(merged))
 
 
 # ---------------------------------------------------------------------------------------------- DoRA
