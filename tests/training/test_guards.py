@@ -35,7 +35,7 @@ def test_a_velocity_of_the_wrong_sign_is_found_at_the_start(
 ) -> None:
     trainer = make_trainer(method, dataset, output_dir)
     turn_round(trainer, 1.0)
-    with pytest.raises(ValueError, match=r"points away from the data .* is -0\.\d\d, expected above 0.*say so"):
+    with pytest.raises(ValueError, match=r"points away from the data: .* above 0, got -0\.\d\d.*velocity_direction"):
         trainer.train()
     assert not (output_dir / "checkpoints").exists()
     trainer = make_trainer(method, dataset, output_dir)
@@ -50,10 +50,10 @@ def test_a_diffusion_model_may_begin_with_the_noise(dataset: TripletDataset, out
     trainer.begin(0)
 
 
-def test_the_wrong_sign_costs_four_times_as_much_as_no_velocity(dataset: TripletDataset) -> None:
+def test_only_the_wrong_sign_is_refused(dataset: TripletDataset) -> None:
     noise, data = make_ends()
     batch = Triplets(["a"] * 4, noise, data)
-    with pytest.raises(ValueError, match=r"is -1\.00, expected above 0, and its loss is 4\.0 times"):
+    with pytest.raises(ValueError, match=r"above 0, got -1\.00"):
         require_direction(lambda x_t, t, prompts: noise - data, batch)
     require_direction(lambda x_t, t, prompts: data - noise, batch)
     require_direction(lambda x_t, t, prompts: torch.zeros_like(data), batch)
