@@ -25,6 +25,7 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
 
+pytestmark = pytest.mark.usefixtures("plain_charts")
 PROMPTS = ["a red apple", "two dogs at night"]
 LAST = {
     "sd3": "proj_out",

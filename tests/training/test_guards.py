@@ -128,11 +128,19 @@ FULL = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_trainer("reflow", dataset, folder, max_steps=4).train()
+    return folder
+
+
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    error: Exception, dataset: TripletDataset, output_dir: Path, tmp_path: Path
+    error: Exception, whole: Path, dataset: TripletDataset, output_dir: Path
 ) -> None:
-    trainer = make_trainer("reflow", dataset, output_dir)
+    trainer = make_trainer("reflow", dataset, output_dir, max_steps=4)
 
     def fail() -> None:
         raise error
@@ -143,9 +151,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
             trainer.train()
     assert checkpoint_steps(output_dir / "checkpoints") == [2]
     assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    make_trainer("reflow", dataset, output_dir).train()
-    make_trainer("reflow", dataset, tmp_path / "whole").train()
-    assert digests(output_dir) == digests(tmp_path / "whole")
+    make_trainer("reflow", dataset, output_dir, max_steps=4).train()
+    assert digests(output_dir) == digests(whole)
 
 
 def test_other_errors_of_writing_are_passed_on(
