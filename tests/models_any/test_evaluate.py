@@ -15,6 +15,8 @@ from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.gallery import require_images
 from rectified_diffusers.evaluation.report import Evaluation
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from rectified_diffusers.training.losses import DecodedDistance
 from tests.models_any.families import build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.models_any.test_training import make_triplets
@@ -72,3 +74,22 @@ def test_what_is_not_evaluated_is_refused_before_any_work(tmp_path: Path) -> Non
         require_images(made_up)
     with pytest.raises(CommandError, match="the size of the images of MadeUpPipeline is not known"):
         _image_size(made_up)
+
+
+def test_guidance_that_two_passes_do_not_repeat_has_no_straightness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PipelineDenoiser, "guides_by_two_passes", False)
+    config = EvaluationConfig(**QUICK, steps=(2,), guidance_scale=3.0, straightness_prompts=1)
+    with pytest.raises(ValueError, match="Two passes do not repeat the guidance of StableDiffusion3Pipeline"):
+        evaluate(build("sd3")[0], PICTURES, tmp_path, config, "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_lpips_of_a_video_is_refused() -> None:
+    pipeline, options = build("ltx_video")
+    pipeline.set_progress_bar_config(disable=True)
+    denoiser = PipelineDenoiser(pipeline, options=options)
+    latents = torch.randn(1, *denoiser.latent_shape)
+    with pytest.raises(ValueError, match=r"LPIPS compares images \(B, 3, H, W\), got a decoded shape of \(1, 5, 3"):
+        DecodedDistance(denoiser.decode_pixels, torch.nn.Identity())(latents, latents)
