@@ -7,7 +7,7 @@ the end of the stock call on given latents. No pipeline class is named here, and
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -101,6 +101,10 @@ class PipelineDenoiser(Denoiser):
         return bool(self.guidance_found.inputs)
 
     @property
+    def has_guidance(self) -> bool:
+        return self.guidance_found.kind != "none"
+
+    @property
     def scale_argument(self) -> str | None:
         """Argument of the stock call for the guidance scale; None if it has none."""
         found = self.guidance_found
@@ -121,7 +125,11 @@ class PipelineDenoiser(Denoiser):
                     f"The network of {kind} takes guidance as an input, which is {own} here, got {scale}. Set the "
                     "guidance of the triplets."
                 )
-        elif scale > 1 and not self.guides_by_two_passes:
+        elif scale <= 1:
+            self.guidance = 1.0
+        elif self.guidance_found.kind == "none":
+            raise UnsupportedPipelineError(f"{kind} has no guidance, got guidance {scale}. Set it to 1.")
+        elif not self.guides_by_two_passes:
             raise UnsupportedPipelineError(
                 f"{kind} guides in a way that two passes cannot repeat ({self.guidance_found.kind}), got guidance "
                 f"{scale}. Set it to 1."
@@ -242,7 +250,7 @@ class PipelineDenoiser(Denoiser):
         return self.call.run(
             prompts,
             num_inference_steps,
-            {**self.scale, **options, **self._latents_only},
+            {**self.scale, **options, **self.latents_only},
             noise=(noise, self.calibration.noise_place),
             guided=True,
             scheduler=scheduler,
@@ -260,7 +268,8 @@ class PipelineDenoiser(Denoiser):
         return {**steps, **self.options, **self.guidance_arguments, **guided, **output}
 
     @property
-    def _latents_only(self) -> dict[str, str]:
+    def latents_only(self) -> dict[str, str]:
+        """Arguments of the stock call with which it returns latents."""
         return {self.call.output_type: "latent"} if self.call.output_type else {}
 
     def decode(self, latents: Tensor, output_type: str = "pil", gradient: bool = False) -> Any:
@@ -277,17 +286,19 @@ class PipelineDenoiser(Denoiser):
             np.concatenate(images) if isinstance(images[0], np.ndarray) else [image for row in images for image in row]
         )
 
+    def encoded(self, device: torch.device) -> list[Any]:
+        """Return what `encode_prompt` returned in calibration, to run the stock call without the text encoders."""
+        return [map_leaves(part, partial(_to_device, device)) for part in self.calibration.trace.encoded]
+
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Decode latents to images `(B, 3, H, W)` in [-1, 1], float32, with their gradient."""
         return 2 * self.decode(latents, "pt", gradient=torch.is_grad_enabled()).float() - 1
 
     def _decode_row(self, latents: Tensor, output_type: str, gradient: bool) -> Any:
-        def to_device(leaf: Any) -> Any:
-            return leaf.to(latents.device) if isinstance(leaf, Tensor) else leaf
-
         def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             blank = self.calibration.answer.blank
-            return map_answer(blank, to_device) if component == self.component else network(*args, **kwargs)
+            moved = partial(_to_device, latents.device)
+            return map_answer(blank, moved) if component == self.component else network(*args, **kwargs)
 
         def step(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
             result = scheduler_step(*args, **kwargs)
@@ -298,7 +309,7 @@ class PipelineDenoiser(Denoiser):
             return result
 
         options = {**self.calibration.off, **({self.call.output_type: output_type} if self.call.output_type else {})}
-        encoded = [map_leaves(part, to_device) for part in self.calibration.trace.encoded]
+        encoded = self.encoded(latents.device)
         trace = self.call.run(
             PROMPTS[:1], STEPS, options, on_network=answer, on_step=step, encoded=encoded, gradient=gradient
         )
@@ -322,6 +333,10 @@ def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> flo
         ]
     single = torch.cat(alone)
     return float((joined - single).abs().max() / single.abs().max())
+
+
+def _to_device(device: torch.device, leaf: Any) -> Any:
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def _dtype(network: Any) -> torch.dtype:

@@ -239,7 +239,9 @@ class ProgressiveConfig(TrainerConfig):
     student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
     steps_per_round: int = option(10_000, "Number of optimizer steps of each round, which halves the steps once.")
     teacher_guidance_scale: float = option(
-        1.0, "Guidance scale of the first teacher, which the students then have built in; 1 is no guidance."
+        1.0,
+        "Guidance scale of the first teacher, as its pipeline takes it, which the students then have built in; 1 is "
+        "no guidance.",
     )
     pairs: Literal["independent", "coupled"] = option(
         "independent",
@@ -299,8 +301,11 @@ class DistributionMatchingConfig(TrainerConfig):
         "Euler steps of the student, the default of the finished pipeline; it is trained at a time of theirs, sampled "
         "anew for each update, on the state that its own steps lead to.",
     )
-    teacher_guidance_scale: float = option(
-        1.75, "Guidance scale of the teacher, which the student then has built in; 1 is no guidance."
+    teacher_guidance_scale: float | None = option(
+        None,
+        "Guidance scale of the teacher, as its pipeline takes it, which the student then has built in; 1 is no "
+        "guidance.",
+        shown="1.75; that of the triplets for a network that takes guidance as an input; 1 for a pipeline without it",
     )
     fake_updates: int = option(
         5, "Updates of the fake velocity, the one of the student's own pictures, for each update of the student."
@@ -340,7 +345,8 @@ class DistributionMatchingConfig(TrainerConfig):
         _require(self, "max_t", self.min_t < self.max_t < 1, f"between min_t={self.min_t} and 1")
         weights = ("regression_weight", "adversarial_weight", "discriminator_weight")
         for name in ("teacher_guidance_scale", *weights):
-            _require(self, name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
+            value = getattr(self, name)
+            _require(self, name, value is None or 0 <= value < math.inf, "finite and not negative")
 
 
 def _require(config: TrainerConfig, name: str, holds: bool, expected: str) -> None:

@@ -3,16 +3,18 @@
 import copy
 from typing import Any, Literal
 
-from diffusers import StableDiffusionXLPipeline
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
+from torch import Tensor
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.calibration import PROMPTS
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, map_answer
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError, stop
+from rectified_diffusers.models.stock_call import UnsupportedPipelineError
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
@@ -103,12 +105,12 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     Args:
         steps: N of a student that was distilled to N steps. Its scheduler records N. For pipelines such as Stable
             Diffusion 3 it also ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a
-            single step is then not possible.
+            single step is then not possible. Multistep solvers are replaced, see `student_scheduler`.
     """
     pipeline = denoiser.pipeline
     if isinstance(denoiser, PipelineDenoiser):
         student = copy.copy(pipeline)
-        scheduler = _without_shift(denoiser, steps)
+        scheduler = student_scheduler(denoiser, steps)
         record_student_steps(scheduler, steps)
         student.register_modules(**{denoiser.component: network, "scheduler": scheduler})
         return student
@@ -126,17 +128,65 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
 _SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
 
 
-def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
-    """Return a copy of the pipeline's scheduler without shift; with it, where the shift is in its timesteps."""
-    scheduler, flow = denoiser.pipeline.scheduler, denoiser.calibration.flow
-    if flow is None or flow.table is not None:
-        return copy.deepcopy(scheduler)
-    changes = {name: value for name, value in _SHIFTS.items() if name in scheduler.config}
-    plain = type(scheduler).from_config(scheduler.config, **changes)
-    if steps == 1 or "shift_terminal" not in scheduler.config:
-        return plain
-    call, off = denoiser.call, denoiser.calibration.off
-    grid = call.run(PROMPTS[:1], steps, off, on_network=stop, scheduler=plain).scheduler.sigmas
-    if abs(float(grid[steps - 1]) - 1 / steps) < 1e-3:
-        return plain
-    return type(scheduler).from_config(scheduler.config, **{**changes, "shift_terminal": 1 / steps})
+def student_scheduler(denoiser: PipelineDenoiser, steps: int) -> Any:
+    """Return a stock scheduler with which N steps of the pipeline are the Euler steps of training, at 0, 1/N, ...
+
+    It is the pipeline's own without a shift if that fits, otherwise `FlowMatchEulerDiscreteScheduler`: multistep
+    solvers, such as those of Sana and Wan, combine several predictions and round their timesteps.
+
+    Raises:
+        UnsupportedPipelineError: the pipeline takes other steps with each of them.
+    """
+    own: Any = denoiser.pipeline.scheduler
+    if denoiser.calibration.flow is not None and denoiser.calibration.flow.table is not None:
+        first = copy.deepcopy(own)  # the shift is in its timesteps
+    else:
+        first = type(own).from_config(own.config, **{name: _SHIFTS[name] for name in _SHIFTS if name in own.config})
+    for scheduler in (first, FlowMatchEulerDiscreteScheduler(num_train_timesteps=denoiser.num_train_timesteps)):
+        if _takes_training_steps(denoiser, scheduler, steps):
+            return scheduler
+        if steps > 1 and "shift_terminal" in scheduler.config:
+            ending = type(scheduler).from_config(scheduler.config, shift_terminal=1 / steps)
+            if _takes_training_steps(denoiser, ending, steps):
+                return ending
+    raise UnsupportedPipelineError(
+        f"{type(denoiser.pipeline).__name__} does not take {steps} equal steps with any stock scheduler: its call "
+        f"sets timesteps of its own. Set student_steps=1, got {steps}."
+    )
+
+
+def _takes_training_steps(denoiser: PipelineDenoiser, scheduler: Any, steps: int) -> bool:
+    """Return whether the stock call takes N equal Euler steps, at the timesteps of training, with this scheduler.
+
+    Random answers take the place of the network's.
+    """
+    calibration, flow = denoiser.calibration, denoiser.calibration.flow
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(leaf: Any) -> Any:
+        return torch.randn(leaf.shape, generator=generator).to(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if component != calibration.component:
+            return network(*args, **kwargs)
+        return map_answer(calibration.answer.blank, sample)
+
+    encoded = denoiser.encoded(denoiser.network.device)
+    options = {**calibration.off, **denoiser.latents_only}
+    try:
+        trace = denoiser.call.run(PROMPTS[:1], steps, options, on_network=answer, scheduler=scheduler, encoded=encoded)
+    except CALL_ERRORS:
+        return False
+    return (
+        flow is not None
+        and len(trace.steps) == steps
+        and all(
+            abs(step.timestep - float(flow.timestep_at(torch.tensor([i / steps])))) < 1e-2
+            and torch.allclose(
+                step.sample.float() + flow.sign / steps * step.answer.float(),
+                step.result.float(),
+                atol=1e-4 + 32 * torch.finfo(step.result.dtype).eps,
+            )
+            for i, step in enumerate(trace.steps)
+        )
+    )

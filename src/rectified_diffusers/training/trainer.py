@@ -20,6 +20,7 @@ from rectified_diffusers.data.teacher import autocast, fingerprints
 from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
+from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training import guards
@@ -47,7 +48,7 @@ from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.run_folder import STARTING_MODEL, RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
-from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
+from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline, student_scheduler
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.watchdog import Watchdog
@@ -79,8 +80,6 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: tuple[int, ...]
-    student_steps: int = 1
-    """Number of steps that the finished pipeline takes by default."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
     needs_flow: ClassVar[bool] = False
@@ -90,6 +89,9 @@ class Trainer(ABC, Generic[Config]):
         guards.require_config(type(self), config)
         guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
+        self.student_steps: int = getattr(config, "student_steps", 1)
+        if isinstance(self.denoiser, PipelineDenoiser):
+            student_scheduler(self.denoiser, self.student_steps)  # raises if its pipeline cannot take such steps
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
             guards.require_pairs(dataset.manifest)
