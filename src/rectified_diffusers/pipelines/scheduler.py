@@ -19,6 +19,8 @@ _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
 
 # A key of the config, not an argument. With the underscore, diffusers' own schedulers load and keep it silently too.
 _STUDENT_STEPS = "_student_steps"
+# Likewise, in the config of a stock solver that `export_diffusers` wrote: the number of timesteps of our scheduler.
+FLOW_TIMESTEPS = "_flow_timesteps"
 
 
 def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
@@ -107,11 +109,9 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
                     f"schedulers need {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
-            count = config_dict.get("num_train_timesteps", 0)
-            exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
+            own = {"num_train_timesteps": config_dict[FLOW_TIMESTEPS]} if FLOW_TIMESTEPS in config_dict else {}
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
-            if exported:
-                config_dict["num_train_timesteps"] = count - 1
+            config_dict |= own
         # Recorded by a reflow along a path that is not straight, see `require_straight`; not an argument.
         path = {key: value for key, value in config_dict.items() if key == "interpolation"}
         config_dict = {key: value for key, value in config_dict.items() if key not in path}

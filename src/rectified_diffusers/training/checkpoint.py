@@ -17,6 +17,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rectified_diffusers.digests import hash_file
 from rectified_diffusers.files import is_full, no_space, require_space, write_atomically
 from rectified_diffusers.training.config import ProgressiveConfig, TrainerConfig
 
@@ -205,8 +206,5 @@ def unsealed(text: str) -> dict[str, Any]:
 
 def file_digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the BLAKE2b digest of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest = hash_file(path, hashlib.blake2b(digest_size=16))
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
