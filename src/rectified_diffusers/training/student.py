@@ -11,11 +11,12 @@ from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, map_answer
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS
+from rectified_diffusers.models.conditioning import map_leaves
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
+from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
@@ -93,30 +94,21 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
 
 
-def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
+def student_pipeline(denoiser: Denoiser, network: Any, scheduler: Any) -> Any:
     """Return the pipeline that samples a trained network, with all other components unchanged.
 
     It is a pipeline of this package for Stable Diffusion and SDXL. Others keep their own, which already samples a flow
-    and loads without this package; its scheduler has no shift. A shift, fixed or by image size, spends more steps
-    where the teacher's paths bend, and reflow leaves no such region. One step is the same under any shift. (The
-    pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
-    last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+    and loads without this package.
 
     Args:
-        steps: N of a student that was distilled to N steps. Its scheduler records N. For pipelines such as Stable
-            Diffusion 3 it also ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a
-            single step is then not possible. Multistep solvers are replaced, see `student_scheduler`.
+        scheduler: as `student_scheduler` returns it; it is copied.
     """
-    pipeline = denoiser.pipeline
+    pipeline, scheduler = denoiser.pipeline, copy.deepcopy(scheduler)
     if isinstance(denoiser, PipelineDenoiser):
         student = copy.copy(pipeline)
-        scheduler = student_scheduler(denoiser, steps)
-        record_student_steps(scheduler, steps)
         student.register_modules(**{denoiser.component: network, "scheduler": scheduler})
         return student
-    parts = {**pipeline.components, denoiser.component: network}
-    parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
-    record_student_steps(parts["scheduler"], steps)
+    parts = {**pipeline.components, denoiser.component: network, "scheduler": scheduler}
     config = pipeline.config
     if isinstance(pipeline, StableDiffusionXLPipeline):
         zeros = config.get("force_zeros_for_empty_prompt", True)
@@ -128,15 +120,29 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
 _SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
 
 
-def student_scheduler(denoiser: PipelineDenoiser, steps: int) -> Any:
-    """Return a stock scheduler with which N steps of the pipeline are the Euler steps of training, at 0, 1/N, ...
+def student_scheduler(denoiser: Denoiser, steps: int) -> Any:
+    """Return the scheduler of a student of N steps, which records N.
 
-    It is the pipeline's own without a shift if that fits, otherwise `FlowMatchEulerDiscreteScheduler`: multistep
-    solvers, such as those of Sana and Wan, combine several predictions and round their timesteps.
+    It is ours for Stable Diffusion and SDXL. For others it is a stock scheduler with which N steps of the pipeline
+    are the Euler steps of training, at t = 0, 1/N, ...: the pipeline's own without a shift, ending at 1/N if
+    necessary, or `FlowMatchEulerDiscreteScheduler` in place of multistep solvers such as those of Sana and Wan. A
+    shift, fixed or by image size, spends more steps where the teacher's paths bend, and reflow leaves no such region.
+    One step is the same under any shift. (The pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable
+    Diffusion 3 leaves it to the scheduler, whose last step begins at sigma = 0.001: of N steps all but one count,
+    except for N = 1. Ending at 1/N makes them N; a single step is then not possible.)
 
     Raises:
         UnsupportedPipelineError: the pipeline takes other steps with each of them.
     """
+    if isinstance(denoiser, PipelineDenoiser):
+        scheduler = _stock_scheduler(denoiser, steps)
+    else:
+        scheduler = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
+    record_student_steps(scheduler, steps)
+    return scheduler
+
+
+def _stock_scheduler(denoiser: PipelineDenoiser, steps: int) -> Any:
     own: Any = denoiser.pipeline.scheduler
     if denoiser.calibration.flow is not None and denoiser.calibration.flow.table is not None:
         first = copy.deepcopy(own)  # the shift is in its timesteps
@@ -149,6 +155,8 @@ def student_scheduler(denoiser: PipelineDenoiser, steps: int) -> Any:
             ending = type(scheduler).from_config(scheduler.config, shift_terminal=1 / steps)
             if _takes_training_steps(denoiser, ending, steps):
                 return ending
+    if steps == 1:
+        return first
     raise UnsupportedPipelineError(
         f"{type(denoiser.pipeline).__name__} does not take {steps} equal steps with any stock scheduler: its call "
         f"sets timesteps of its own. Set student_steps=1, got {steps}."
@@ -169,10 +177,9 @@ def _takes_training_steps(denoiser: PipelineDenoiser, scheduler: Any, steps: int
     def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if component != calibration.component:
             return network(*args, **kwargs)
-        return map_answer(calibration.answer.blank, sample)
+        return map_leaves(calibration.answer.blank, sample)
 
-    encoded = denoiser.encoded(denoiser.network.device)
-    options = {**calibration.off, **denoiser.latents_only}
+    options, encoded = {**calibration.off, **denoiser.call.latents_only}, calibration.trace.encoded or None
     try:
         trace = denoiser.call.run(PROMPTS[:1], steps, options, on_network=answer, scheduler=scheduler, encoded=encoded)
     except CALL_ERRORS:
@@ -181,7 +188,7 @@ def _takes_training_steps(denoiser: PipelineDenoiser, scheduler: Any, steps: int
         flow is not None
         and len(trace.steps) == steps
         and all(
-            abs(step.timestep - float(flow.timestep_at(torch.tensor([i / steps])))) < 1e-2
+            abs(flow.timestep_of(step) - float(flow.timestep_at(torch.tensor([i / steps])))) < 1e-2
             and torch.allclose(
                 step.sample.float() + flow.sign / steps * step.answer.float(),
                 step.result.float(),

@@ -20,7 +20,6 @@ from rectified_diffusers.data.teacher import autocast, fingerprints
 from rectified_diffusers.distributed import training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
-from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training import guards
@@ -90,8 +89,7 @@ class Trainer(ABC, Generic[Config]):
         guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
         self.student_steps: int = getattr(config, "student_steps", 1)
-        if isinstance(self.denoiser, PipelineDenoiser):
-            student_scheduler(self.denoiser, self.student_steps)  # raises if its pipeline cannot take such steps
+        self.scheduler = student_scheduler(self.denoiser, self.student_steps)  # before any part of the pipeline moves
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
             guards.require_pairs(dataset.manifest)
@@ -365,7 +363,7 @@ class Trainer(ABC, Generic[Config]):
 
     def make_pipeline(self, network: Any) -> Any:
         """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""
-        return student_pipeline(self.denoiser, network, self.student_steps)
+        return student_pipeline(self.denoiser, network, self.scheduler)
 
     def finish(self) -> Any:
         """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.
