@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.stock_call import StockCall
@@ -107,6 +108,62 @@ def test_the_stock_pipeline_takes_the_steps_of_the_student(
 @pytest.mark.parametrize(("name", "kind", "steps", "lora"), SWEEP)
 def test_every_family_is_distilled(name: str, kind: str, steps: int, lora: bool, tmp_path: Path) -> None:
     check_student(name, kind, steps, lora, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sd3", "dmd"), ("sana", "progressive")])
+def test_a_lora_shares_the_weights_of_teacher_and_pipeline(name: str, kind: str, tmp_path: Path) -> None:
+    pipeline, options = build(name)
+    own = [weight.detach().clone() for weight in pipeline.transformer.parameters()]
+    trainer: Any = make_trainer(pipeline, tmp_path, options, kind, student_steps=1, lora_rank=2)
+    networks = [trainer.student.network, trainer.teacher]
+    networks += [trainer.fake_score.network] if kind == "dmd" else []
+    shared = {weight.data_ptr() for weight in pipeline.transformer.parameters()}
+    for network in networks:
+        rest = {name: weight for name, weight in network.named_parameters() if weight.data_ptr() not in shared}
+        assert all(".lora_" in name for name in rest)
+    assert not any(".lora_" in name for name, _ in pipeline.transformer.named_parameters())
+    trainer.train()
+    after = pipeline.transformer.parameters()
+    assert all(torch.equal(old, new) for old, new in zip(own, after, strict=True))
+
+
+def recomputed_in_a_step(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, Any, Any]:
+    """Return the number of recomputed blocks, and loss and gradient norm with and without recomputation."""
+    count, checkpoint = 0, torch.utils.checkpoint.checkpoint
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counting)
+    pipeline, options = build(name)
+    dataset = make_triplets(pipeline, folder / "triplets", options)
+    found = []
+    for on in (False, True):
+        config = DistillConfig(output_dir=folder / "run", max_steps=1, gradient_checkpointing=on, **RUN)
+        found.append(DistillTrainer(pipeline, dataset, config).train_step(1))
+    return count, *found
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "sana" else pytest.mark.slow) for name in LAST]
+)
+def test_gradient_checkpointing_changes_no_gradient(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, plain, recomputed = recomputed_in_a_step(name, tmp_path, monkeypatch)
+    assert count > 0
+    assert recomputed == pytest.approx(plain, rel=1e-4)
+
+
+def test_gradient_checkpointing_of_a_network_without_it_is_refused(tmp_path: Path) -> None:
+    pipeline = make_made_up_pipeline()
+    dataset = make_triplets(pipeline, tmp_path / "triplets", {})
+    config = DistillConfig(output_dir=tmp_path / "run", max_steps=1, gradient_checkpointing=True, **RUN)
+    with pytest.raises(ValueError, match="MadeUpNetwork does not support gradient checkpointing"):
+        DistillTrainer(pipeline, dataset, config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_steps_that_a_pipeline_cannot_take_are_refused_before_anything_is_written(tmp_path: Path) -> None:

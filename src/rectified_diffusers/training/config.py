@@ -116,6 +116,11 @@ class TrainerConfig:
         rank, alpha = self.lora_rank, self.lora_alpha
         _require(self, "lora_rank", rank is None or rank >= 1, "at least 1")
         _require(self, "lora_alpha", alpha is None or 0 < alpha < math.inf, "greater than 0")
+        if rank is not None and self.initialisation == "snr_matching":
+            raise ValueError(
+                f"A LoRA of lora_rank={rank} would only fit the network that initialisation='snr_matching' makes, not "
+                "the model that it starts from. Train all weights, or use initialisation='weights'."
+            )
         if rank is None and alpha is not None:
             raise ValueError(f"lora_alpha is set to {alpha} but lora_rank is not: give lora_rank to train a LoRA.")
         if rank is not None and not self.lora_target_modules:

@@ -25,7 +25,7 @@ from rectified_diffusers.training.guards import require_same_text
 from rectified_diffusers.training.lora import add_lora
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.prompts import PromptEncoder
-from rectified_diffusers.training.student import denoiser_for, initial_network
+from rectified_diffusers.training.student import denoiser_for, initial_network, share_weights
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.trainer import Trainer
 
@@ -161,16 +161,21 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
 
     def make_teacher(self) -> Any:
         """Return a float32 network that predicts the teacher's velocity; the pipeline's network is not changed."""
-        diffusion = self.teacher_denoiser.diffusion()
-        return initial_network(self.teacher_denoiser, "weights" if diffusion is None else "snr_matching")
+        initialisation = "weights" if self.teacher_denoiser.diffusion() is None else "snr_matching"
+        shared = self.config.lora_rank is not None
+        if shared:
+            self.teacher_denoiser.network.to(self.device)
+        return initial_network(self.teacher_denoiser, initialisation, shared)
 
     def make_fake(self) -> Any:
-        """Return the fake score network, a copy of the teacher's; with lora_rank, only a LoRA is trained.
+        """Return the fake score network, a copy of the teacher's; with lora_rank, a LoRA on the teacher's weights.
 
         With real images, all weights of the discriminator are trained in either case.
         """
-        network = copy.deepcopy(self.teacher).requires_grad_(True)
-        if self.config.lora_rank is not None:
+        if self.config.lora_rank is None:
+            network = copy.deepcopy(self.teacher).requires_grad_(True)
+        else:
+            network = share_weights(self.teacher)
             add_lora(network, self.config)
         if self.real_data is not None:
             self.discriminator = Discriminator(network, self.config.seed)

@@ -64,6 +64,14 @@ def require_own_weights(pipeline: Any) -> None:
         )
 
 
+def require_checkpointing(network: Any) -> None:
+    """Raise if a network cannot recompute its activations."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(network).__name__} does not support gradient checkpointing. Leave out gradient_checkpointing."
+        )
+
+
 def require_same_latents(vae: Any, manifest: Manifest) -> None:
     """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
     config = getattr(vae, "config", {})

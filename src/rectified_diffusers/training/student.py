@@ -77,21 +77,35 @@ def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
     denoiser.prepare()
 
 
-def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
-    """Return the network that training starts from, in float32; the pipeline's network is not changed.
+def initial_network(
+    denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"], shared: bool = False
+) -> Any:
+    """Return the network that training starts from, in float32; the weights of the pipeline's network are not changed.
 
     Args:
+        shared: for a LoRA, share weights with the pipeline's network, if they are in float32; do not train them.
         initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
             converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
     """
     if initialisation == "weights":
-        return copy.deepcopy(denoiser.network).float()
+        return share_weights(denoiser.network) if shared else copy.deepcopy(denoiser.network).float()
     if denoiser.diffusion() is None:
         raise ValueError(
             f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "
             f"with {type(denoiser.pipeline.scheduler).__name__} is already. Use initialisation='weights'."
         )
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
+
+
+def share_weights(network: Any) -> Any:
+    """Return a copy of a network's modules with the same weights, for a LoRA; float32 copies of other dtypes.
+
+    The weights are frozen in both, because a parameter has one flag for all modules that hold it.
+    """
+    if any(weight.dtype != torch.float32 for weight in network.parameters() if weight.is_floating_point()):
+        return copy.deepcopy(network).float().requires_grad_(False)
+    weights = [*network.requires_grad_(False).parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(weight): weight for weight in weights})
 
 
 def student_pipeline(denoiser: Denoiser, network: Any, scheduler: Any) -> Any:

@@ -1,5 +1,6 @@
 """The loop shared by all trainers: accelerate, EMA, checkpoints, log, validation images, finished pipeline."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ class Trainer(ABC, Generic[Config]):
     or killed continues from its newest checkpoint exactly as if it had not been interrupted, and the number of
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
     text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
-    or a transformer, is not changed.
+    or a transformer, is not changed; if a LoRA is trained, the LoRA's base shares its weights, which are frozen.
 
     Example:
         ```python
@@ -122,7 +123,12 @@ class Trainer(ABC, Generic[Config]):
 
     def make_network(self) -> Any:
         """Return the network that training starts from, in float32; its trainable weights require a gradient."""
-        network = initial_network(self.denoiser, self.config.initialisation).to(self.device).requires_grad_(True)
+        initialisation = self.config.initialisation
+        if self.config.lora_rank is None or self.sharded:
+            network = initial_network(self.denoiser, initialisation).to(self.device).requires_grad_(True)
+        else:
+            self.denoiser.network.to(self.device)  # with its buffers, which are not shared
+            network = initial_network(self.denoiser, initialisation, shared=True).to(self.device)
         if self.config.lora_rank is not None:
             add_lora(network, self.config)
         return network
@@ -375,6 +381,7 @@ class Trainer(ABC, Generic[Config]):
         network = self.averaged()
         if config.lora_rank is not None:
             adapter = Adapter.of(network, self.denoiser.component)
+            network = copy.deepcopy(network)  # fusing changes weights that other networks share
             fuse_lora(network)
         if self.accelerator.is_main_process:
             record = {"steps": config.max_steps, **self.identity()}
