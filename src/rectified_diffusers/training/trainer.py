@@ -89,6 +89,7 @@ class Trainer(ABC, Generic[Config]):
         guards.require_config(type(self), config)
         guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
+        guards.require_full_precision(self.denoiser.component, self.denoiser.network)
         self.student_steps: int = getattr(config, "student_steps", 1)
         self.scheduler = student_scheduler(self.denoiser, self.student_steps)  # before any part of the pipeline moves
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
