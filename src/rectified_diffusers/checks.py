@@ -6,7 +6,7 @@ Each error says what was expected, what was received and what to do: a `TypeErro
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -18,6 +18,12 @@ def require_type(name: str, value: Any, expected: type | tuple[type, ...], remed
         kinds = expected if isinstance(expected, tuple) else (expected,)
         words = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name} must be of type {words}, got {_shown(value)}. {remedy}")
+
+
+def require_one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise unless `value` is one of the known names."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def require_count(name: str, value: Any, at_least: int = 1) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset
@@ -24,6 +25,7 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
 
+pytestmark = pytest.mark.usefixtures("plain_charts")
 PROMPTS = ["a red apple", "two dogs at night"]
 LAST = {
     "sd3": "proj_out",
@@ -65,6 +67,21 @@ def make_image(pipeline: Any, arguments: dict[str, Any]) -> np.ndarray:
     return 255 * np.asarray(made, dtype=np.float32)
 
 
+def require_validation(path: Path, frames: int) -> None:
+    """Check a row for one step and one for 25, and the GIF of a video: its middle frame is the image."""
+    with Image.open(path.with_suffix(".png")) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    height = len(pixels) // 2
+    assert np.abs(pixels[:height] - pixels[height:]).max() > 0
+    assert path.with_suffix(".gif").exists() == (frames > 1)
+    if frames > 1:
+        with Image.open(path.with_suffix(".gif")) as video:
+            assert getattr(video, "n_frames", 1) == frames
+            video.seek(frames // 2)
+            middle = np.asarray(video.convert("RGB"), dtype=np.float32)
+        assert np.abs(middle - pixels).mean() < 8  # 256 colors
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAST])
 def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
@@ -73,7 +90,7 @@ def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
     validation = {"validate_every_steps": 2, "validation_prompts": ("a cat",)}
     reflow = ReflowConfig(output_dir=tmp_path / "reflow", max_steps=2, prompt_dropout=0.5, **RUN, **validation)
     ReflowTrainer(pipeline, dataset, reflow).train()
-    assert (tmp_path / "reflow" / "validation" / "step-00000002.png").exists()
+    require_validation(tmp_path / "reflow" / "validation" / "step-00000002", options.get("num_frames", 1))
     type(pipeline).from_pretrained(tmp_path / "reflow")
 
     lora = {

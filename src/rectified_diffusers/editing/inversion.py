@@ -14,7 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rectified_diffusers.checks import require_latents, require_number, require_pipeline, require_texts, require_type
+from rectified_diffusers.checks import (
+    require_latents,
+    require_number,
+    require_one_of,
+    require_pipeline,
+    require_texts,
+    require_type,
+)
 from rectified_diffusers.flow.ode import euler, heun
 from rectified_diffusers.images import as_images, batched
 from rectified_diffusers.models.latents import decode_to_images, encode_pixels
@@ -134,8 +141,7 @@ def _solve(
     end: float,
 ) -> Tensor:
     """Integrate the pipeline's velocity under prompts from `start` to `end`, with the pipeline's progress bar."""
-    if solver not in _SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}.")
+    require_one_of("solver", solver, _SOLVERS)
     require_number("guidance_scale", guidance_scale)
     require_texts("prompts", prompts)
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)

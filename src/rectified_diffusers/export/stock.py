@@ -14,7 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
+from rectified_diffusers.checks import require_count, require_one_of, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import FLOW_TIMESTEPS, RectifiedFlowEulerScheduler, require_straight
@@ -62,8 +62,7 @@ def export_diffusers(
             f"{type(pipeline.scheduler).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
     require_straight(pipeline.scheduler, "export_diffusers")
-    if scheduler not in _SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
+    require_one_of("scheduler", scheduler, _SCHEDULERS)
     solver = stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines need a UNet2DConditionModel, got {type(pipeline.unet).__name__}.")

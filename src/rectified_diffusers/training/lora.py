@@ -65,7 +65,8 @@ class Adapter:
     def of(cls, network: Any, component: str) -> "Adapter":
         """Return a copy of the LoRA that `add_lora` added to a network."""
         tensors = {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
-        return cls(component, tensors, network.peft_config["default"].to_dict())
+        settings = network.peft_config["default"].to_dict()  # its sets have another order in each process
+        return cls(component, tensors, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
 
     def save(self, pipeline_class: Any, folder: Path) -> None:
         """Save in the format of diffusers, with alpha, for `load_lora_weights(folder)` of such pipelines.

@@ -18,7 +18,7 @@ from rectified_diffusers.training.run_folder import STARTING_MODEL
 from rectified_diffusers.training.tracking import FOLDER
 
 METHODS = {
-    "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to picture were straightened."),
+    "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to image were straightened."),
     "DistillTrainer": ("distillation", "Distillation into {steps}, as InstaFlow's (arXiv:2309.06380)."),
     "ProgressiveTrainer": ("progressive-distillation", "Progressive distillation (arXiv:2202.00512)."),
     "DistributionMatchingTrainer": (
