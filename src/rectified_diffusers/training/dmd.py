@@ -162,9 +162,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     def make_teacher(self) -> Any:
         """Return a float32 network that predicts the teacher's velocity; the pipeline's network is not changed."""
         initialisation = "weights" if self.teacher_denoiser.diffusion() is None else "snr_matching"
-        shared = self.config.lora_rank is not None
-        if shared:
-            self.teacher_denoiser.network.to(self.device)
+        shared = None if self.config.lora_rank is None else self.device
         return initial_network(self.teacher_denoiser, initialisation, shared)
 
     def make_fake(self) -> Any:

@@ -21,8 +21,10 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file name that `pipeline.load_lora_weights(folder)` expects."""
 
 
-def add_lora(network: Any, config: TrainerConfig) -> None:
-    """Add a LoRA to a network and freeze the other weights. Its product is zero, so the output does not change.
+def add_lora(network: Any, config: TrainerConfig) -> Any:
+    """Add a LoRA to a network, freeze the other weights, and return the network.
+
+    The LoRA's product is zero, so the output does not change.
 
     Its first matrices are random, from the config's seed: equal configs start from equal adapters.
     """
@@ -41,6 +43,7 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network.add_adapter(settings)
+    return network
 
 
 def fuse_lora(network: Any) -> None:

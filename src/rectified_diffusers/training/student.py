@@ -78,17 +78,19 @@ def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
 
 
 def initial_network(
-    denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"], shared: bool = False
+    denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"], shared: torch.device | None = None
 ) -> Any:
     """Return the network that training starts from, in float32; the weights of the pipeline's network are not changed.
 
     Args:
-        shared: for a LoRA, share weights with the pipeline's network, if they are in float32; do not train them.
+        shared: for a LoRA, the device on which weights are shared with the pipeline's network, if in float32.
         initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
             converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
     """
     if initialisation == "weights":
-        return share_weights(denoiser.network) if shared else copy.deepcopy(denoiser.network).float()
+        if shared is None:
+            return copy.deepcopy(denoiser.network).float()
+        return share_weights(denoiser.network.to(shared))  # moved with its buffers, which are not shared later
     if denoiser.diffusion() is None:
         raise ValueError(
             f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "

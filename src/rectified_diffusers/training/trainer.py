@@ -124,15 +124,9 @@ class Trainer(ABC, Generic[Config]):
 
     def make_network(self) -> Any:
         """Return the network that training starts from, in float32; its trainable weights require a gradient."""
-        initialisation = self.config.initialisation
-        if self.config.lora_rank is None or self.sharded:
-            network = initial_network(self.denoiser, initialisation).to(self.device).requires_grad_(True)
-        else:
-            self.denoiser.network.to(self.device)  # with its buffers, which are not shared
-            network = initial_network(self.denoiser, initialisation, shared=True).to(self.device)
-        if self.config.lora_rank is not None:
-            add_lora(network, self.config)
-        return network
+        shared = self.device if self.config.lora_rank is not None and not self.sharded else None
+        network = initial_network(self.denoiser, self.config.initialisation, shared).to(self.device)
+        return network.requires_grad_(True) if self.config.lora_rank is None else add_lora(network, self.config)
 
     @abstractmethod
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
