@@ -1,5 +1,6 @@
 """Every family is a teacher and a student: triplets, reflow, a LoRA in one step, and the stock pipeline loads both."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 
 from rectified_diffusers.data.config import TripletConfig
@@ -18,7 +20,7 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.lora import WEIGHTS, has_loader
+from rectified_diffusers.training.lora import WEIGHTS, Adapter, fuse_lora, has_loader
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reflow import ReflowTrainer
@@ -149,9 +151,26 @@ def test_a_pipeline_that_no_one_has_seen_is_trained(tmp_path: Path) -> None:
     before = [weight.detach().clone() for weight in trainer.student.parameters]
     trainer.run_steps(0)
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.student.parameters, strict=True))
-    lora = ReflowConfig(output_dir=tmp_path / "lora", max_steps=2, lora_rank=2, **RUN)
-    with pytest.raises(ValueError, match="MadeUpNetwork takes no LoRA of diffusers"):
-        ReflowTrainer(pipeline, dataset, lora)
+
+
+def test_a_network_without_lora_of_diffusers_gets_one_of_peft(tmp_path: Path) -> None:
+    """Such as those of PRX and Lumina; the result equals the network with the LoRA fused into it."""
+    pipeline = make_made_up_pipeline()
+    dataset = make_triplets(pipeline, tmp_path / "triplets", {})
+    lora: dict[str, Any] = {"lora_rank": 2, "lora_target_modules": ("leave",), "learning_rate": 0.3, "ema_decay": 0.0}
+    config = DistillConfig(output_dir=tmp_path / "lora", max_steps=2, **RUN, **lora)
+    trainer = DistillTrainer(pipeline, dataset, config)
+    trainer.run_steps(0)
+    network = trainer.averaged()
+    Adapter.of(network, "predictor").save(type(pipeline), tmp_path)
+    fuse_lora(network)
+    assert network.state_dict().keys() == pipeline.predictor.state_dict().keys()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(pipeline.predictor), tmp_path)
+    inputs = list(dataset.rows([0]).noise), torch.tensor([0.3]), pipeline.encode_prompt(["a cat"])
+    with torch.no_grad():
+        found, fused, base = loaded(*inputs)[0], network(*inputs)[0], pipeline.predictor(*inputs)[0]
+    torch.testing.assert_close(found, fused)
+    assert (found - base).norm() > 0.1 * base.norm()
 
 
 @pytest.mark.parametrize(
