@@ -163,7 +163,7 @@ def test_a_network_without_lora_of_diffusers_gets_one_of_peft(tmp_path: Path) ->
     trainer.run_steps(0)
     network = trainer.averaged()
     Adapter.of(network, "predictor").save(type(pipeline), tmp_path)
-    fuse_lora(network)
+    network = fuse_lora(network)
     assert network.state_dict().keys() == pipeline.predictor.state_dict().keys()
     loaded = PeftModel.from_pretrained(copy.deepcopy(pipeline.predictor), tmp_path)
     inputs = list(dataset.rows([0]).noise), torch.tensor([0.3]), pipeline.encode_prompt(["a cat"])

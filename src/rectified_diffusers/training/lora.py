@@ -1,5 +1,6 @@
 """LoRA training (arXiv:2106.09685): a peft adapter on the student, saved in the format of diffusers."""
 
+import copy
 import inspect
 import json
 from collections.abc import Iterable
@@ -52,17 +53,19 @@ def add_lora(network: Any, config: TrainerConfig) -> Any:
     return network
 
 
-def fuse_lora(network: Any) -> None:
-    """Fuse the LoRA into the base weights and restore their plain names."""
+def fuse_lora(network: Any) -> Any:
+    """Return a copy of a network with the LoRA fused into the base weights, which other networks may share."""
+    network = copy.deepcopy(network)
     if hasattr(network, "fuse_lora"):
         network.fuse_lora()
         network.unload_lora()
-        return
+        return network
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
     recurse_remove_peft_layers(network)
     del network.peft_config
+    return network
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The loop shared by all trainers: accelerate, EMA, checkpoints, log, validation images, finished pipeline."""
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -376,8 +375,7 @@ class Trainer(ABC, Generic[Config]):
         network = self.averaged()
         if config.lora_rank is not None:
             adapter = Adapter.of(network, self.denoiser.component)
-            network = copy.deepcopy(network)  # fusing changes weights that other networks share
-            fuse_lora(network)
+            network = fuse_lora(network)
         if self.accelerator.is_main_process:
             record = {"steps": config.max_steps, **self.identity()}
             if not self.output.contains(record):
