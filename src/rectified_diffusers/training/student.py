@@ -15,6 +15,7 @@ from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS
 from rectified_diffusers.models.conditioning import map_leaves
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
+from rectified_diffusers.models.stock_call import stop_at
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
@@ -133,7 +134,23 @@ def student_pipeline(denoiser: Denoiser, network: Any, scheduler: Any) -> Any:
     return RectifiedFlowPipeline(**parts, requires_safety_checker=config.get("requires_safety_checker", True))
 
 
-_SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+_SPACINGS = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"
+_SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "shift_terminal": None, **dict.fromkeys(_SPACINGS, False)}
+
+
+def require_steps(denoiser: Denoiser, steps: int) -> None:
+    """Raise if the stock pipeline cannot take the steps of a student: Mochi, for example, takes at least two."""
+    if not isinstance(denoiser, PipelineDenoiser):
+        return
+    try:
+        denoiser.call.run(PROMPTS[:1], steps, denoiser.calibration.off, on_network=stop_at(denoiser.component))
+    except torch.OutOfMemoryError:
+        raise
+    except CALL_ERRORS as error:
+        raise UnsupportedPipelineError(
+            f"{type(denoiser.pipeline).__name__} cannot generate in {steps} steps: its call fails with "
+            f"{type(error).__name__}: {error}. Choose another student_steps."
+        ) from error
 
 
 def student_scheduler(denoiser: Denoiser, steps: int) -> Any:
