@@ -93,6 +93,12 @@ def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:
 def require_plain_weights(function: str, models: Mapping[str, Any]) -> None:
     """Raise if a model is quantized or cast layer by layer: its weights are not those that it computes with."""
     for name, model in models.items():
+        for module in model.modules() if hasattr(model, "modules") else ():
+            if getattr(module, "weight_qtype", None) is not None:  # of quanto, also before freeze()
+                raise ValueError(
+                    f"{function} needs plain weights of 16 bits or more, got {type(module).__name__} in the {name}. "
+                    "Load it without quantization."
+                )
         for parameter in model.parameters() if hasattr(model, "parameters") else ():
             # Quantized weights are subclasses: of Parameter (bitsandbytes, GGUF) or of Tensor (torchao, quanto).
             if type(parameter).__name__ != "Parameter" or not parameter.is_floating_point() or parameter.itemsize < 2:

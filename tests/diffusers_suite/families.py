@@ -113,7 +113,7 @@ def substitute(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         return transformers.BertModel(transformers.BertConfig(**small, num_attention_heads=4)).eval()
     tokenizer: Any = copy.deepcopy(make_chat_tokenizer())
     tokenizer.tokenizer = tokenizer  # of a processor
-    if "glm" in source:
+    if "glm" in source or "gemma" in source:
         start = [("<bos>", tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=start)
     return tokenizer

@@ -1,5 +1,6 @@
 """Every family is a teacher and a student: triplets, reflow, a LoRA in one step, and the stock pipeline loads both."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 
 from rectified_diffusers.data.config import TripletConfig
@@ -18,12 +20,14 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.lora import WEIGHTS, has_loader
+from rectified_diffusers.training.lora import WEIGHTS, Adapter, fuse_lora, has_loader
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reflow import ReflowTrainer
+from rectified_diffusers.training.student import require_steps
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
+from tests.models_any.variants import TwoAtLeast
 
 pytestmark = pytest.mark.usefixtures("plain_charts")
 PROMPTS = ["a red apple", "two dogs at night"]
@@ -149,9 +153,26 @@ def test_a_pipeline_that_no_one_has_seen_is_trained(tmp_path: Path) -> None:
     before = [weight.detach().clone() for weight in trainer.student.parameters]
     trainer.run_steps(0)
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.student.parameters, strict=True))
-    lora = ReflowConfig(output_dir=tmp_path / "lora", max_steps=2, lora_rank=2, **RUN)
-    with pytest.raises(ValueError, match="MadeUpNetwork takes no LoRA of diffusers"):
-        ReflowTrainer(pipeline, dataset, lora)
+
+
+def test_a_network_without_lora_of_diffusers_gets_one_of_peft(tmp_path: Path) -> None:
+    """Such as those of PRX and Lumina; the result equals the network with the LoRA fused into it."""
+    pipeline = make_made_up_pipeline()
+    dataset = make_triplets(pipeline, tmp_path / "triplets", {})
+    lora: dict[str, Any] = {"lora_rank": 2, "lora_target_modules": ("leave",), "learning_rate": 0.3, "ema_decay": 0.0}
+    config = DistillConfig(output_dir=tmp_path / "lora", max_steps=2, **RUN, **lora)
+    trainer = DistillTrainer(pipeline, dataset, config)
+    trainer.run_steps(0)
+    network = trainer.averaged()
+    Adapter.of(network, "predictor").save(type(pipeline), tmp_path)
+    network = fuse_lora(network)
+    assert network.state_dict().keys() == pipeline.predictor.state_dict().keys()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(pipeline.predictor), tmp_path)
+    inputs = list(dataset.rows([0]).noise), torch.tensor([0.3]), pipeline.encode_prompt(["a cat"])
+    with torch.no_grad():
+        found, fused, base = loaded(*inputs)[0], network(*inputs)[0], pipeline.predictor(*inputs)[0]
+    torch.testing.assert_close(found, fused)
+    assert (found - base).norm() > 0.1 * base.norm()
 
 
 @pytest.mark.parametrize(
@@ -190,7 +211,17 @@ def test_triplets_of_another_layout_are_refused(tmp_path: Path) -> None:
         ReflowTrainer(pipeline, dataset, ReflowConfig(output_dir=tmp_path / "run", max_steps=1, **RUN))
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+RAGGED = ("z_image", "cogview4")  # their conditioning is as long as the prompt
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("sd3", "flux") else pytest.mark.slow)
+        for name in LAST
+        if name not in RAGGED
+    ],
+)
 def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
     dataset = make_triplets(pipeline, tmp_path / "triplets", options, store_text_embeddings=True)
@@ -204,8 +235,9 @@ def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_pat
     assert all(equal(one, two) for one, two in zip(found.trees, expected.trees, strict=True))
 
 
-def test_conditioning_of_varying_length_is_not_stored(tmp_path: Path) -> None:
-    pipeline, options = build("z_image")
+@pytest.mark.parametrize("name", RAGGED)
+def test_conditioning_of_varying_length_is_not_stored(name: str, tmp_path: Path) -> None:
+    pipeline, options = build(name)
     with pytest.raises(ValueError, match=r"another shape for each prompt.*leave out store_text_embeddings"):
         make_triplets(pipeline, tmp_path / "triplets", options, store_text_embeddings=True)
     assert not (tmp_path / "triplets").exists()
@@ -247,6 +279,14 @@ def test_a_folder_is_held_to_its_call_options(tmp_path: Path) -> None:
         make_triplets(build("sd")[0], tmp_path / "other", {"height": 32})
     with pytest.raises(ValueError, match="call_options must be a JSON object of arguments by name"):
         TripletConfig(num_triplets=1, call_options="[1]")
+
+
+def test_steps_that_the_stock_pipeline_cannot_take_are_refused() -> None:
+    """As one step of Mochi, whose schedule divides by zero."""
+    denoiser = PipelineDenoiser(TwoAtLeast.make())
+    require_steps(denoiser, 2)
+    with pytest.raises(TypeError, match=r"cannot generate in 1 steps: .*ZeroDivisionError.*another student_steps"):
+        require_steps(denoiser, 1)
 
 
 @pytest.mark.parametrize("name", ["sd3", "z_image", "flux2_klein"])

@@ -23,9 +23,10 @@ from rectified_diffusers.checks import (
     require_type,
 )
 from rectified_diffusers.flow.ode import euler, heun
-from rectified_diffusers.images import as_images, batched
+from rectified_diffusers.images import as_images, batched, require_size
 from rectified_diffusers.models.latents import decode_to_images, encode_pixels
 from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.pipelines.calls import only_thread
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
@@ -147,9 +148,9 @@ def _solve(
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(state):
         raise ValueError(f"pass one prompt, or one per image: got {len(prompts)} for {len(state)} images.")
-    velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
     solve, evaluations = _SOLVERS[solver]
-    with pipeline.progress_bar(total=steps * evaluations) as bar:
+    with only_thread(pipeline.unet), pipeline.progress_bar(total=steps * evaluations) as bar:
+        velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
 
         def counted(x: Tensor, t: Tensor) -> Tensor:
             bar.update()
@@ -166,14 +167,14 @@ def _data(pipeline: Any, pictures: Images) -> Tensor:
         got = f"{type(pipeline).__name__} with {type(scheduler).__name__}"
         raise TypeError(f"inversion needs a RectifiedFlowPipeline with a RectifiedFlowEulerScheduler, got {got}.")
     channels = pipeline.vae.config.latent_channels
-    images = batched(as_images("pictures", pictures, latent_channels=channels))
+    images = batched("pictures", as_images("pictures", pictures, latent_channels=channels))
     if isinstance(images, Tensor) and images.shape[1] == channels:
         require_latents("latents", images)
         latents = images
     else:
-        images = images if isinstance(images, list) else [images]
-        sizes = [image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images]
-        if len(set(sizes)) != 1:
+        require_size("pictures", images, pipeline.vae_scale_factor)
+        sizes = [image.size for image in images] if isinstance(images, list) else []
+        if len(set(sizes)) > 1:
             raise ValueError(f"pass images of one size, got sizes {sizes}.")
         latents = encode_pixels(pipeline.vae, pipeline.image_processor.preprocess(images))
     # Half precision would limit every error from below. Only the U-Net's input is cast to it.

@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from torch import nn
 
 from rectified_diffusers.checks import require_count, require_one_of, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora_checks import refuse_any_lora
@@ -104,9 +105,11 @@ def stock_solver(ours: RectifiedFlowEulerScheduler, scheduler: StockScheduler, s
 
 def fold_sign(unet: Any) -> Any:
     """Return a view of a U-Net that predicts the negative: `conv_out` is a negated copy, the rest is shared."""
-    conv_out = copy.deepcopy(unet.conv_out)
-    for parameter in conv_out.parameters():
-        parameter.data.neg_()
+    conv_out = copy.copy(unet.conv_out)
+    for attribute in ("forward", "_diffusers_hook"):  # of offloading, which compute with the original's weights
+        conv_out.__dict__.pop(attribute, None)
+    negated = {name: nn.Parameter(-parameter.detach(), False) for name, parameter in conv_out.named_parameters()}
+    conv_out.__dict__["_parameters"] = negated
     view = copy.copy(unet)
     view.__dict__["_modules"] = {**unet._modules, "conv_out": conv_out}
     return view

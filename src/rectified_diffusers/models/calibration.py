@@ -43,7 +43,17 @@ from rectified_diffusers.models.watching import (
 
 _OTHER_STEPS = 20  # steps of a grid that is read without evaluating the network
 UNEQUAL = "answers equal inputs differently: it is random, or it depends on earlier calls"
-CALL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError, ImportError, OSError)
+CALL_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
 
 
 def calibrate(call: StockCall, is_flow: bool) -> Calibration:
@@ -73,7 +83,7 @@ def calibrate(call: StockCall, is_flow: bool) -> Calibration:
             raise UnsupportedPipelineError(
                 f"the first step of {type(call.scheduler).__name__} is not an Euler step of a straight flow"
             )
-        flow = find_flow(call, off, steps, measured)
+        flow = find_flow(call, off, component, steps, measured)
     names = [name for name in varying if name != sample.name]
     by_order = positional(call.networks[component], list(calls[-1].arguments))
     latent_shape = tuple(steps[0].sample.shape[1:])
@@ -144,26 +154,23 @@ def run_unguided(call: StockCall) -> tuple[dict[str, Any], str, Trace]:
 
 
 def _run_off(call: StockCall, off: Mapping[str, Any]) -> Trace:
-    """Run a few steps. A prompt that the call takes only in a list is a list of one from then on."""
-    try:
-        trace = call.run(PROMPTS[:1], STEPS, off)
-    except torch.OutOfMemoryError:
-        raise
-    except CALL_ERRORS:
-        if off or call.listed:
-            raise
-        call.listed = True
+    """Run a few steps; find out first whether a prompt is a list of one, and whether the call can return latents."""
+    if off:
+        return call.run(PROMPTS[:1], STEPS, {**off, **call.latents_only})
+    reason: Exception | None = None
+    for call.listed, call.latents in ((False, True), (False, False), (True, True), (True, False)):
         try:
-            return call.run(PROMPTS[:1], STEPS, off)
+            trace = call.run(PROMPTS[:1], STEPS, call.latents_only)
         except torch.OutOfMemoryError:
             raise
-        except CALL_ERRORS:
-            call.listed = False
-        raise
-    if not call.listed and trace.steps and len(trace.steps[0].sample) == len(PROMPTS[0]):  # an image for each letter
-        call.listed = True
-        return call.run(PROMPTS[:1], STEPS, off)
-    return trace
+        except CALL_ERRORS as error:
+            reason = reason or error
+            continue
+        if not call.listed and trace.steps and len(trace.steps[0].sample) == len(PROMPTS[0]):
+            call.listed = True  # there was an image for each letter
+            return call.run(PROMPTS[:1], STEPS, call.latents_only)
+        return trace
+    raise reason or RuntimeError
 
 
 def _require_steps(call: StockCall, trace: Trace) -> None:
@@ -236,7 +243,15 @@ def require_ode(
 ) -> None:
     """Raise `UnsupportedPipelineError` if two random states lead from the same noise to different latents."""
     one, two = (
-        call.run(PROMPTS[:1], STEPS, off, noise=(noise, place), seed=seed, scheduler=scheduler) for seed in (0, 1)
+        call.run(
+            PROMPTS[:1],
+            STEPS,
+            {**off, **call.latents_only},
+            noise=(noise, place),
+            seed=seed,
+            scheduler=scheduler,
+        )
+        for seed in (0, 1)
     )
     ends = one.steps[-1].result.float(), two.steps[-1].result.float()
     if float((ends[0] - ends[1]).norm()) <= 16 * torch.finfo(one.steps[-1].result.dtype).eps * float(ends[0].norm()):

@@ -48,9 +48,15 @@ def evaluate(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[s
     return network(*args, **kwargs)
 
 
-def stop(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """End the stock call in place of a network's first call."""
-    raise Stop
+def stop_at(component: str) -> OnNetwork:
+    """Return what ends the stock call in place of a network's first call. Others are evaluated."""
+
+    def stop(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == component:
+            raise Stop
+        return network(*args, **kwargs)
+
+    return stop
 
 
 def device_of(network: Any) -> torch.device:
@@ -87,7 +93,8 @@ class StockCall:
         self.parameters.pop("self", None)
         self.prompt = self._name("prompt", r"^(?!negative).*(prompt|text|caption|description|sentence)s?$")
         self.steps = self._name("num_inference_steps", r"steps$|^(num_)?iterations$|^nfe$")
-        self.listed = False  # whether a single prompt is a list of one; found by calibration
+        self.listed = False  # whether a single prompt is a list of one; both are found by calibration
+        self.latents = True  # whether output_type="latent" is known
         self._require_only_a_prompt()
         unknown = sorted(self.options.keys() - self.parameters.keys())
         if unknown:
@@ -129,7 +136,7 @@ class StockCall:
     @property
     def latents_only(self) -> dict[str, str]:
         """Return the argument of the call with which it does not decode; none if it has none."""
-        return {self.output_type: "latent"} if self.output_type else {}
+        return {self.output_type: "latent"} if self.output_type and self.latents else {}
 
     @property
     def negated(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import require_finite
+from rectified_diffusers.training.guards import require_checkpointing, require_finite
 from rectified_diffusers.training.sharding import copy_weights, full, trainable
 
 _FULL_STATE = StateDictOptions(full_state_dict=True)
@@ -102,6 +102,7 @@ class Trained:
         self.checkpoints, self.averaged = checkpoints, averaged
         self.weights_file, self.optimizer_file = f"{name}.safetensors", f"{prefix}optimizer.safetensors"
         if config.gradient_checkpointing:
+            require_checkpointing(network)
             network.enable_gradient_checkpointing()
         optimizer = make_optimizer(trainable(network), config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(network, optimizer)
