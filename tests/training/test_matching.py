@@ -14,10 +14,10 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.latents import pack
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.dmd import DistributionMatchingTrainer, MatchingBatch, matching_gradient
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import newest_checkpoint
 from tests.training.helpers import (
     PROMPTS,
     SHORT,

@@ -20,9 +20,9 @@ from rectified_diffusers.cli import main
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training.checkpoint import read_checkpoint
 from rectified_diffusers.training.sharding import full, is_sharded, shard_like
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import SHORT, digests, make_trainer
 
 ROOT = Path(__file__).parents[2]
