@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 
 import rectified_diffusers  # noqa: F401  (makes our pipelines known to the loader)
 from machine import provenance
-from rectified_diffusers.data.images import read_pictures
+from rectified_diffusers.data.real_images import read_pictures
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.plots import write_plots

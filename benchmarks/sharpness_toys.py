@@ -17,7 +17,6 @@ from rectified_diffusers.flow import (
     TimeDensity,
     VariancePreserving,
     Velocity,
-    endpoint_loss,
     heun,
     velocity_loss,
 )
@@ -200,7 +199,7 @@ class Stage:
             x_t, velocity = Straight().interpolate(noise, data, t)
             predicted = flow(x_t, t)
             if self.density == FixedTime(0):
-                return endpoint_loss(x_t + predicted, data).mean()
+                return velocity_loss(x_t + predicted, data).mean()
             return velocity_loss(predicted, velocity).mean()
 
         optimize(flow, loss, self.steps, self.learning_rate)

@@ -34,8 +34,8 @@ from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
 from rectified_diffusers.data.dataset import open_triplets
 from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.data.generate_real import generate_real_triplets
-from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import read_prompts
+from rectified_diffusers.data.real_images import read_pictures
 from rectified_diffusers.evaluation.comparison import mean_of_trainings
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate

@@ -38,6 +38,8 @@ def fork_server() -> Any:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_XET": "1",  # our Hub takes uploads as git-lfs has them
+        "HF_HUB_DOWNLOAD_TIMEOUT": str(TIMEOUT),
+        "HF_HUB_ETAG_TIMEOUT": str(TIMEOUT),
         "NO_PROXY": "127.0.0.1,localhost",
         "no_proxy": "127.0.0.1,localhost",
     }

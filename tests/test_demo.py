@@ -35,7 +35,7 @@ from rectified_diffusers.demo.tasks import Requests, Stopped, watch
 from rectified_diffusers.demo.worker import LoadingStudio
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
-WAIT = 60  # seconds, for what happens in another thread
+WAIT = 300  # seconds, for what happens in another thread
 
 
 @pytest.fixture

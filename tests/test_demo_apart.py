@@ -19,7 +19,7 @@ from tests.demo_makers import die, fail_to_make
 from tests.forks import forked_studios
 from tests.tiny import make_tiny_pipeline
 
-WAIT = 120  # seconds, for what happens in another process
+WAIT = 300  # seconds, for what happens in another process
 ORDER = ImageRequest("a red apple", seed=3)
 
 

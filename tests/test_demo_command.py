@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatc
     address = json.loads(told.out)["address"]
     assert "error:" in told.err
     with pytest.raises(OSError):
-        urllib.request.urlopen(address, timeout=60)
+        urllib.request.urlopen(address, timeout=300)
 
 
 @pytest.mark.parametrize(

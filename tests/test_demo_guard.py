@@ -28,7 +28,7 @@ from rectified_diffusers.demo.server import FOLDER, launch, private_folder
 from rectified_diffusers.demo.worker import LoadingStudio
 
 PROXY = "demo.example"
-WAIT = 60  # seconds until a test gives up
+WAIT = 300  # seconds until a test gives up
 PATHS = [("GET", "/config"), ("POST", "/gradio_api/upload"), ("POST", "/gradio_api/queue/join"), ("GET", "/")]
 UPLOAD = "gradio_api/upload"
 

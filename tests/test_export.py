@@ -282,11 +282,13 @@ def test_a_distilled_models_stock_images_are_ours(bundled, tmp_path, name, steps
 def test_our_scheduler_reads_the_timesteps_of_an_exported_one(count):
     ours = RectifiedFlowEulerScheduler(num_train_timesteps=count)
     stock = stock_solver(ours, "unipc", 1)
-    again = RectifiedFlowEulerScheduler.from_config(stock.config, velocity_direction="noise")
-    assert again.config["num_train_timesteps"] == count
-    others = UniPCMultistepScheduler(num_train_timesteps=count, use_flow_sigmas=True)
-    again = RectifiedFlowEulerScheduler.from_config(others.config, velocity_direction="noise")
-    assert again.config["num_train_timesteps"] == count
+    for solver in (stock, DPMSolverMultistepScheduler.from_config(stock.config)):
+        again = RectifiedFlowEulerScheduler.from_config(solver.config, velocity_direction="noise")
+        assert again.config["num_train_timesteps"] == count
+    for others in (count, count + 1):
+        solver = UniPCMultistepScheduler(num_train_timesteps=others, use_flow_sigmas=True)
+        again = RectifiedFlowEulerScheduler.from_config(solver.config, velocity_direction="noise")
+        assert again.config["num_train_timesteps"] == others
 
 
 def test_folding_negates_the_prediction_to_the_bit_and_touches_nothing(pipeline):

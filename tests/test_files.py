@@ -98,12 +98,12 @@ def test_the_last_byte_of_a_disk_can_be_used(tmp_path, monkeypatch):
 
 needs_locks = pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from rectified_diffusers.files import lock
 with lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared") as held:
     print(held, flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -114,7 +114,7 @@ def hold(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen]]:
 
     def start(kind: str) -> subprocess.Popen:
         command = [sys.executable, "-c", HOLD, str(tmp_path), kind]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout is not None
         assert started[-1].stdout.readline() == "True\n"
         return started[-1]

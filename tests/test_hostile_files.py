@@ -33,7 +33,7 @@ from rectified_diffusers.cli.shared import load_pipeline
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.evaluation.alignment import SentenceFeatures
 from rectified_diffusers.loading.errors import remedies
-from rectified_diffusers.loading.lora import MAX_RANK
+from rectified_diffusers.loading.lora_checks import MAX_RANK
 from rectified_diffusers.loading.safety import refuse_foreign_code
 from rectified_diffusers.weights.components import swap_components
 from tests.hub.client import sample

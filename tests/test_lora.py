@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rectified_diffusers import RectifiedFlowEulerScheduler, RectifiedFlowPipeline, RectifiedFlowXLPipeline
-from rectified_diffusers.loading.lora import attaching
+from rectified_diffusers.loading.lora_checks import attaching
 from tests.test_pipelines import hand_written_loop
 from tests.tiny import make_tiny_pipeline, make_xl_components
 

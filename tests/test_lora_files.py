@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline
 from rectified_diffusers.loading import mixin
-from rectified_diffusers.loading.lora_layers import file_layers, is_lycoris
+from rectified_diffusers.loading.lora_file import file_layers, is_lycoris
 from tests.original_layout import original_layout
 from tests.test_lora import CLOSE, LOCON, TEXT, UNET, Lora, by_hand, layer_of, sample
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline

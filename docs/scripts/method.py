@@ -14,7 +14,7 @@ from matplotlib import pyplot
 from torch import Tensor, nn
 
 from rectified_diffusers.evaluation.straightness import straightness
-from rectified_diffusers.flow import Straight, endpoint_loss, euler, velocity_loss
+from rectified_diffusers.flow import Straight, euler, velocity_loss
 
 IMAGES = Path(__file__).parents[1] / "images" / "method"
 NOISE, DATA, PATH = "#8a93a8", "#d9480f", "#3b5bdb"
@@ -77,7 +77,7 @@ def train(network: Network, noise: Tensor, data: Tensor, *, distil: bool, steps:
         t = torch.zeros(512) if distil else torch.rand(512)
         x_t, velocity = Straight().interpolate(noise[rows], data[rows], t)
         predicted = network(x_t, t)
-        loss = endpoint_loss(x_t + predicted, data[rows]) if distil else velocity_loss(predicted, velocity)
+        loss = velocity_loss(predicted, velocity)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -8,8 +8,8 @@ from .data.config import RealTripletConfig, TripletConfig
 from .data.dataset import JoinedTriplets, TripletDataset, Triplets, verify_triplets
 from .data.generate import generate_triplets
 from .data.generate_real import generate_real_triplets
-from .data.images import read_pictures
 from .data.prompts import open_prompts, read_prompts
+from .data.real_images import read_pictures
 from .editing.animation import save_animation
 from .editing.interpolation import interpolate, slerp
 from .editing.inversion import edit, invert, round_trip_error

@@ -75,16 +75,20 @@ def follow_umask(path: Path) -> None:
 
     safetensors creates files that only their owner can read, whatever the umask.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    if not files:
-        return
-    probe = path.parent / f"{TEMPORARY}{secrets.token_hex(4)}"
-    probe.touch(exist_ok=False)  # reading the umask itself would change it for all threads
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for file in files:
-        if file.stat().st_mode != mode:
-            file.chmod(mode & 0o777)
+    mode = 0o666 & ~_umask()
+    for file in [path] if path.is_file() else path.rglob("*.safetensors"):
+        if file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
+
+
+def _umask() -> int:
+    """Return the umask from where Linux shows it; other systems let it be read only by setting it, for all threads."""
+    with suppress(OSError):
+        if found := re.search(r"^Umask:\s*([0-7]+)$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1], 8)
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Conversion of whatever holds an image or a mask into what diffusers' pipelines read correctly.
+"""Read image files, and convert whatever holds an image or a mask into what diffusers' pipelines read correctly.
 
 | input | levels |
 |---|---|
@@ -46,6 +46,12 @@ def open_image(path: str | Path) -> Image.Image:
         raise
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these for damaged files
         raise ValueError(f"{path} is not a readable image ({error}). Save it again as PNG or JPEG.") from None
+
+
+def open_square(path: str | Path, size: int) -> torch.Tensor:
+    """Read an image file as a tensor `(3, size, size)` uint8: resized (Lanczos) and center-cropped."""
+    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -32,7 +32,6 @@ def option(
     default: Any,
     help: str,
     *,
-    choices: Sequence[Any] | None = None,
     flags: Sequence[str] = (),
     shown: str | None = None,
     **argument: Any,
@@ -42,13 +41,13 @@ def option(
     Args:
         default: `dataclasses.MISSING` for a required option.
         help: one sentence, the only description of the option; the default is appended where it is shown.
-        choices: the values allowed on the command line, where a `Literal` cannot list them.
         flags: instead of `--name`; a name without dashes makes it a positional argument.
         shown: what `--help` shows as the default, where None stands for a computed value.
         argument: settings of `add_argument` that replace those made from the type.
     """
-    metadata = {"help": help, "choices": choices, "flags": flags, "shown": shown, "argument": argument}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(
+        default=default, metadata={"help": help, "flags": flags, "shown": shown, "argument": argument}
+    )
 
 
 def flag(help: str) -> Any:
@@ -159,7 +158,7 @@ def _shown(default: Any) -> str:
 def _argument(config_class: type, field: dataclasses.Field, hint: Any) -> dict[str, Any]:
     """Return the arguments of `add_argument` that follow from the field's type."""
     base, optional = _without_none(hint)
-    choices = field.metadata["choices"]
+    choices: Any = None
     many = get_origin(base) is tuple and get_args(base)[1:] == (Ellipsis,)
     if many:
         base = get_args(base)[0]

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shutil
-import threading
+import signal
 import time
 import tracemalloc
 from dataclasses import fields
@@ -41,6 +41,8 @@ OPTIONS: dict[str, Any] = {
     "num_inference_steps": 2,
     "seed": 7,
 }
+WAIT = 300  # seconds, for what happens in another thread
+KILLED = -getattr(signal, "SIGALRM", 0)
 
 
 def generate(folder, teacher=None, prompts=PROMPTS, progress=False, **options):
@@ -404,6 +406,20 @@ def test_one_progress_bar_counts_images_from_where_the_run_stopped(folder, capfd
     assert "2/2" not in shown  # the teacher's own bar, of two steps
 
 
+def generate_to_a_kill(folder: Path, teacher: Any, moment: float, options: dict[str, Any]) -> None:
+    """Generate triplets in a process that the system ends, without a word, some seconds after its next file."""
+    replace = Path.replace
+
+    def replace_and_die_soon(self: Path, target: Any) -> Path:
+        Path.replace = replace
+        signal.setitimer(signal.ITIMER_REAL, moment)
+        return self.replace(target)
+
+    Path.replace = replace_and_die_soon
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    generate(folder, teacher, **options)
+
+
 def generate_with_kills(whole: Path, killed: Path) -> list[int | None]:
     """Kill a run six times soon after its next file, in a process that forks them, and return their exit codes."""
     torch.set_num_threads(1)
@@ -412,16 +428,12 @@ def generate_with_kills(whole: Path, killed: Path) -> list[int | None]:
     killed.mkdir()
     moments, exit_codes = random.Random(0), []
     for _ in range(6):
-        there = sorted(killed.iterdir())
-        run = multiprocessing.get_context("fork").Process(target=generate, args=(killed, teacher), kwargs=options)
+        arguments = killed, teacher, moments.uniform(1e-6, 0.04), options
+        run = multiprocessing.get_context("fork").Process(target=generate_to_a_kill, args=arguments)
         run.start()
-        while run.is_alive() and sorted(killed.iterdir()) == there:
-            time.sleep(0.001)
-        run.join(moments.uniform(0, 0.04))
-        run.kill()
         run.join()
         exit_codes.append(run.exitcode)
-        if run.exitcode == -9 and moments.random() < 0.5:  # a moment that is too short to be met at every run
+        if run.exitcode == KILLED and moments.random() < 0.5:  # a moment that is too short to be met at every run
             killed.joinpath(".tmp-1-shard-00011.safetensors").write_bytes(b"torn")
     generate(killed, teacher, **options)
     return exit_codes
@@ -431,8 +443,8 @@ def generate_with_kills(whole: Path, killed: Path) -> list[int | None]:
 def test_a_run_killed_again_and_again_ends_in_the_same_files(tmp_path):
     exit_codes = call_in_fork(generate_with_kills, tmp_path / "whole", tmp_path / "killed")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert set(exit_codes) <= {-9, 0}
-    assert exit_codes[:2] == [-9, -9]
+    assert set(exit_codes) <= {KILLED, 0}
+    assert exit_codes[:2] == [KILLED, KILLED]
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -510,30 +522,39 @@ def test_a_process_makes_what_is_free_and_waits_for_the_others(tmp_path, referen
 
 
 def test_a_claim_without_heartbeat_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims_module, "STALE", 0.3)
-    monkeypatch.setattr(claims_module, "BEAT", 0.05)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(claims_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     path, claims = tmp_path / ".tmp-claim-00004", Claims(tmp_path)
     path.touch()
-    end, start = threading.Event(), time.monotonic()
-    beating = threading.Thread(target=claims_module._beat, args=(path, end))
-    beating.start()
-    while time.monotonic() < start + 0.8:
-        with claims.claim(4) as free:
-            assert not free
-        time.sleep(0.02)
-    end.set()
-    beating.join()
-    ended = time.monotonic()
-    while not path.with_name("taken").exists():
-        with claims.claim(4) as free:
-            if free:
-                assert time.monotonic() - ended > 0.2
-                path.with_name("taken").touch()
-        assert time.monotonic() < ended + 10
-        time.sleep(0.02)
+    free = []
+    for beat in range(3):  # a minute apart, then none
+        os.utime(path, (beat, beat))
+        for _ in range(6):
+            clock.now += 10
+            with claims.claim(4) as is_free:
+                free.append(is_free)
+    while not free[-1]:
+        clock.now += 10
+        with claims.claim(4) as is_free:
+            free.append(is_free)
+    assert free == [False] * (2 * 6 + 12) + [True], "120 seconds after the last beat was seen"
     assert not path.exists()
+    with Claims(tmp_path).claim(4) as is_free:
+        assert is_free
+
+
+def test_a_claim_beats_until_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims_module, "BEAT", 0.01)
+    path = tmp_path / ".tmp-claim-00004"
     with Claims(tmp_path).claim(4) as free:
         assert free
+        for _ in range(2):
+            os.utime(path, (0, 0))
+            deadline = time.monotonic() + WAIT
+            while not path.stat().st_mtime and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert path.stat().st_mtime
+    assert not path.exists()
 
 
 def test_a_shard_whose_making_fails_is_free_again(tmp_path):

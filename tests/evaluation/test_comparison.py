@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from rectified_diffusers import cli
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.generate import generate_triplets
-from rectified_diffusers.data.images import choose, read_pictures
+from rectified_diffusers.data.real_images import choose, read_pictures
 from rectified_diffusers.evaluation.comparison import mean_of_trainings
 from rectified_diffusers.evaluation.config import ComparisonConfig, EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate

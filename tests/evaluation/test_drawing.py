@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from rectified_diffusers.evaluation.gallery import CHUNK, Gallery, Sampler, cached, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.gallery import CHUNK, Gallery, Sampler, cached, for_evaluation, pipeline_digest
 from tests.tiny import make_tiny_pipeline
 
 
@@ -29,11 +29,11 @@ def test_a_diffusion_model_is_solved_and_the_pipeline_left_alone():
 
 def test_the_fingerprint_follows_the_weights():
     pipeline = make_tiny_pipeline("flow")
-    before = fingerprint(pipeline)
-    assert before == fingerprint(make_tiny_pipeline("flow"))
+    before = pipeline_digest(pipeline)
+    assert before == pipeline_digest(make_tiny_pipeline("flow"))
     with torch.no_grad():
         next(iter(pipeline.unet.parameters())).view(-1)[0].add_(1e-3)
-    assert fingerprint(pipeline) != before
+    assert pipeline_digest(pipeline) != before
 
 
 def test_a_gallery_makes_what_is_missing(tmp_path):

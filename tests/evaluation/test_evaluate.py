@@ -9,7 +9,7 @@ from rectified_diffusers.cli.evaluate import _image_size
 from rectified_diffusers.cli.shared import CommandError
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.generate import generate_triplets
-from rectified_diffusers.data.images import choose, read_pictures
+from rectified_diffusers.data.real_images import choose, read_pictures
 from rectified_diffusers.evaluation import gallery as drawing
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import CACHE, evaluate

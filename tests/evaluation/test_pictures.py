@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from rectified_diffusers.data.images import choose, read_pictures
+from rectified_diffusers.data.real_images import choose, read_pictures
 from tests.tiny_inputs import CAPTIONS, PER_CAPTION, SIZE
 
 

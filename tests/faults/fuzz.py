@@ -30,12 +30,11 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from rectified_diffusers.cli import COMMANDS, build_parser
-from rectified_diffusers.cli.shared import CommandError
+from rectified_diffusers.cli.shared import CommandError, options_of
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import MANIFEST_NAME
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
-from rectified_diffusers.options import options_from
 from rectified_diffusers.training.checkpoint import STATE, sealed, unsealed
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 from tests.faults import kept
@@ -199,8 +198,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
         """Parse as `main` does, up to where the work would begin."""
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             namespace = parser.parse_args(argv)
-        if hasattr(namespace, "config_class"):
-            options_from(namespace, namespace.config_class)
+        if hasattr(namespace, "options"):
+            options_of(namespace)
 
     lines = b'{"prompt": "a red apple"}\n{"prompt": "the sea", "n": [1, {"a": null}]}\n'
     state = unsealed((checkpoint / STATE).read_text())

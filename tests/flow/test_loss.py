@@ -1,41 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from rectified_diffusers.flow import (
-    LOSS_KINDS,
-    LossKind,
-    Straight,
-    endpoint_loss,
-    perceptual_loss,
-    pseudo_huber,
-    velocity_loss,
-)
+from rectified_diffusers.flow import LOSS_KINDS, LossKind, Straight, pseudo_huber, velocity_loss
 from tests.flow.cases import SHAPES, draw_pair, spread
 
 all_kinds = pytest.mark.parametrize("kind", LOSS_KINDS)
-both_losses = pytest.mark.parametrize("loss", [velocity_loss, endpoint_loss])
 seeds = st.integers(0, 2**31)
 shapes = st.sampled_from(SHAPES)
 
 
-@both_losses
 @all_kinds
 @given(seed=seeds, shape=shapes)
-def test_one_value_per_example_of_that_example_alone(
-    loss: Callable[..., Tensor], kind: LossKind, seed: int, shape: tuple[int, ...]
-) -> None:
+def test_one_value_per_example_of_that_example_alone(kind: LossKind, seed: int, shape: tuple[int, ...]) -> None:
     predicted, target = draw_pair(shape, seed)
-    values = loss(predicted, target, kind)
+    values = velocity_loss(predicted, target, kind)
     assert values.shape == shape[:1]
     for i in range(shape[0]):
-        torch.testing.assert_close(values[i : i + 1], loss(predicted[i : i + 1], target[i : i + 1], kind))
+        torch.testing.assert_close(values[i : i + 1], velocity_loss(predicted[i : i + 1], target[i : i + 1], kind))
 
 
 @given(seed=seeds, shape=shapes)
@@ -72,55 +57,30 @@ def test_gradient_is_finite_at_a_perfect_prediction(kind: LossKind) -> None:
 
 
 @given(seed=seeds, t=st.floats(0.05, 0.95))
-def test_endpoint_loss_is_velocity_loss_times_the_square_of_the_rest(seed: int, t: float) -> None:
+def test_the_loss_of_the_data_is_that_of_the_velocity_times_the_square_of_the_rest(seed: int, t: float) -> None:
     noise, data = draw_pair((4, 4, 4, 4), seed)
     predicted, _ = draw_pair((4, 4, 4, 4), seed + 1)
     times = spread(t, 4)
     x_t, velocity = Straight().interpolate(noise, data, times)
     data_hat = x_t + (1 - times).reshape(4, 1, 1, 1) * predicted
-    torch.testing.assert_close(endpoint_loss(data_hat, data), (1 - times) ** 2 * velocity_loss(predicted, velocity))
+    torch.testing.assert_close(velocity_loss(data_hat, data), (1 - times) ** 2 * velocity_loss(predicted, velocity))
 
 
-@both_losses
 @all_kinds
-def test_narrow_inputs_are_compared_in_float32(loss: Callable[..., Tensor], kind: LossKind) -> None:
+def test_narrow_inputs_are_compared_in_float32(kind: LossKind) -> None:
     predicted, target = (100 * x.half() for x in draw_pair((2, 4, 64, 64), seed=0))  # a sum of squares above 65504
-    values = loss(predicted, target, kind)
+    values = velocity_loss(predicted, target, kind)
     assert values.dtype == torch.float32
-    torch.testing.assert_close(values, loss(predicted.float(), target.float(), kind))
+    torch.testing.assert_close(values, velocity_loss(predicted.float(), target.float(), kind))
 
 
-@pytest.mark.parametrize("tail", [(), (1, 1, 1)], ids=["(B,)", "(B, 1, 1, 1)"])
-def test_perceptual_loss_gives_one_value_per_image(tail: tuple[int, ...]) -> None:
-    predicted, images = draw_pair((3, 3, 8, 8), seed=0)
-
-    def network(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().flatten(1).mean(1).reshape(-1, *tail)
-
-    torch.testing.assert_close(perceptual_loss(predicted, images, network), (predicted - images).abs().mean((1, 2, 3)))
-
-
-def test_reduced_perceptual_network_is_refused() -> None:
-    predicted, images = draw_pair((3, 3, 8, 8), seed=0)
-    with pytest.raises(ValueError, match="reduction"):
-        perceptual_loss(predicted, images, lambda a, b: (a - b).abs().mean())
-
-
-@both_losses
-def test_broadcast_is_refused(loss: Callable[..., Tensor]) -> None:
+def test_broadcast_is_refused() -> None:
     predicted, target = draw_pair((4, 4), seed=0)
     with pytest.raises(ValueError, match="Nothing is broadcast"):
-        loss(predicted, target[:, :1])
+        velocity_loss(predicted, target[:, :1])
 
 
-def test_images_of_two_sizes_are_refused() -> None:
-    predicted, images = draw_pair((3, 3, 8, 8), seed=0)
-    with pytest.raises(ValueError, match="Nothing is broadcast"):
-        perceptual_loss(predicted, images[..., :4], lambda a, b: a)
-
-
-@both_losses
-def test_unknown_kind_names_the_known(loss: Callable[..., Tensor]) -> None:
+def test_unknown_kind_names_the_known() -> None:
     predicted, target = draw_pair((4, 4), seed=0)
     with pytest.raises(ValueError, match="l2, pseudo_huber, got 'l1'"):
-        loss(predicted, target, "l1")
+        velocity_loss(predicted, target, "l1")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers.flow.loss import endpoint_loss, pseudo_huber, velocity_loss
+from rectified_diffusers.flow.loss import pseudo_huber, velocity_loss
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.losses import DecodedDistance, FlowLoss
@@ -42,7 +42,7 @@ def test_latent_losses_are_those_of_the_velocity(kind: Any, backbone: Path) -> N
     assert torch.equal(loss(predicted, velocity, x_t, t), velocity_loss(predicted, velocity, kind))
     start = torch.zeros(4)  # where a distillation trains, the error of the data is the same
     found = loss(predicted, velocity, x_t, start)
-    torch.testing.assert_close(found, endpoint_loss(x_t + predicted, x_t + velocity, kind))
+    torch.testing.assert_close(found, velocity_loss(x_t + predicted, x_t + velocity, kind))
 
 
 def test_lpips_compares_the_pictures_at_the_end(backbone: Path) -> None:

@@ -15,35 +15,12 @@ import sys
 from collections.abc import Sequence
 
 from rectified_diffusers import __version__
+from rectified_diffusers.cli import delta, demo, evaluate, export, generate, inspect, interpolate, training, triplets
 from rectified_diffusers.cli.completion import SHELLS, PrintCompletion
-from rectified_diffusers.cli.delta import add_delta
-from rectified_diffusers.cli.demo import add_demo
-from rectified_diffusers.cli.evaluate import add_evaluate
-from rectified_diffusers.cli.export import add_export
-from rectified_diffusers.cli.generate import add_generate
-from rectified_diffusers.cli.inspect import add_inspect
-from rectified_diffusers.cli.interpolate import add_interpolate
-from rectified_diffusers.cli.shared import PROG, CommandError, Parser
-from rectified_diffusers.cli.training import add_distill, add_dmd, add_progressive, add_reflow
-from rectified_diffusers.cli.triplets import add_real_triplets, add_triplets, add_verify
+from rectified_diffusers.cli.shared import PROG, CommandError, Parser, options_of
 
 _MEMORY = re.compile("allocate|out of memory|Storage size calculation overflowed")
-COMMANDS = (
-    add_generate,
-    add_interpolate,
-    add_demo,
-    add_inspect,
-    add_triplets,
-    add_real_triplets,
-    add_verify,
-    add_reflow,
-    add_distill,
-    add_progressive,
-    add_dmd,
-    add_evaluate,
-    add_export,
-    add_delta,
-)
+COMMANDS = (generate, interpolate, demo, inspect, triplets, training, evaluate, export, delta)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = argparse.Namespace(debug=False, resumable=False)
     try:
         arguments = build_parser().parse_args(_decoded(sys.argv[1:] if argv is None else argv))
-        arguments.run(arguments)
+        arguments.run(*options_of(arguments))
     except (CommandError, ValueError, OSError, ImportError, FloatingPointError) as error:
         if arguments.debug:
             raise
@@ -86,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SHELL",
         help=f"Print a completion script for {', '.join(SHELLS)}; load it in the shell's start-up file",
     )
+    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in COMMANDS:
-        add(commands).add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    for module in COMMANDS:
+        module.add_to(commands)
     return parser

@@ -19,7 +19,7 @@ from rectified_diffusers.cli.shared import (
     print_result,
     without_bars_of_libraries,
 )
-from rectified_diffusers.options import option, options_from
+from rectified_diffusers.options import option
 
 WEIGHTS = "Hub id or folder of a pipeline or of its U-Net, or a .safetensors file"
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -58,25 +58,20 @@ class ApplyOptions(CommandOptions):
     dtype: Dtype = option("float32", "Precision of the new pipeline.")
 
 
-def add_delta(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Transfer a fine-tune to another model, as a difference of weights."
     parser = commands.add_parser("delta", help=text, description=text)
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="action")
     make = "Write the difference fine-tune - base of two U-Nets, without loading either completely."
+    add_command(actions, "make", run_make, MakeOptions, help=make)
     apply = "Add weight deltas or LyCORIS files to a pipeline, and save it as a new pipeline."
-    for command in (
-        add_command(actions, "make", make, run_make, MakeOptions),
-        add_command(actions, "apply", apply, run_apply, ApplyOptions),
-    ):
-        # SUPPRESS: do not overwrite the value of --debug from `delta` itself, which has the same option.
-        command.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
-        )
-    return parser
+    add_command(actions, "apply", run_apply, ApplyOptions, help=apply)
 
 
-def run_make(arguments: argparse.Namespace) -> None:
-    options = options_from(arguments, MakeOptions)
+def run_make(options: MakeOptions) -> None:
     check_weights_file(options.output)
     from rectified_diffusers.weights.delta import compute_weight_delta
 
@@ -86,8 +81,7 @@ def run_make(arguments: argparse.Namespace) -> None:
     print_result(options, text, output=options.output, fine_tune=fine_tune, base=base, weights=count)
 
 
-def run_apply(arguments: argparse.Namespace) -> None:
-    options = options_from(arguments, ApplyOptions)
+def run_apply(options: ApplyOptions) -> None:
     named, output = [parse_delta(text) for text in options.deltas], options.output
     if (output / "model_index.json").exists():
         raise CommandError(f"the folder {str(output)!r} already holds a pipeline; give a new one")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 import threading
@@ -24,7 +23,7 @@ from rectified_diffusers.cli.shared import (
     print_result,
 )
 from rectified_diffusers.demo.requests import MAX_GUIDANCE, MAX_STEPS, PROMPTS, ImageRequest
-from rectified_diffusers.options import flag, option, options_from
+from rectified_diffusers.options import flag, option
 
 if TYPE_CHECKING:
     from rectified_diffusers.demo.studio import Studio
@@ -90,14 +89,13 @@ class DemoOptions(ModelOptions):
             raise CommandError(f"--teacher-guidance-scale must be from 0 to {MAX_GUIDANCE:g}, got {given}")
 
 
-def add_demo(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Serve a web page that generates images while you type."
-    return add_command(commands, "demo", text, run_demo, DemoOptions, epilog="Stop it with Ctrl-C.")
+    add_command(commands, "demo", run_demo, DemoOptions, help=text, epilog="Stop it with Ctrl-C.")
 
 
-def run_demo(arguments: argparse.Namespace) -> None:
+def run_demo(options: DemoOptions) -> None:
     """Serve the page until Ctrl-C, while another process loads the models and generates images."""
-    options = options_from(arguments, DemoOptions)
     styles = [_style(text) for text in options.styles]
     auth = None if options.auth is None else _credentials(options.auth)
     check_model(options.source)

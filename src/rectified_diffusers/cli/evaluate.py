@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ from rectified_diffusers.cli.shared import (
     print_result,
 )
 from rectified_diffusers.evaluation.config import ComparisonConfig, EvaluationConfig
-from rectified_diffusers.options import flag, option, options_from
+from rectified_diffusers.options import flag, option
 
 if TYPE_CHECKING:
-    from rectified_diffusers.data.images import RealPictures
+    from rectified_diffusers.data.real_images import RealPictures
     from rectified_diffusers.evaluation.intervals import Interval
 
 
@@ -39,20 +38,17 @@ class EvaluateOptions(ModelOptions):
             raise CommandError("real images are required from one source: give either --data or --triplets")
 
 
-def add_evaluate(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Compare a model with real images: distances, alignment, diversity, straightness."
     epilog = (
         "Run it again with another --model and the same --output-dir to compare both in one table. Generated images "
         "are kept in OUTPUT_DIR/cache, so that an interrupted run continues; remove that folder at the end."
     )
-    settings = {"epilog": epilog, "resumable": True}
     classes = EvaluateOptions, EvaluationConfig, ComparisonConfig
-    return add_command(commands, "evaluate", text, run_evaluate, *classes, **settings)
+    add_command(commands, "evaluate", run_evaluate, *classes, help=text, epilog=epilog, resumable=True)
 
 
-def run_evaluate(arguments: argparse.Namespace) -> None:
-    options, config = options_from(arguments, EvaluateOptions), options_from(arguments, EvaluationConfig)
-    comparison = options_from(arguments, ComparisonConfig)
+def run_evaluate(options: EvaluateOptions, config: EvaluationConfig, comparison: ComparisonConfig) -> None:
     folder = Path(options.data or options.triplets or "")
     if not folder.is_dir():
         raise CommandError(f"no folder {str(folder)!r}; give a folder of real images or of triplets")
@@ -60,7 +56,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     model = options.source
     load = lambda model: load_pipeline(model, options.device, options.dtype)  # noqa: E731
     pipeline = load(model)
-    from rectified_diffusers.data.images import read_pictures
+    from rectified_diffusers.data.real_images import read_pictures
     from rectified_diffusers.evaluation.comparison import evaluate_beside, model_name
 
     name = options.name or model_name(model)
@@ -97,8 +93,8 @@ def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -
     import torch
 
     from rectified_diffusers.data.dataset import TripletDataset
-    from rectified_diffusers.data.images import RealPictures
-    from rectified_diffusers.evaluation.gallery import digest_of
+    from rectified_diffusers.data.real_images import RealPictures
+    from rectified_diffusers.digests import digest_of
     from rectified_diffusers.models.latents import unscale
 
     dataset, vae = TripletDataset(folder), pipeline.vae

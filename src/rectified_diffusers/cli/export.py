@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import MISSING, dataclass
 from os.path import expanduser
 from pathlib import Path
@@ -19,7 +18,7 @@ from rectified_diffusers.cli.shared import (
     print_result,
     without_bars_of_libraries,
 )
-from rectified_diffusers.options import option, options_from
+from rectified_diffusers.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +46,12 @@ class ExportOptions(DeviceOptions):
                 raise CommandError(f"{flag} is for the format diffusers; an export to {self.format} has no solver")
 
 
-def add_export(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Save a model for programs that do not know this package."
-    return add_command(commands, "export", text, run_export, ExportOptions)
+    add_command(commands, "export", run_export, ExportOptions, help=text)
 
 
-def run_export(arguments: argparse.Namespace) -> None:
-    options = options_from(arguments, ExportOptions)
+def run_export(options: ExportOptions) -> None:
     to, output = options.format, options.output
     if to in ("comfyui", "ldm"):
         check_weights_file(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from rectified_diffusers.cli.shared import (
     load_pipeline,
     print_result,
 )
-from rectified_diffusers.options import flag, option, options_from
+from rectified_diffusers.options import flag, option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,17 +86,16 @@ class GenerateOptions(SamplingOptions):
         return REFINE_STRENGTH if strength is None else strength, REFINE_STEPS if steps is None else steps
 
 
-def add_generate(commands: Any) -> argparse.ArgumentParser:
-    return add_command(commands, "generate", "Generate images from prompts.", run_generate, GenerateOptions)
+def add_to(commands: Any) -> None:
+    add_command(commands, "generate", run_generate, GenerateOptions, help="Generate images from prompts.")
 
 
-def run_generate(arguments: argparse.Namespace) -> None:
+def run_generate(options: GenerateOptions) -> None:
     """Generate `num_images` images for each prompt, one at a time unless `fast`, and write them to one file.
 
     An image generated alone is bit-identical regardless of what else the command generates, and memory does not grow
     with the number of images.
     """
-    options = options_from(arguments, GenerateOptions)
     check_image_file(options.output)
     pipeline = load_pipeline(options.source, options.device, options.dtype)
     options = options.with_steps_of(pipeline)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import MISSING, dataclass
 from os.path import expanduser
 from typing import TYPE_CHECKING, Any
 
 from rectified_diffusers.cli.shared import CommandError, DeviceOptions, add_command, load_pipeline, print_result
-from rectified_diffusers.options import option, options_from
+from rectified_diffusers.options import option
 
 if TYPE_CHECKING:
     from rectified_diffusers.models.inspection import Inspection
@@ -36,14 +35,13 @@ class InspectOptions(DeviceOptions):
         return {name: value for name, value in sizes.items() if value is not None}
 
 
-def add_inspect(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Say whether a pipeline can be teacher and student, and what training it needs."
-    return add_command(commands, "inspect", text, run_inspect, InspectOptions)
+    add_command(commands, "inspect", run_inspect, InspectOptions, help=text)
 
 
-def run_inspect(arguments: argparse.Namespace) -> None:
+def run_inspect(options: InspectOptions) -> None:
     """Load the pipeline, calibrate an adapter on it and print what it found."""
-    options = options_from(arguments, InspectOptions)
     pipeline = load_pipeline(options.model, options.device, options.dtype)
     from rectified_diffusers.models.inspection import inspect_pipeline
     from rectified_diffusers.training.config import TrainerConfig
@@ -70,10 +68,9 @@ def describe(model: str, found: Inspection, lora_rank: int) -> str:
         rounded = ", rounded by the pipeline" if time["rounded"] else ""
         lines["time"] = f"{time['argument']} = {time['slope']:g} * timestep{offset}{grid}{rounded}"
         lines["prediction"] = str(found.prediction)
-        default = (
-            "" if guidance["default"] is None else f", {guidance['argument']} is {guidance['default']:g} by default"
-        )
-        lines["guidance"] = f"{guidance['kind']}{default}"
+        default = guidance["default"]
+        stated = "" if default is None else f", {guidance['argument']} is {default:g} by default"
+        lines["guidance"] = f"{guidance['kind']}{stated}"
         euler = found.self_test["euler"]
         loop = "" if euler is None else f", Euler loop {euler:.0e}"
         lines["self-test"] = f"prediction {found.self_test['prediction']:.0e}{loop}, noise and decoding exact"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import MISSING, dataclass
@@ -21,7 +20,7 @@ from rectified_diffusers.cli.shared import (
     load_pipeline,
     print_result,
 )
-from rectified_diffusers.options import flag, option, options_from
+from rectified_diffusers.options import flag, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +43,13 @@ class InterpolateOptions(SamplingOptions):
             raise CommandError(f"--fps must be above 0 and at most 50, got {self.fps}")
 
 
-def add_interpolate(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
     text = "Animate the interpolation between prompts and seeds."
-    return add_command(commands, "interpolate", text, run_interpolate, InterpolateOptions)
+    add_command(commands, "interpolate", run_interpolate, InterpolateOptions, help=text)
 
 
-def run_interpolate(arguments: argparse.Namespace) -> None:
+def run_interpolate(options: InterpolateOptions) -> None:
     """Generate the images once, and write them to each of the outputs."""
-    options = options_from(arguments, InterpolateOptions)
     from rectified_diffusers.editing.animation import ANIMATIONS, check_animation, save_animation
     from rectified_diffusers.editing.interpolation import check_keys, interpolate
 

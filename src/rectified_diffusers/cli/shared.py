@@ -21,7 +21,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from rectified_diffusers.options import add_options, expanded_path, flag, option
+from rectified_diffusers.options import add_options, expanded_path, flag, option, options_from
 
 if TYPE_CHECKING:
     import torch
@@ -160,20 +160,34 @@ class SamplingOptions(ModelOptions):
 
 
 def add_command(
-    commands: Any, name: str, text: str, run: Callable[[Any], None], *options: type, **settings: Any
-) -> argparse.ArgumentParser:
-    """Add a command whose arguments are the fields of dataclasses.
+    commands: Any,
+    name: str,
+    run: Callable[..., None],
+    *options: type,
+    help: str,
+    epilog: str | None = None,
+    resumable: bool = False,
+) -> None:
+    """Add a command whose arguments are the fields of dataclasses, of which `run` gets an instance each.
 
     Args:
         commands: the subparsers of the program.
-        run: called with the parsed arguments, from which `options_from` makes the dataclasses.
-        settings: `epilog` of --help; other names become attributes of the parsed arguments.
+        resumable: whether to run the same command again continues a run that was stopped.
     """
-    parser = commands.add_parser(name, help=text, description=text, epilog=settings.pop("epilog", None))
+    parser = commands.add_parser(name, help=help, description=help, epilog=epilog)
     for config_class in options:
         add_options(parser, config_class)
-    parser.set_defaults(**{"run": run, "resumable": False, "config_class": options[-1], **settings})
-    return parser
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="Show the traceback of an error."
+    )
+    parser.set_defaults(run=run, options=options, resumable=resumable)
+
+
+def options_of(arguments: argparse.Namespace) -> list[Any]:
+    """Return the dataclasses of a command with the parsed arguments; a preset's values take the place of defaults."""
+    preset, presets = getattr(arguments, "preset", None), getattr(arguments.options[-1], "presets", {})
+    values = argparse.Namespace(**{**(presets[preset] if preset else {}), **vars(arguments)})
+    return [options_from(values, config_class) for config_class in arguments.options]
 
 
 def print_result(options: CommandOptions, text: str, **facts: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import MISSING, dataclass
 from os.path import expanduser
 from pathlib import Path
@@ -19,7 +18,7 @@ from rectified_diffusers.cli.shared import (
     print_result,
     without_bars_of_libraries,
 )
-from rectified_diffusers.options import option, options_from
+from rectified_diffusers.options import option
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -64,39 +63,40 @@ class DmdOptions(TrainingOptions):
     )
 
 
-def add_reflow(commands: Any) -> argparse.ArgumentParser:
-    text = "Straighten the flow of a model on the triplets of its teacher: one round of reflow."
-    return _add_training(commands, "reflow", text, PresetOptions, ReflowConfig)
+def add_to(commands: Any) -> None:
+    for name, options, config_class, text in (
+        (
+            "reflow",
+            PresetOptions,
+            ReflowConfig,
+            "Straighten the flow of a model on the triplets of its teacher: one round of reflow.",
+        ),
+        (
+            "distill",
+            PresetOptions,
+            DistillConfig,
+            "Distill a rectified flow into one step, or a few, on triplets that it generated.",
+        ),
+        (
+            "progressive",
+            TrainingOptions,
+            ProgressiveConfig,
+            "Distill a flow by repeatedly halving its steps: the baseline that InstaFlow is compared with.",
+        ),
+        (
+            "dmd",
+            DmdOptions,
+            DistributionMatchingConfig,
+            "Fine-tune a model of one step, or a few, by distribution matching (DMD2): the distribution of its images "
+            "approaches the teacher's, without matching the teacher's image for each noise sample.",
+        ),
+    ):
+        add_command(
+            commands, name, run_training, options, config_class, help=text, epilog=ON_PROCESSES, resumable=True
+        )
 
 
-def add_distill(commands: Any) -> argparse.ArgumentParser:
-    text = "Distill a rectified flow into one step, or a few, on triplets that it generated."
-    return _add_training(commands, "distill", text, PresetOptions, DistillConfig)
-
-
-def add_progressive(commands: Any) -> argparse.ArgumentParser:
-    text = "Distill a flow by repeatedly halving its steps: the baseline that InstaFlow is compared with."
-    return _add_training(commands, "progressive", text, TrainingOptions, ProgressiveConfig)
-
-
-def add_dmd(commands: Any) -> argparse.ArgumentParser:
-    text = (
-        "Fine-tune a model of one step, or a few, by distribution matching (DMD2): the distribution of its images "
-        "approaches the teacher's, without matching the teacher's image for each noise sample."
-    )
-    return _add_training(commands, "dmd", text, DmdOptions, DistributionMatchingConfig)
-
-
-def _add_training(
-    commands: Any, name: str, text: str, options: type[TrainingOptions], config_class: type
-) -> argparse.ArgumentParser:
-    settings = {"epilog": ON_PROCESSES, "resumable": True, "command_options": options}
-    return add_command(commands, name, text, run_training, options, config_class, **settings)
-
-
-def run_training(arguments: argparse.Namespace) -> None:
-    options: Any = options_from(arguments, arguments.command_options)
-    config = options_from(_with_preset(arguments), arguments.config_class)
+def run_training(options: Any, config: Any) -> None:
     real = getattr(options, "real_triplets", ())
     for command, folders in (("triplets", options.triplets), ("real-triplets", real)):
         for folder in folders:
@@ -121,7 +121,7 @@ def run_training(arguments: argparse.Namespace) -> None:
         own["teacher"] = load_pipeline(options.teacher, "cpu", "float32")
         own["real_data"] = open_triplets(real) if real else None
     try:
-        trainer = trainers[arguments.config_class](pipeline, open_triplets(options.triplets), config, **own)
+        trainer = trainers[type(config)](pipeline, open_triplets(options.triplets), config, **own)
     except TypeError as error:  # a pipeline that the trainers do not support
         raise CommandError(str(error)) from error
     with without_bars_of_libraries():
@@ -129,9 +129,3 @@ def run_training(arguments: argparse.Namespace) -> None:
     if trainer.accelerator.is_main_process:
         text = f"{config.output_dir}: trained to step {config.max_steps}"
         print_result(options, text, output_dir=config.output_dir, step=config.max_steps)
-
-
-def _with_preset(arguments: argparse.Namespace) -> argparse.Namespace:
-    """Return the arguments, with the preset's values for options that were not given."""
-    presets, name = arguments.config_class.presets, getattr(arguments, "preset", None)
-    return argparse.Namespace(**{**(presets[name] if name else {}), **vars(arguments)})

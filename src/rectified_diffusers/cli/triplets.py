@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sized
 from dataclasses import MISSING, dataclass
@@ -22,7 +21,7 @@ from rectified_diffusers.cli.shared import (
 )
 from rectified_diffusers.data.config import RealTripletConfig, TripletConfig
 from rectified_diffusers.data.prompts import open_prompts
-from rectified_diffusers.options import option, options_from
+from rectified_diffusers.options import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +54,18 @@ class VerifyOptions(CommandOptions):
     folder: Path = option(MISSING, "Folder that `triplets` wrote", flags=["folder"])
 
 
-def add_triplets(commands: Any) -> argparse.ArgumentParser:
+def add_to(commands: Any) -> None:
+    settings: dict[str, Any] = {"epilog": ON_PROCESSES, "resumable": True}
     text = "Generate the (prompt, noise, data) triplets of a teacher that reflow and distill train on."
-    settings = {"epilog": ON_PROCESSES, "resumable": True}
-    return add_command(commands, "triplets", text, run_triplets, TripletOptions, TripletConfig, **settings)
-
-
-def add_real_triplets(commands: Any) -> argparse.ArgumentParser:
+    add_command(commands, "triplets", run_triplets, TripletOptions, TripletConfig, help=text, **settings)
     text = "Invert real images to noise by running a teacher's flow backward: more triplets for reflow and distill."
-    settings = {"epilog": ON_PROCESSES, "resumable": True}
-    return add_command(
-        commands, "real-triplets", text, run_real_triplets, RealTripletOptions, RealTripletConfig, **settings
-    )
-
-
-def add_verify(commands: Any) -> argparse.ArgumentParser:
+    classes = RealTripletOptions, RealTripletConfig
+    add_command(commands, "real-triplets", run_real_triplets, *classes, help=text, **settings)
     text = "Read a folder of triplets and compare every shard with its checksum."
-    return add_command(commands, "verify", text, run_verify, VerifyOptions)
+    add_command(commands, "verify", run_verify, VerifyOptions, help=text)
 
 
-def run_triplets(arguments: argparse.Namespace) -> None:
-    options, config = options_from(arguments, TripletOptions), options_from(arguments, TripletConfig)
+def run_triplets(options: TripletOptions, config: TripletConfig) -> None:
     prompts = open_prompts(options.prompts, options.prompt_column, options.prompt_split)
     teacher = _load_teacher(options)
     from rectified_diffusers.data.generate import generate_triplets
@@ -83,8 +73,7 @@ def run_triplets(arguments: argparse.Namespace) -> None:
     _report(options, generate_triplets(teacher, prompts, options.output_dir, config, progress=True))
 
 
-def run_real_triplets(arguments: argparse.Namespace) -> None:
-    options, config = options_from(arguments, RealTripletOptions), options_from(arguments, RealTripletConfig)
+def run_real_triplets(options: RealTripletOptions, config: RealTripletConfig) -> None:
     if not options.data.is_dir():
         raise CommandError(f"no folder {str(options.data)!r}; give a folder of images with a metadata.jsonl")
     teacher = _load_teacher(options)
@@ -112,8 +101,7 @@ def _report(options: TeacherOptions, dataset: Sized) -> None:
         print_result(options, text, output_dir=options.output_dir, triplets=len(dataset))
 
 
-def run_verify(arguments: argparse.Namespace) -> None:
-    options = options_from(arguments, VerifyOptions)
+def run_verify(options: VerifyOptions) -> None:
     from rectified_diffusers.data.dataset import verify_triplets
 
     dataset = verify_triplets(options.folder, progress=True)

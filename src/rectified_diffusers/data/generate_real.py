@@ -29,8 +29,8 @@ from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.config import RealTripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, require_white
 from rectified_diffusers.data.generate import draw_noise, make_manifest, write_triplets
-from rectified_diffusers.data.images import read_pictures
 from rectified_diffusers.data.prompts import prompts_sha256
+from rectified_diffusers.data.real_images import read_pictures
 from rectified_diffusers.data.teacher import Teacher, fingerprint
 from rectified_diffusers.flow.ode import heun
 from rectified_diffusers.models.denoiser import Denoiser

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rectified_diffusers.data.shards import Shard, holds_shards, shard_numbers, shard_path
+from rectified_diffusers.digests import digest_of
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.options import LARGEST
 
@@ -123,16 +124,12 @@ class Manifest:
     @cached_property
     def identity(self) -> str:
         """SHA-256 of the settings, which every shard records."""
-        return hashlib.sha256(self._sorted_settings).hexdigest()
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of the settings, which the checkpoints of a training run record."""
-        return hashlib.blake2b(self._sorted_settings, digest_size=16).hexdigest()
-
-    @property
-    def _sorted_settings(self) -> bytes:
-        return json.dumps(self.settings, sort_keys=True).encode()
+        return digest_of(self.settings, size=16)
 
     @property
     def num_shards(self) -> int:

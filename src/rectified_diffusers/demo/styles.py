@@ -8,8 +8,8 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from rectified_diffusers.demo.requests import Style
-from rectified_diffusers.loading.lora import UNFIT, check_factor
-from rectified_diffusers.loading.lora_layers import is_lycoris
+from rectified_diffusers.loading.lora_checks import UNFIT, check_factor
+from rectified_diffusers.loading.lora_file import is_lycoris
 from rectified_diffusers.weights.delta import AppliedDelta, apply_weight_delta, load_weight_delta
 
 MAX_LOADED = 8  # LoRAs that stay attached, active or not, so that moving a slider needs no loading

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rectified_diffusers.data.images import RealPictures
+from rectified_diffusers.data.real_images import RealPictures
 from rectified_diffusers.evaluation.config import ComparisonConfig, EvaluationConfig
 from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.intervals import merged

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.checks import require_pipeline, require_type
-from rectified_diffusers.data.images import Choice, RealPictures, choose, words_of
+from rectified_diffusers.data.real_images import Choice, RealPictures, choose, words_of
+from rectified_diffusers.digests import digest_of
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, digest_of, fingerprint, for_evaluation
+from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, for_evaluation, pipeline_digest
 from rectified_diffusers.evaluation.intervals import GROUPS, Interval, interval_of, merged
 from rectified_diffusers.evaluation.metrics import (
     diversity_interval,
@@ -82,7 +83,7 @@ def evaluate(
     if not any(interval.deviations for interval in report.real.values()):  # new, or of an earlier version
         prompts = tuple(_distinct(run.choice("seen", config.seeds[0]).prompts)[:SHOWN_PROMPTS])
         report = replace(report, real=run.measure_real(), prompts=prompts, captions=run.captions_by_words())
-    model = fingerprint(adapted)
+    model = pipeline_digest(adapted)
     for steps in config.steps:
         report = report.with_row(run.measure(adapted, model, name, steps, report.prompts))
         report = replace(report, provenance=provenance(pipeline.device))

@@ -39,7 +39,7 @@ def for_evaluation(pipeline: Any) -> Any:
     return adapted
 
 
-def fingerprint(pipeline: Any) -> str:
+def pipeline_digest(pipeline: Any) -> str:
     """Return a digest of a pipeline's class, scheduler and weights. Equal digests imply equal images."""
     digest = hashlib.blake2b(type(pipeline).__name__.encode(), digest_size=16)
     scheduler = {name: str(value) for name, value in pipeline.scheduler.config.items()}
@@ -133,8 +133,3 @@ def cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tenso
     if not path.exists():
         write_atomically(path, lambda partial: save_file(make(), partial))
     return load_file(path)
-
-
-def digest_of(value: Any) -> str:
-    """Return a digest of any JSON value, for use as a folder name."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.digests import digest_of, hash_file
 from rectified_diffusers.evaluation.alignment import AlignmentModel, SentenceFeatures, retrieval
 from rectified_diffusers.evaluation.config import EvaluationConfig
 from rectified_diffusers.evaluation.features import CLIPScore, InceptionV3Features, MobileNetV2Features, clip_cosines
@@ -58,8 +59,7 @@ class AlignmentScorer:
         self.captions = sorted(set(captions))
         self.numbers = {caption: i for i, caption in enumerate(self.captions)}
         self.candidates = min(CANDIDATES, len(self.captions))
-        digest = hashlib.blake2b(json.dumps([config.sentence_encoder, self.captions]).encode(), digest_size=8)
-        path = work / f"texts-{digest.hexdigest()}.safetensors"
+        path = work / f"texts-{digest_of([config.sentence_encoder, self.captions])}.safetensors"
         make = lambda: {"features": SentenceFeatures(config.sentence_encoder)(self.captions)}  # noqa: E731
         with torch.no_grad():
             self.texts = self.model.embed_texts(cached(path, make)["features"])
@@ -120,8 +120,4 @@ def _name_of(weights: Path | None) -> str:
         return "published"
     if not Path(weights).is_file():
         raise FileNotFoundError(f"No weights at {weights}: expected a safetensors file.")
-    digest = hashlib.blake2b(digest_size=4)
-    with Path(weights).open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(Path(weights), hashlib.blake2b(digest_size=4)).hexdigest()

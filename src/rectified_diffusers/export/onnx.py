@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import stock_solver
-from rectified_diffusers.loading.lora import refuse_any_lora
+from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.saving import make_readable
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 

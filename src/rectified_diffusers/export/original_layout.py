@@ -11,7 +11,7 @@ from torch import Tensor
 from rectified_diffusers.checks import require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import fold_sign
 from rectified_diffusers.files import write_atomically
-from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.loading.lora_checks import refuse_lora
 from rectified_diffusers.loading.original_names import original_names
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
 

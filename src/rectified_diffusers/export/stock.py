@@ -15,9 +15,9 @@ from diffusers import (
 )
 
 from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
-from rectified_diffusers.loading.lora import refuse_any_lora
+from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, require_straight
+from rectified_diffusers.pipelines.scheduler import FLOW_TIMESTEPS, RectifiedFlowEulerScheduler, require_straight
 
 StockScheduler = Literal["dpm_solver++", "unipc"]
 _SCHEDULERS = {"dpm_solver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
@@ -88,7 +88,7 @@ def stock_solver(ours: RectifiedFlowEulerScheduler, scheduler: StockScheduler, s
     # UniPC corrects each state by the next velocity. The Euler method does not, and where a velocity depends on t, as
     # a distilled one does, the correction changes the image more than the second order.
     uncorrected = {"disable_corrector": list(range(count))} if scheduler == "unipc" and solver_order == 1 else {}
-    return _SCHEDULERS[scheduler](
+    solver = _SCHEDULERS[scheduler](
         # A stock solver evaluates the network at `num_train_timesteps` less a rounding error, truncated to an integer:
         # with `count`, noise would be at 999 instead of 1000, the only timestep that a distilled model knows.
         num_train_timesteps=count + 1,
@@ -99,6 +99,8 @@ def stock_solver(ours: RectifiedFlowEulerScheduler, scheduler: StockScheduler, s
         steps_offset=1,  # no effect on a flow; without it the pipeline warns about an outdated config
         **uncorrected,
     )
+    solver.register_to_config(**{FLOW_TIMESTEPS: count})
+    return solver
 
 
 def fold_sign(unet: Any) -> Any:

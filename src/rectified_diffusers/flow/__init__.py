@@ -1,14 +1,9 @@
 """Tensor math of rectified flow. Imports torch and nothing else."""
 
 from .interpolation import Coefficients, Cosine, Interpolation, Straight, VariancePreserving
-from .loss import LOSS_KINDS, LossKind, endpoint_loss, perceptual_loss, pseudo_huber, velocity_loss
+from .loss import LOSS_KINDS, LossKind, pseudo_huber, velocity_loss
 from .ode import Velocity, euler, heun
-from .prediction import (
-    DIFFUSION_TYPES,
-    DiffusionAsFlow,
-    PredictionType,
-    scale_of,
-)
+from .prediction import DIFFUSION_TYPES, DiffusionAsFlow, PredictionType, scale_of
 from .time_density import FixedTime, Grid, LogitNormal, TimeDensity, Uniform, UShaped
 
 __all__ = [
@@ -29,10 +24,8 @@ __all__ = [
     "Uniform",
     "VariancePreserving",
     "Velocity",
-    "endpoint_loss",
     "euler",
     "heun",
-    "perceptual_loss",
     "pseudo_huber",
     "scale_of",
     "velocity_loss",

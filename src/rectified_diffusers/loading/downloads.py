@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import constants, errors
 from huggingface_hub.file_download import repo_folder_name
 
+from rectified_diffusers.digests import hash_file
+
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_CHUNK = 1 << 20
 
 
 @contextmanager
@@ -78,7 +79,4 @@ def verify_downloads(source: str | os.PathLike[str], cache_dir: str | Path | Non
 def _hash_of(blob: Path) -> str:
     is_git = len(blob.name) == 40
     content = hashlib.sha1(b"blob %d\0" % blob.stat().st_size) if is_git else hashlib.sha256()
-    with blob.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            content.update(chunk)
-    return content.hexdigest()
+    return hash_file(blob, content).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.loading.lora_layers import LORA_PARTS, FileLayer, file_layers, layer_in
+from rectified_diffusers.loading.lora_file import LORA_PARTS, FileLayer, file_layers, layer_in
 
 _MERGE = "Merge the file into the weights instead: apply_weight_delta(pipeline, file, scale), undone by take_back()"
 _NO_HOTSWAP = "Delete the adapter and load the file without hotswap."

@@ -13,13 +13,13 @@ from typing_extensions import Self
 
 from rectified_diffusers.loading.complete import HUB_OPTIONS, require_weights
 from rectified_diffusers.loading.downloads import checked_downloads
-from rectified_diffusers.loading.lora import attaching, check_lora
 from rectified_diffusers.loading.lora_attach import (
     as_diffusers_reads_it,
     plan_attachment,
     require_attached,
     require_hotswap,
 )
+from rectified_diffusers.loading.lora_checks import attaching, check_lora
 from rectified_diffusers.loading.safety import refuse_folder_of_pickles, refuse_pickle, safetensors_only
 
 _TENSORS = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"

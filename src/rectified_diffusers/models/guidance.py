@@ -1,4 +1,7 @@
-"""Find out how a stock call guides: by an input of the network, by two passes, or in a way that cannot be repeated."""
+"""Find out how a stock call guides: by an input of the network, by two passes, or in a way that cannot be repeated.
+
+Guidance itself is applied by `guided` in `velocity.py`.
+"""
 
 import math
 from dataclasses import dataclass, field

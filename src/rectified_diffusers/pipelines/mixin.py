@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from rectified_diffusers.loading.errors import dtype_option, remedies
-from rectified_diffusers.loading.lora import refuse_any_lora
+from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import finish_saving

@@ -1,4 +1,4 @@
-"""Scheduler for rectified flow: with it, a Stable Diffusion pipeline of diffusers samples a rectified flow."""
+"""Scheduler for rectified flow: with it, a pipeline of diffusers samples a rectified flow."""
 
 import math
 from collections.abc import Sequence
@@ -19,6 +19,13 @@ _PREDICTION_TYPES = ("flow_prediction", "velocity", "v_prediction")
 
 # A key of the config, not an argument. With the underscore, diffusers' own schedulers load and keep it silently too.
 _STUDENT_STEPS = "_student_steps"
+# Likewise, in the config of a stock solver that `export_diffusers` wrote: the number of timesteps of our scheduler.
+FLOW_TIMESTEPS = "_flow_timesteps"
+
+# Keys of the config that `for_pipeline` copies from a stock flow scheduler; pipelines compute mu from _SIZES.
+_GRID = ("sigma_min", "use_dynamic_shifting", "time_shift_type", "shift_terminal", "invert_sigmas")
+_SIZES = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+_OTHERS = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "stochastic_sampling"
 
 
 def time_to_timestep(t: Time, num_train_timesteps: int = 1000) -> Time:
@@ -107,16 +114,49 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                     "The config of a flow scheduler must contain velocity_direction. Models for diffusers' flow "
                     f"schedulers need {cls.__name__}.from_config(config, velocity_direction='noise')."
                 )
-            count = config_dict.get("num_train_timesteps", 0)
-            exported = config_dict.get("use_flow_sigmas") and count % 10 == 1  # by `stock_solver`, which adds 1
+            own = {"num_train_timesteps": config_dict[FLOW_TIMESTEPS]} if FLOW_TIMESTEPS in config_dict else {}
             config_dict = {key: config_dict[key] for key in ("num_train_timesteps", "shift") if key in config_dict}
-            if exported:
-                config_dict["num_train_timesteps"] = count - 1
-        # Recorded by a reflow along a path that is not straight, see `require_straight`; not an argument.
-        path = {key: value for key, value in config_dict.items() if key == "interpolation"}
-        config_dict = {key: value for key, value in config_dict.items() if key not in path}
+            config_dict |= own
+        # Not arguments: the path of a reflow that is not straight, see `require_straight`, and keys of `for_pipeline`.
+        recorded = {key: config_dict[key] for key in ("interpolation", *_GRID, *_SIZES) if key in config_dict}
+        for name in ("sigma_min", "shift_terminal"):
+            if not (isinstance(value := recorded.get(name) or 0, Real) and 0 <= float(value) < 1):
+                raise ValueError(f"The scheduler's config must have a number in [0, 1) as {name}, got {value!r}.")
+        config_dict = {key: value for key, value in config_dict.items() if key not in recorded}
         arguments, unused, hidden = super().extract_init_dict(config_dict, **kwargs)
-        return arguments, unused, {**hidden, **path}
+        return arguments, unused, {**hidden, **recorded}
+
+    @classmethod
+    def for_pipeline(cls, pipeline: Any, uniform: bool = False) -> "RectifiedFlowEulerScheduler":
+        """Return a scheduler that takes the place of the scheduler of a flow pipeline of diffusers.
+
+        `pipeline.scheduler = RectifiedFlowEulerScheduler.for_pipeline(pipeline)` generates the images of
+        FlowMatchEulerDiscreteScheduler, and makes Euler steps in place of a multistep solver with flow sigmas.
+
+        Args:
+            uniform: N equal steps without shift, as students are trained. Sigmas that the pipeline passes are kept.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler  # imports scipy
+
+        stock: Any = getattr(pipeline, "scheduler", None)
+        config = getattr(stock, "config", {})
+        is_ours, is_euler = isinstance(stock, cls), isinstance(stock, FlowMatchEulerDiscreteScheduler)
+        if not (is_ours or is_euler or config.get("use_flow_sigmas")):
+            raise TypeError(f"Expected a pipeline with a flow scheduler of diffusers, got {type(stock).__name__}.")
+        if is_ours and not uniform:
+            return stock.from_config(config)
+        others = [name for name in _OTHERS if config.get(name)]
+        if others and not uniform:
+            raise ValueError(f"{cls.__name__} has no {others[0]}. Pass uniform=True, or set it to False.")
+        direction = config.get("velocity_direction") or ("data" if config.get("invert_sigmas") else "noise")
+        shift = stock.shift if is_euler else config.get("shift", config.get("flow_shift", 1.0))
+        ours: Any = cls.from_config(config, velocity_direction=direction, shift=1.0 if uniform else shift)
+        kept = {key: config[key] for key in (*_GRID, *_SIZES, _STUDENT_STEPS) if key in config}
+        kept = {"use_dynamic_shifting": False, **kept, "sigma_min": stock.sigma_min if is_euler else None}
+        if uniform:
+            kept |= {"use_dynamic_shifting": False, "shift_terminal": None, "sigma_min": None}
+        ours.register_to_config(**kept)
+        return ours
 
     @property
     def step_index(self) -> int | None:
@@ -145,14 +185,15 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
 
         Args:
             device: of `timesteps`; the grid itself, `sigmas`, stays on the CPU.
-            timesteps: the grid as timesteps, descending, without the final 0.
+            timesteps: the grid as timesteps, descending, without the final 0; after `for_pipeline`, or of `sigmas`.
             sigmas: the grid as 1 - t, descending, without the final 0; warped by `shift` or `mu` like our own.
             mu: logarithm of a shift for this run, instead of the config's.
             start: flow time at which the run starts, in [0, 1).
         """
-        if timesteps is not None and sigmas is not None:
+        end = self.config.get("sigma_min")
+        if timesteps is not None and sigmas is not None and end is None:
             raise ValueError("Pass timesteps or sigmas, not both: they are the same grid in two units.")
-        given = timesteps if timesteps is not None else sigmas
+        given = timesteps if sigmas is None else sigmas
         if given is None:
             if num_inference_steps is None:
                 raise ValueError("Pass num_inference_steps, timesteps or sigmas: the length of the grid is unknown.")
@@ -161,6 +202,8 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             if not 0 <= start < 1:
                 raise ValueError(f"start, the flow time of the first step, must be in [0, 1), got {start}.")
             grid = _uniform_sigmas("num_inference_steps", num_inference_steps)
+            if end is not None:  # some pipelines set the attribute
+                grid = torch.linspace(1, vars(self).get("sigma_min", end), len(grid), dtype=torch.float64)
         else:
             if start != 0:
                 raise ValueError("Pass start or a grid, not both: the grid defines its own start.")
@@ -168,19 +211,33 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
                 grid = torch.as_tensor(given, dtype=torch.float64, device="cpu")
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(f"A grid must be a list of numbers or a tensor, got {given!r}: {error}.") from error
-            if timesteps is not None:
+            if sigmas is None:
                 grid = 1 - timestep_to_time(grid, self.config["num_train_timesteps"])
             self._check_grid(grid, num_inference_steps)
         if mu is not None and not math.isfinite(mu):
             raise ValueError(f"mu, the logarithm of a shift, must be finite, got {mu}. Omit it for the config's.")
         # Timesteps are used unchanged: they are the times at which the model is evaluated.
-        shift = self.config["shift"] if mu is None else math.exp(mu)
-        if timesteps is None and shift != 1:
-            grid = shift * grid / (1 + (shift - 1) * grid)
-        self._set_grid((1 - start) * grid, device)
-        if given is None and shift == 1:
+        shifted = self._shifted(grid, mu) if timesteps is None or sigmas is not None else grid
+        self._set_grid((1 - start) * shifted, device)
+        if given is None and shifted is grid and end is None:
             # Exactly 1 / N, as in the authors' loop, not a difference of two rounded numbers.
             self._step_sizes = [(1 - start) / len(grid)] * len(grid)
+        if sigmas is not None and timesteps is not None:
+            self.timesteps = torch.as_tensor(timesteps, dtype=torch.float32).to(device)
+
+    def _shifted(self, sigmas: Tensor, mu: float | None) -> Tensor:
+        """Return sigmas warped by the shift of the config or of `mu`, and the same tensor if there is none."""
+        config, shift = self.config, self.config["shift"]
+        if config.get("use_dynamic_shifting", mu is not None):
+            if mu is None:
+                raise ValueError("The shift of this pipeline depends on the image size. Pass mu, its logarithm.")
+            shift = mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+        if shift != 1:
+            sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+        end = config.get("shift_terminal")
+        if end and sigmas[-1] < 1:
+            sigmas = 1 - (1 - sigmas) * (1 - end) / (1 - sigmas[-1])
+        return sigmas
 
     def _check_grid(self, sigmas: Tensor, num_inference_steps: int | None) -> None:
         """Check a caller's grid: one-dimensional, sigmas in (0, 1], strictly descending."""
@@ -188,21 +245,21 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_inference_steps is {num_inference_steps}, the grid has {len(sigmas)} steps.")
         in_range = sigmas.ndim == 1 and len(sigmas) > 0 and bool(((sigmas > 0) & (sigmas <= 1)).all())
         if not in_range or not bool((sigmas.diff() < 0).all()):
-            last = self.config["num_train_timesteps"]
             raise ValueError(
-                f"A grid must descend strictly within (0, {last}] as timesteps, (0, 1] as sigmas, got sigmas "
-                f"{sigmas.tolist()}. Omit the final 0, which is added."
+                f"A grid must descend strictly within (0, {self.config['num_train_timesteps']}] as timesteps, (0, 1] "
+                f"as sigmas, got sigmas {sigmas.tolist()}. Omit the final 0, which is added."
             )
 
     def _set_grid(self, sigmas: Tensor, device: str | torch.device | None) -> None:
         """Store the grid `sigmas`, `(N,)` float64 on the CPU, and the values derived from it; reset to its start."""
-        self.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
-        timesteps = time_to_timestep(1 - sigmas, self.config["num_train_timesteps"])
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+        self.sigmas = 1 - sigmas if self.config.get("invert_sigmas") else sigmas  # those of Mochi ascend
+        timesteps = time_to_timestep(1 - self.sigmas[:-1], self.config["num_train_timesteps"])
         # No wait on CUDA: the copy from the CPU's memory is staged before the call returns.
         on_cuda = device is not None and torch.device(device).type == "cuda"
         self.timesteps = timesteps.to(torch.float32).to(device, non_blocking=on_cuda)
-        self._step_sizes: list[float] = (-self.sigmas.diff()).tolist()
-        self.num_inference_steps = len(sigmas)
+        self._step_sizes: list[float] = self.sigmas.diff().abs().tolist()
+        self.num_inference_steps = len(timesteps)
         self._step_index: int | None = None
         self._begin_index: int | None = None
 
@@ -272,6 +329,7 @@ class RectifiedFlowEulerScheduler(SchedulerMixin, ConfigMixin):
             shapes = f"({len(original_samples)},), or one for all; got shape {tuple(timesteps.shape)}"
             raise ValueError(f"timesteps must hold one value per sample, shape {shapes}.")
         t = timestep_to_time(timesteps, self.config["num_train_timesteps"])
+        t = 1 - t if self.config.get("invert_sigmas") else t
         t = t.reshape(-1, *[1] * (original_samples.ndim - 1))
         return (t * original_samples + (1 - t) * noise).to(original_samples.dtype)
 

@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from rectified_diffusers.loading.lora import has_lora
+from rectified_diffusers.loading.lora_checks import has_lora
 from rectified_diffusers.speed.caches import Forget, weights_state
 from rectified_diffusers.speed.patching import Hook
 

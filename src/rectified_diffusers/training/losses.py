@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rectified_diffusers.flow.interpolation import per_example
-from rectified_diffusers.flow.loss import perceptual_loss, pseudo_huber, velocity_loss
+from rectified_diffusers.flow.loss import pseudo_huber, velocity_loss
 from rectified_diffusers.training.config import TrainerConfig
 
 
@@ -36,7 +36,7 @@ class DecodedDistance:
                 f"LPIPS compares images (B, 3, H, W), got a decoded shape of {tuple(images.shape)}. "
                 'Set loss="l2" or "pseudo_huber".'
             )
-        return perceptual_loss(self.decode(predicted_data), images, self.network)
+        return self.network(self.decode(predicted_data), images).reshape(len(images))
 
 
 def load_lpips(network: str, weights: Path | None) -> nn.Module:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.digests import hash_file
 from rectified_diffusers.weights.weight_files import read_header
 
 _SUFFIX = ".safetensors"
@@ -128,7 +129,7 @@ def file_of(part: str) -> str:
 def write_file(path: Path, snapshot: Snapshot) -> dict[str, Any]:
     """Write a file; return its size and digest, which `file_digest` returns later if no bit of it has changed."""
     digest = hashlib.blake2b(snapshot.header, digest_size=16)
-    body = memoryview(snapshot.body.numpy())
+    body = snapshot.body.numpy().data
     with path.open("wb") as file:
         file.write(snapshot.header)
         for start in range(0, len(body), _BLOCK):
@@ -140,10 +141,7 @@ def write_file(path: Path, snapshot: Snapshot) -> dict[str, Any]:
 
 def file_digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the BLAKE2b digest of a file."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+    digest = hash_file(path, hashlib.blake2b(digest_size=16))
     return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}
 
 
@@ -169,7 +167,7 @@ class Place:
 
 def _fill(file: Any, values: Tensor) -> memoryview:
     """Read the next bytes of a file into a tensor and return them."""
-    content, done = memoryview(values.view(torch.uint8).numpy()), 0
+    content, done = values.view(torch.uint8).numpy().data, 0
     while done < len(content):
         count = file.readinto(content[done:])
         if not count:

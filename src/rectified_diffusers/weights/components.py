@@ -10,7 +10,7 @@ from torch import nn
 
 from rectified_diffusers.checks import require_pipeline
 from rectified_diffusers.loading.errors import remedies
-from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.loading.lora_checks import refuse_lora
 from rectified_diffusers.weights.weight_files import check_same_shapes
 
 

@@ -21,8 +21,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from rectified_diffusers.checks import require_plain_weights, require_type
-from rectified_diffusers.loading.lora import refuse_lora
-from rectified_diffusers.loading.lora_layers import part_of
+from rectified_diffusers.loading.lora_checks import refuse_lora
+from rectified_diffusers.loading.lora_file import part_of
 from rectified_diffusers.weights.lycoris import open_lycoris
 from rectified_diffusers.weights.weight_files import (
     StorageDtype,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rectified_diffusers.loading.lora_layers import FileLayer, both_halves, file_layers, layer_in
+from rectified_diffusers.loading.lora_file import FileLayer, both_halves, file_layers, layer_in
 from rectified_diffusers.weights.weight_files import StoredWeights
 
 _WEIGHT = ({"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, {"diff"}, {"w_norm"})

@@ -21,7 +21,7 @@ from torch import Tensor
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.errors import remedies
-from rectified_diffusers.loading.lora import refuse_lora
+from rectified_diffusers.loading.lora_checks import refuse_lora
 
 StorageDtype = Literal["float32", "float16", "bfloat16"]
 WeightSource = str | Path | Mapping[str, Tensor]

@@ -1,4 +1,7 @@
-"""LoRA fixes and checks for diffusers: models with a LoRA attached, values of a file, and refusal without traces."""
+"""Checks around LoRAs: models that have one attached, values of a file, and refusal without traces.
+
+`lora_file.py` reads the format of the files, `lora_attach.py` attaches them.
+"""
 
 import copy
 from collections import OrderedDict
@@ -10,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from rectified_diffusers.loading.lora_layers import part_of
+from rectified_diffusers.loading.lora_file import part_of
 
 MAX_RANK = 4096  # no layer of Stable Diffusion or SDXL has a product of rank above 1280
 # What diffusers, PEFT and torch raise for a LoRA whose keys and shapes do not fit the model.

@@ -1,4 +1,7 @@
-"""The layers that a LoRA or LyCORIS file changes, in any spelling of their names, found in the models themselves."""
+"""The format of LoRA and LyCORIS files: which layers a file changes, in any spelling of their names.
+
+The layers are found in the models themselves.
+"""
 
 import re
 from collections.abc import Mapping

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from rectified_diffusers.checks import require_count, require_unicode
-from rectified_diffusers.images import open_image
+from rectified_diffusers.digests import hash_file
+from rectified_diffusers.images import open_square
 from rectified_diffusers.lines import read_lines, read_object
 
 
@@ -167,7 +166,7 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
         [row.get("split", split) for row in rows],
         [row.get("style", "") for row in rows],
         digest.hexdigest(),
-        lambda numbers: torch.stack([_square(paths[number], size) for number in numbers]),
+        lambda numbers: torch.stack([open_square(paths[number], size) for number in numbers]),
         [_tags(row) for row in rows],
     )
 
@@ -178,18 +177,7 @@ def _tags(row: dict[str, Any]) -> list[str]:
 
 
 def _content(path: Path) -> bytes:
-    """Return the digest of a file's content."""
-    with path.open("rb") as file:
-        digest = hashlib.blake2b(digest_size=16)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-def _square(path: Path, size: int) -> Tensor:
-    """Read an image as `(3, size, size)` uint8."""
-    square = ImageOps.fit(open_image(path), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return hash_file(path, hashlib.blake2b(digest_size=16)).digest()
 
 
 def _rows(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
