@@ -53,7 +53,7 @@ class MadeUpPipeline(DiffusionPipeline):
         words = self.encode_prompt(["" for _ in texts] if self.fault == "prompt" else texts)
         latents = self.prepare_latents(len(texts), generator)
         if self.fault == "noise":
-            latents = latents.flip(-1)
+            latents = (latents + latents.flip(-1)) / 2**0.5
         if self.fault == "spread":
             latents *= 2  # in place, so what prepare_latents returned is the initial sample
         self.scheduler.set_timesteps(refinement_steps)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -13,10 +14,10 @@ from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.solvers import make_solver
 from rectified_diffusers.data.teacher import Teacher, require_evaluation
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.calibration import PROMPTS, require_ode
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, require_ode
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+from rectified_diffusers.models.watching import UnsupportedPipelineError
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class StockTeacher(Teacher):
         adapted = copy.copy(pipeline)
         adapted.scheduler = solver
         teacher = cls(adapted, denoiser.network, config, denoiser.latent_shape, denoiser)
+        if config.batch_size > 1:
+            _ = teacher.takes_batches  # found out before anything is written
         if config.store_text_embeddings:
             teacher.encode(list(PROMPTS))  # raises for embeddings that cannot be stored
         return teacher
@@ -82,25 +85,32 @@ class StockTeacher(Teacher):
         two_passes = self.adapter.guidance_found.two_passes
         # Some guide only if there is a negative prompt.
         negative = two_passes is not None and two_passes.argument == argument and call.negative in two_passes.options
-        return {argument: self.config.guidance_scale, **({call.negative: ""} if negative and call.negative else {})}
+        return {argument: self.config.guidance_scale, **(call.negated if negative else {})}
+
+    @cached_property
+    def takes_batches(self) -> bool:
+        """Whether the stock call takes several prompts at once; some do not, others only without guidance."""
+        noise = torch.randn(len(PROMPTS), *self.latent_shape, generator=torch.Generator().manual_seed(0))
+        try:
+            return self._solve(PROMPTS, noise, STEPS).shape == noise.shape
+        except torch.OutOfMemoryError:
+            raise
+        except CALL_ERRORS:
+            return False
 
     @torch.no_grad()
+    def _solve(self, prompts: Sequence[str], noise: Tensor, steps: int) -> Tensor:
+        with self.autocast():
+            noise = noise.to(self.network.device)
+            trace = self.adapter.solve(prompts, noise, steps, self.pipeline.scheduler, **self._guided)
+        return trace.steps[-1].result
+
     def __call__(self, prompts: list[str], noise: Tensor) -> Tensor:
         """Run the stock call from unit-variance noise `(B, ...)`; return its last latents in the storage dtype."""
-        with self.autocast():
-            trace = self.adapter.solve(
-                prompts,
-                noise.to(self.network.device),
-                self.config.num_inference_steps,
-                self.pipeline.scheduler,
-                **self._guided,
-            )
-        data = trace.steps[-1].result
-        if data.shape != noise.shape:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} returned latents of shape {tuple(data.shape)} for noise of shape "
-                f"{tuple(noise.shape)}; make the triplets with batch_size=1."
-            )
+        together = len(prompts) == 1 or self.takes_batches
+        parts = [slice(None)] if together else [slice(i, i + 1) for i in range(len(prompts))]
+        steps = self.config.num_inference_steps
+        data = torch.cat([self._solve(prompts[part], noise[part], steps) for part in parts])
         return data.to("cpu", noise.dtype)
 
     def settings(self) -> dict[str, Any]:

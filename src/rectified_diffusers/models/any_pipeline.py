@@ -16,18 +16,13 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
-from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate, first, map_answer
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
+from rectified_diffusers.models.finding import blank_network
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
-from rectified_diffusers.models.stock_call import (
-    StockCall,
-    Trace,
-    UnsupportedPipelineError,
-    evaluate,
-    first_sample,
-    stop,
-)
+from rectified_diffusers.models.stock_call import StockCall, device_of, evaluate, stop
+from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError, first_sample, images_of, with_sample
 from rectified_diffusers.pipelines.scheduler import VelocityDirection
 
 _BATCH_TOLERANCE = 1e-4
@@ -171,7 +166,7 @@ class PipelineDenoiser(Denoiser):
         if two_passes is None:
             return map_leaves(self._encoding([""]), self._intern)
         guided = replace(two_passes, options={**two_passes.options, **self.scale})
-        return map_leaves(unconditional(self.call, self.calibration, guided, self.structure), self._intern)
+        return map_leaves(unconditional(self.call, self.calibration, guided), self._intern)
 
     def _encoding(self, prompts: Sequence[str]) -> dict[str, Any]:
         trace = self.call.run(prompts, STEPS, {**self.calibration.off, **self.scale}, on_network=self._stop)
@@ -195,15 +190,18 @@ class PipelineDenoiser(Denoiser):
         Args:
             timestep: `(B,)`; for a flow 1000 (1 - t), for a diffusion model the scheduler's.
         """
-        flow = self.calibration.flow
-        if flow is not None:
-            timestep = flow.timestep_at(1 - timestep.double() / flow.num_train_timesteps)
+        if self.calibration.flow is not None:
+            timestep = self.timesteps_at(1 - timestep.double() / self.calibration.flow.num_train_timesteps)
         return self.predict_at(network, sample, timestep, conditioning)
+
+    def timesteps_at(self, t: Tensor) -> Tensor:
+        """Return the scheduler's timesteps at times t `(B,)`, 0 noise and 1 data."""
+        flow = self.calibration.flow
+        return 1000 * (1 - t) if flow is None else flow.timestep_at(t)
 
     def predict_at(self, network: Network, sample: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return what the scheduler would receive for latents `(B, ...)` and its own timesteps `(B,)`."""
         form, dtype = self.calibration.sample, _dtype(network)
-        time_form = self.calibration.time
         dtypes = {self.dtype: dtype} if dtype != self.dtype else {}
         conditioning = cast(PromptConditioning, conditioning)
         if dtypes:
@@ -212,12 +210,11 @@ class PipelineDenoiser(Denoiser):
         order: list[int] = []
         for rows, arguments in conditioning.groups():
             part, times = (sample, timestep) if len(rows) == len(sample) else (sample[rows], timestep[rows])
-            time_dtype = time_form.dtype or torch.float64
-            own = {
-                form.name: form.of(part, dtypes.get(form.dtype, form.dtype)),
-                time_form.name: time_form.of(times, dtypes.get(time_dtype, time_dtype)),
-            }
-            answers.append(self.calibration.answer.read(first(network(**arguments, **own)), self.latent_shape))
+            own = {form.name: form.of(part, dtypes.get(form.dtype, form.dtype), arguments.get(form.name))}
+            for time in self.calibration.times:
+                time_dtype = time.dtype or torch.float64
+                own[time.name] = time.of(times, dtypes.get(time_dtype, time_dtype))
+            answers.append(self.calibration.evaluate(network, {**arguments, **own}))
             order += rows
         if len(answers) == 1:
             return answers[0]
@@ -242,7 +239,7 @@ class PipelineDenoiser(Denoiser):
         return self.call.run(
             prompts,
             num_inference_steps,
-            {**self.scale, **options, **self._latents_only},
+            {**self.scale, **options, **self.call.latents_only},
             noise=(noise, self.calibration.noise_place),
             guided=True,
             scheduler=scheduler,
@@ -255,22 +252,27 @@ class PipelineDenoiser(Denoiser):
 
     def call_arguments(self, prompt: str, num_inference_steps: int, guidance: float = 1.0) -> dict[str, Any]:
         guided = {} if guidance == 1 or self.scale_argument is None else {self.scale_argument: guidance}
-        steps = {self.call.prompt: prompt, self.call.steps: num_inference_steps}
+        steps = {**self.call.prompted([prompt]), self.call.steps: num_inference_steps}
         output = {self.call.output_type: "pil"} if self.call.output_type else {}
         return {**steps, **self.options, **self.guidance_arguments, **guided, **output}
 
-    @property
-    def _latents_only(self) -> dict[str, str]:
-        return {self.call.output_type: "latent"} if self.call.output_type else {}
-
-    def decode(self, latents: Tensor, output_type: str = "pil", gradient: bool = False) -> Any:
+    def decode(self, latents: Tensor, output_type: str = "pil", gradient: bool = False, seed: int = 0) -> Any:
         """Return the images of latents `(B, ...)` by the end of the stock call; the network is not evaluated.
 
         Args:
             output_type: "pil" for a list of images, "pt" for a tensor, "np" for an array.
             gradient: keep the gradient with respect to the latents, for "pt".
+            seed: of a decoder that is random, which the self-test refuses.
+
+        Raises:
+            UnsupportedPipelineError: the call has no argument output_type, and the images are no tensors.
         """
-        images = [self._decode_row(row[None], output_type, gradient) for row in latents]
+        images = [self._decode_row(row[None], output_type, gradient, seed) for row in latents]
+        if output_type == "pt" and not isinstance(images[0], Tensor):
+            raise UnsupportedPipelineError(
+                f"{type(self.pipeline).__name__} returns a {type(images[0]).__name__}, not a tensor, for "
+                "output_type='pt'. Choose a loss or metric that needs no decoded images."
+            )
         if isinstance(images[0], Tensor):
             return torch.cat(images)
         return (
@@ -281,39 +283,36 @@ class PipelineDenoiser(Denoiser):
         """Decode latents to images `(B, 3, H, W)` in [-1, 1], float32, with their gradient."""
         return 2 * self.decode(latents, "pt", gradient=torch.is_grad_enabled()).float() - 1
 
-    def _decode_row(self, latents: Tensor, output_type: str, gradient: bool) -> Any:
+    def _decode_row(self, latents: Tensor, output_type: str, gradient: bool, seed: int) -> Any:
         def to_device(leaf: Any) -> Any:
             return leaf.to(latents.device) if isinstance(leaf, Tensor) else leaf
 
-        def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            blank = self.calibration.answer.blank
-            return map_answer(blank, to_device) if component == self.component else network(*args, **kwargs)
-
         def step(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
             result = scheduler_step(*args, **kwargs)
-            row = latents.to(first_sample(result))
-            if isinstance(result, tuple):
-                return (row, *result[1:])
-            result.prev_sample = row
-            return result
+            return with_sample(result, latents.to(first_sample(result)))
 
         options = {**self.calibration.off, **({self.call.output_type: output_type} if self.call.output_type else {})}
-        encoded = [map_leaves(part, to_device) for part in self.calibration.trace.encoded]
         trace = self.call.run(
-            PROMPTS[:1], STEPS, options, on_network=answer, on_step=step, encoded=encoded, gradient=gradient
+            PROMPTS[:1],
+            STEPS,
+            options,
+            on_network=blank_network(self.component, map_leaves(self.calibration.answer.blank, to_device)),
+            on_step=step,
+            seed=seed,
+            encoded=[map_leaves(part, to_device) for part in self.calibration.trace.encoded],
+            gradient=gradient,
         )
-        output = trace.output
-        return output[0] if not isinstance(output, Tensor) else output
+        return images_of(trace.output)
 
 
 def batch_error(denoiser: PipelineDenoiser, together: PromptConditioning) -> float:
     """Return the relative difference of the answers to rows in one batch from the answers to each alone."""
     generator = torch.Generator().manual_seed(0)
     count = len(together)
-    device = denoiser.network.device
+    device = device_of(denoiser.network)
     together = together.to(device)
     sample = torch.randn(count, *denoiser.latent_shape, generator=generator).to(device)
-    timestep = torch.linspace(700, 300, count, device=device)
+    timestep = denoiser.timesteps_at(torch.linspace(0.3, 0.7, count, device=device))
     with torch.no_grad():
         joined = denoiser.predict_at(denoiser.network, sample, timestep, together)
         alone = [

@@ -5,35 +5,65 @@ batch axis, which is not always the first. Others are shared by all prompts: pos
 networks take a list with one entry for each prompt. `find_axes` reads this off two encodings of the same prompt.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 SHARED = "shared"
 ROWS = "rows"
-_CONTAINERS = {"dict": dict, "list": list, "tuple": tuple}
+_CONTAINERS = {"list": list, "tuple": tuple}
+
+
+def parts_of(tree: Any) -> dict[Any, Any] | None:
+    """Return the parts of a mapping, dataclass, list or tuple by name or index; None for a leaf."""
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return {part.name: getattr(tree, part.name) for part in fields(tree)}
+    if isinstance(tree, Mapping):
+        return dict(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_asdict"):  # a named tuple
+        return tree._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    return dict(enumerate(tree)) if isinstance(tree, (list, tuple)) else None
+
+
+def rebuild(tree: Any, parts: Mapping[Any, Any]) -> Any:
+    """Return a container of the same kind with other parts."""
+    if is_dataclass(tree):
+        made = copy.copy(tree)
+        frozen = type(tree).__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]
+        for name, part in parts.items():
+            (object.__setattr__ if frozen else setattr)(made, name, part)
+        return made
+    if type(tree) is dict:
+        return dict(parts)
+    if isinstance(tree, Mapping):
+        made: Any = copy.copy(tree)
+        for name, part in parts.items():
+            made[name] = part
+        return made
+    return type(tree)(*parts.values()) if hasattr(tree, "_fields") else type(tree)(parts.values())
 
 
 def map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Return a tree of dictionaries, lists and tuples with a function applied to its leaves."""
-    if isinstance(tree, Mapping):
-        return {name: map_leaves(part, function) for name, part in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return _CONTAINERS[_kind(tree)](map_leaves(part, function) for part in tree)
-    return function(tree)
+    """Return a tree of mappings, dataclasses, lists and tuples with a function applied to its leaves."""
+    parts = parts_of(tree)
+    if parts is None:
+        return function(tree)
+    return rebuild(tree, {name: map_leaves(part, function) for name, part in parts.items()})
 
 
 def leaves_of(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of a tree with their paths, such as `added_cond_kwargs/text_embeds`."""
-    if not isinstance(tree, (Mapping, list, tuple)):
+    parts = parts_of(tree)
+    if parts is None:
         yield path, tree
-        return
-    for name, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+    for name, part in (parts or {}).items():
         yield from leaves_of(part, f"{path}/{name}" if path else str(name))
 
 
@@ -44,10 +74,11 @@ def equal(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) or isinstance(two, Tensor):
         both = isinstance(one, Tensor) and isinstance(two, Tensor)
         return both and one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two))
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        return one.keys() == two.keys() and all(equal(one[name], two[name]) for name in one)
-    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
-        return len(one) == len(two) and all(map(equal, one, two))
+    if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        return bool(np.array_equal(one, two))
+    parts, others = parts_of(one), parts_of(two)
+    if parts is not None and others is not None:
+        return parts.keys() == others.keys() and all(equal(parts[name], others[name]) for name in parts)
     return type(one) is type(two) and bool(one == two)
 
 
@@ -62,13 +93,13 @@ def find_axes(one: Any, two: Any) -> Any:
         ValueError: the encoding of a batch is not made of its prompts' encodings, such as packed sequences. Such
             prompts cannot be joined to batches.
     """
-    if isinstance(one, Mapping) and isinstance(two, Mapping) and one.keys() == two.keys():
-        return {name: find_axes(part, two[name]) for name, part in one.items()}
-    if isinstance(one, (list, tuple)) and isinstance(two, (list, tuple)):
-        if one and len(two) == 2 * len(one):
+    parts, others = parts_of(one), parts_of(two)
+    if parts is not None and others is not None:
+        if _is_plain(one) and _is_plain(two) and one and len(two) == 2 * len(one):
             return ROWS
-        if len(one) == len(two):
-            return [find_axes(*parts) for parts in zip(one, two, strict=True)]
+        if parts.keys() == others.keys():
+            axes = {name: find_axes(part, others[name]) for name, part in parts.items()}
+            return list(axes.values()) if _is_plain(one) else axes
     if isinstance(one, Tensor) and isinstance(two, Tensor) and one.ndim == two.ndim and one.dtype == two.dtype:
         doubled = [axis for axis in range(one.ndim) if two.shape[axis] == 2 * one.shape[axis] != 0]
         others = [axis for axis in range(one.ndim) if axis not in doubled]
@@ -86,28 +117,26 @@ def split_rows(tree: Any, axes: Any, count: int) -> list[Any]:
         return [tree[i * each : (i + 1) * each] for i in range(count)]
     if isinstance(axes, int):
         return list(tree.chunk(count, axes))
-    if isinstance(axes, Mapping):
-        parts = {name: split_rows(part, axes[name], count) for name, part in tree.items()}
-        return [{name: rows[i] for name, rows in parts.items()} for i in range(count)]
-    if isinstance(axes, list):
-        parts = [split_rows(part, axis, count) for part, axis in zip(tree, axes, strict=True)]
-        return [_CONTAINERS[_kind(tree)](rows[i] for rows in parts) for i in range(count)]
-    return [tree] * count
+    parts = parts_of(tree)
+    if parts is None or axes == SHARED:
+        return [tree] * count
+    split = {name: split_rows(part, axes[name], count) for name, part in parts.items()}
+    return [rebuild(tree, {name: rows[i] for name, rows in split.items()}) for i in range(count)]
 
 
 def join_rows(trees: Sequence[Any], axes: Any) -> Any:
     """Join encodings of prompts to the encoding of a batch; shared leaves are those of the first."""
     first = trees[0]
+    if len(trees) == 1:
+        return first
     if axes == ROWS:
-        return _CONTAINERS[_kind(first)](part for tree in trees for part in tree)
+        return type(first)(part for tree in trees for part in tree)
     if isinstance(axes, int):
-        return first if len(trees) == 1 else torch.cat(list(trees), axes)
-    if isinstance(axes, Mapping):
-        return {name: join_rows([tree[name] for tree in trees], axes[name]) for name in first}
-    if isinstance(axes, list):
-        joined = (join_rows([tree[i] for tree in trees], axis) for i, axis in enumerate(axes))
-        return _CONTAINERS[_kind(first)](joined)
-    return first
+        return torch.cat(list(trees), axes)
+    parts = [parts_of(tree) for tree in trees]
+    if axes == SHARED or parts[0] is None:
+        return first
+    return rebuild(first, {name: join_rows([part[name] for part in parts if part], axes[name]) for name in parts[0]})
 
 
 @dataclass(frozen=True)
@@ -193,10 +222,10 @@ class PromptConditioning:
             )
 
         def build(part: Any, path: str, i: int) -> Any:
-            if isinstance(part, Mapping):
-                return {name: build(inner, f"{path}/{name}" if path else name, i) for name, inner in part.items()}
-            if isinstance(part, (list, tuple)):
-                return _CONTAINERS[_kind(part)](build(inner, f"{path}/{k}", i) for k, inner in enumerate(part))
+            inner = parts_of(part)
+            if inner is not None:
+                built = {name: build(leaf, f"{path}/{name}" if path else str(name), i) for name, leaf in inner.items()}
+                return rebuild(part, built)
             return rows[path][i].reshape(part.shape).to(part.dtype) if path in own else part
 
         return tuple(replace(self, trees=(build(tree, "", i),)) for i in range(count))
@@ -219,10 +248,10 @@ class PromptConditioning:
                 if content not in names:
                     names[content], tensors[name] = name, tree.detach().cpu().contiguous()
                 return {"tensor": names[content]}
-            if isinstance(tree, Mapping):
+            if type(tree) is dict:
                 return {"dict": {key: describe(part, f"{name}/{key}") for key, part in tree.items()}}
-            if isinstance(tree, (list, tuple)):
-                return {_kind(tree): [describe(part, f"{name}/{i}") for i, part in enumerate(tree)]}
+            if type(tree) in (list, tuple):
+                return {type(tree).__name__: [describe(part, f"{name}/{i}") for i, part in enumerate(tree)]}
             if tree is not None and not isinstance(tree, (bool, int, float, str)):
                 raise TypeError(
                     f"The argument {name.partition('/')[2]} of the network is a {type(tree).__name__}, which cannot "
@@ -277,29 +306,30 @@ def named_tensors(conditioning: Any) -> dict[str, Tensor]:
 
 def _own_leaves(tree: Any, axes: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a prompt that are not shared, without the batch axis; all of them if axes are None."""
-    if isinstance(tree, (Mapping, list, tuple)):
-        for name, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            inner = axes[name] if isinstance(axes, (Mapping, list)) else axes
-            yield from _own_leaves(part, inner, f"{path}/{name}" if path else str(name))
-    elif isinstance(tree, Tensor) and axes != SHARED:
+    for name, part in (parts_of(tree) or {}).items():
+        inner = axes.get(name) if isinstance(axes, Mapping) else axes[name] if isinstance(axes, list) else axes
+        yield from _own_leaves(part, inner, f"{path}/{name}" if path else str(name))
+    if isinstance(tree, Tensor) and axes != SHARED:
         yield path, tree.squeeze(axes) if isinstance(axes, int) else tree
 
 
-def _kind(tree: Any) -> str:
-    return "tuple" if isinstance(tree, tuple) else "list"
+def _is_plain(tree: Any) -> bool:
+    return isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields")
 
 
 def _fit(one: Any, two: Any, axes: Any) -> bool:
     """Return whether two prompts can be in one batch: equal shapes but for the batch axis, equal shared leaves."""
     if axes == ROWS:
-        return True
+        return _is_plain(one) and _is_plain(two)
     if isinstance(axes, int):
-        return one.dtype == two.dtype and one.shape == two.shape
-    if isinstance(axes, Mapping):
-        return one.keys() == two.keys() and all(_fit(one[name], two[name], axis) for name, axis in axes.items())
-    if isinstance(axes, list):
-        return len(one) == len(two) == len(axes) and all(map(_fit, one, two, axes))
-    return equal(one, two)
+        both = isinstance(one, Tensor) and isinstance(two, Tensor)
+        return both and one.dtype == two.dtype and one.shape == two.shape
+    parts, others = parts_of(one), parts_of(two)
+    if axes == SHARED or parts is None or others is None:
+        return equal(one, two)
+    names = axes.keys() if isinstance(axes, Mapping) else range(len(axes))
+    same = parts.keys() == others.keys() == set(names)
+    return same and all(_fit(parts[name], others[name], axes[name]) for name in names)
 
 
 def _digest(tensor: Tensor) -> str:

@@ -76,7 +76,7 @@ class Denoiser(ABC):
         if not hasattr(pipeline, "components"):
             raise TypeError(f"Expected a text-to-image pipeline of diffusers, got {type(pipeline).__name__}.")
         from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-        from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+        from rectified_diffusers.models.watching import UnsupportedPipelineError
 
         try:
             return PipelineDenoiser(pipeline, guidance, options)

@@ -4,6 +4,7 @@ Guidance itself is applied by `guided` in `velocity.py`.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +12,12 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
-from rectified_diffusers.models.calibration import PROMPTS, STEPS, Calibration, first
-from rectified_diffusers.models.conditioning import equal, map_leaves, split_rows
-from rectified_diffusers.models.stock_call import (
-    StockCall,
-    Stop,
-    Trace,
-    UnsupportedPipelineError,
-    is_guider,
-    stop,
-)
+from rectified_diffusers.models.calibration import CALL_ERRORS
+from rectified_diffusers.models.conditioning import equal, find_axes, split_rows
+from rectified_diffusers.models.finding import blank_network
+from rectified_diffusers.models.forms import Calibration, rows_of
+from rectified_diffusers.models.stock_call import PROMPTS, STEPS, StockCall, is_guider, stop
+from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError
 
 _SCALE = 3.0
 _LINEAR = 1e-4
@@ -80,14 +77,14 @@ class Guidance:
 
 def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
     """Classify the guidance of a stock call from a few guided steps."""
-    off, unknown = calibration.off, {}
+    off, unknown = {name: value for name, value in calibration.off.items() if name not in call.switches}, {}
     inputs = tuple(name for name in call.scales if name not in off and _reaches_network(call, off, name))
     for name in (*(name for name in call.scales if name not in inputs), *_guiders(call)):
         is_guider = name not in call.scales
         guider = call.pipeline.components[name] if is_guider else None
         scaled = {} if is_guider else {name: _SCALE}
         # Without a negative prompt the unconditional is the pipeline's own; some guide only if there is one.
-        for negative in ({}, {call.negative: ""} if call.negative else {}):
+        for negative in ({}, call.negated):
             options = {**off, **scaled, **negative}
             trace = call.run(PROMPTS[:1], STEPS, options, guided=is_guider)
             calls = [one for one in trace.calls_of(0) if one.component == calibration.component]
@@ -117,7 +114,7 @@ def _reaches_network(call: StockCall, off: dict[str, Any], name: str) -> bool:
 def _passes(trace: Trace, calibration: Calibration, step: int) -> list[Tensor]:
     """Return the answers of a step, one for each row that the network evaluates."""
     calls = [call for call in trace.calls_of(step) if call.component == calibration.component]
-    return [row for call in calls for row in calibration.answer.read(first(call.answer), calibration.latent_shape)]
+    return [row for call in calls for row in calibration.answer.read(call.answer, calibration.latent_shape)]
 
 
 def _fit(
@@ -133,8 +130,7 @@ def _fit(
     """Fit w in target = u + w (c - u); c is the answer that equals the one without guidance. None if there is none."""
     unguided = calibration.trace.steps[0].answer[0].float()
     distances = [float((answer - unguided).norm() / unguided.norm()) for answer in answers]
-    evaluated = first(calibration.trace.calls[-1].answer)
-    eps = torch.finfo((evaluated if isinstance(evaluated, Tensor) else evaluated[0]).dtype).eps
+    eps = torch.finfo(rows_of(calibration.answer.pick(calibration.trace.calls[-1].answer)).dtype).eps
     finite = bool(trace.steps[0].answer.isfinite().all())
     if not finite or not min(distances) <= max(_LINEAR, 64 * eps):
         return None
@@ -160,25 +156,26 @@ def _fit(
     return TwoPasses(name, options, batched, cond_first, error, max(_LINEAR, 8 * eps), offset)
 
 
-def unconditional(call: StockCall, calibration: Calibration, two_passes: TwoPasses, axes: Any) -> dict[str, Any]:
+def unconditional(call: StockCall, calibration: Calibration, two_passes: TwoPasses) -> dict[str, Any]:
     """Return the conditioning that the pipeline guides away from; the network is not evaluated."""
-    wanted = 0 if two_passes.batched or not two_passes.cond_first else 1
-    seen = 0
-
-    def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal seen
-        if component != calibration.component:
-            return network(*args, **kwargs)
-        if seen == wanted:
-            raise Stop
-        seen += 1
-        return map_leaves(calibration.answer.blank, lambda leaf: leaf)
-
     guided = two_passes.argument not in call.scales
-    trace = call.run(PROMPTS[:1], STEPS, two_passes.options, on_network=answer, guided=guided)
-    conditioning = calibration.conditioning_of(trace.calls[-1])
+
+    def conditioning(prompts: Sequence[str]) -> dict[str, Any]:
+        before = 0 if two_passes.batched or not two_passes.cond_first else 1
+        network = blank_network(calibration.component, calibration.answer.blank, calls=before)
+        trace = call.run(prompts, STEPS, two_passes.options, on_network=network, guided=guided)
+        return calibration.conditioning_of(trace.calls[-1])
+
+    found = conditioning(PROMPTS[:1])
     if not two_passes.batched:
-        return conditioning
-    if axes is None:
-        raise UnsupportedPipelineError("its unconditional cannot be separated from the batch of two that it makes")
-    return split_rows(conditioning, axes, 2)[1 if two_passes.cond_first else 0]
+        return found
+    # The passes of two prompts have twice the rows of those of one prompt, which have twice the rows of one pass.
+    unguided = calibration.conditioning_of(calibration.trace.calls[-1])
+    for axes in (lambda: find_axes(found, conditioning([PROMPTS[0]] * 2)), lambda: find_axes(unguided, found)):
+        try:
+            return split_rows(found, axes(), 2)[1 if two_passes.cond_first else 0]
+        except torch.OutOfMemoryError:
+            raise
+        except CALL_ERRORS:
+            continue
+    raise UnsupportedPipelineError("its unconditional cannot be separated from the batch of two that it makes")

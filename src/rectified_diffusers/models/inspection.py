@@ -9,7 +9,7 @@ from torch import nn
 
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError
+from rectified_diffusers.models.watching import UnsupportedPipelineError
 
 _TRAINED = 4 + 4 + 8 + 4  # bytes per weight in float32: the weight, its gradient, two moments of AdamW, its average
 _FROZEN = 2  # bfloat16

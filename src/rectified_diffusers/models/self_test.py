@@ -1,6 +1,7 @@
 """The self-test of an adapter: what it computes against what the stock pipeline does."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,18 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.calibration import PROMPTS, STEPS, require_ode
-from rectified_diffusers.models.stock_call import Trace, UnsupportedPipelineError, first_sample, step_arguments
+from rectified_diffusers.models.calibration import PROMPTS, STEPS, UNEQUAL, require_ode
+from rectified_diffusers.models.finding import with_sigmas
+from rectified_diffusers.models.stock_call import device_of
+from rectified_diffusers.models.watching import (
+    Step,
+    Trace,
+    UnsupportedPipelineError,
+    first_sample,
+    images_of,
+    step_arguments,
+    with_sample,
+)
 
 _TOLERANCE = 1e-5
 _SENSITIVITY = 1e-7
@@ -61,10 +72,12 @@ def self_test(denoiser: PipelineDenoiser) -> SelfTest:
         UnsupportedPipelineError: a comparison fails, or the solver adds noise.
     """
     generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(2, *denoiser.latent_shape, generator=generator).to(denoiser.network.device)
+    noise = torch.randn(2, *denoiser.latent_shape, generator=generator).to(device_of(denoiser.network))
     if denoiser.is_flow:
         require_ode(denoiser.call, denoiser.calibration.off, noise[:1], denoiser.calibration.noise_place)
     trace = _stock(denoiser, noise[:1])
+    if denoiser.is_flow and not all(_continues(*pair) for pair in pairwise(trace.steps)):
+        raise UnsupportedPipelineError("its latents change between steps of the scheduler")
     with torch.no_grad():
         result = SelfTest(
             prediction=_prediction(denoiser, trace),
@@ -83,7 +96,16 @@ def self_test(denoiser: PipelineDenoiser) -> SelfTest:
 def _stock(denoiser: PipelineDenoiser, noise: Tensor, on_step: Any = None) -> Trace:
     call, calibration = denoiser.call, denoiser.calibration
     options = {**calibration.off, **denoiser.scale, **({call.output_type: "np"} if call.output_type else {})}
-    return call.run(PROMPTS[:1], STEPS, options, noise=(noise, calibration.noise_place), on_step=on_step)
+    trace = call.run(PROMPTS[:1], STEPS, options, noise=(noise, calibration.noise_place), on_step=on_step)
+    trace.steps = with_sigmas(trace.steps) if denoiser.is_flow else trace.steps
+    return trace
+
+
+def _continues(step: Step, following: Step) -> bool:
+    """Return whether a step's result is the next step's sample, but for layout and rounding."""
+    end, start = step.result.float().flatten(), following.sample.float().flatten()
+    rounding = 2 * max(torch.finfo(part.dtype).eps for part in (step.result, following.sample))
+    return end.shape == start.shape and torch.allclose(end, start, rtol=rounding, atol=rounding)
 
 
 def _difference(one: Tensor, two: Tensor) -> float:
@@ -92,10 +114,11 @@ def _difference(one: Tensor, two: Tensor) -> float:
 
 
 def _prediction(denoiser: PipelineDenoiser, trace: Trace) -> float:
-    conditioning = denoiser.encode(PROMPTS[:1], denoiser.network.device)
+    conditioning = denoiser.encode(PROMPTS[:1], device_of(denoiser.network))
     errors = []
     for step in trace.steps:
-        timestep = torch.tensor([step.timestep], dtype=torch.float64, device=step.sample.device)
+        time = step.timestep if denoiser.calibration.flow is None else denoiser.calibration.flow.timestep_of(step)
+        timestep = torch.tensor([time], dtype=torch.float64, device=step.sample.device)
         answer = denoiser.predict_at(denoiser.network, step.sample, timestep, conditioning)
         errors.append(_difference(answer, step.answer))
     return max(errors)
@@ -116,16 +139,16 @@ def _euler(denoiser: PipelineDenoiser, trace: Trace) -> float | None:
 
         def take(scheduler_step: Any, *args: Any, **kwargs: Any) -> Any:
             result, (before, after) = scheduler_step(*args, **kwargs), next(moves)
-            answer, _, sample = step_arguments(args, kwargs)
+            answer, _, sample = step_arguments(scheduler_step, args, kwargs)
             moved = (sample.float() + (after - before) * flow.sign * answer.float()).to(first_sample(result))
-            return (moved, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=moved)
+            return with_sample(result, moved)
 
         trace = _stock(denoiser, trace.steps[0].sample, take)
-    conditioning = denoiser.encode(PROMPTS[:1], denoiser.network.device)
+    conditioning = denoiser.encode(PROMPTS[:1], device_of(denoiser.network))
     x, errors = trace.steps[0].sample, []
     for step, (before, after) in zip(trace.steps, times, strict=True):
         if flow.rounded:
-            timestep = torch.tensor([step.timestep], dtype=torch.float64, device=x.device)
+            timestep = torch.tensor([flow.timestep_of(step)], dtype=torch.float64, device=x.device)
             velocity = flow.sign * denoiser.predict_at(denoiser.network, x, timestep, conditioning)
         else:
             t = torch.tensor([before], device=x.device, dtype=torch.float64)
@@ -141,18 +164,22 @@ def _is_euler(step: Any, sign: int, before: float, after: float) -> bool:
 
 
 def _decodes(denoiser: PipelineDenoiser, trace: Trace) -> bool:
-    stock = trace.output[0] if not isinstance(trace.output, Tensor) else trace.output
-    ours = denoiser.decode(trace.steps[-1].result, "np")
-    return bool(np.array_equal(np.asarray(ours), np.asarray(stock)))
+    ours, again = (np.asarray(denoiser.decode(trace.steps[-1].result, "np", seed=seed)) for seed in (0, 1))
+    if not np.array_equal(ours, again):
+        raise UnsupportedPipelineError("its decoding of latents is random")
+    return bool(np.array_equal(ours, np.asarray(images_of(trace.output))))
 
 
 def _sensitivity(denoiser: PipelineDenoiser, noise: Tensor) -> dict[str, float]:
     """Return how much the answer changes with prompt, time and sample."""
     network, device = denoiser.network, noise.device
     one, two = (denoiser.encode([prompt], device) for prompt in PROMPTS)
-    early, late = (torch.tensor([timestep], device=device) for timestep in (700.0, 300.0))
+    early, late = (denoiser.timesteps_at(torch.tensor([t], device=device)) for t in (0.3, 0.7))
     x, other = noise.split(1)
     answer = denoiser.predict_at(network, x, early, one)
+    denoiser.predict_at(network, other, late, two)
+    if _difference(denoiser.predict_at(network, x, early, one), answer) > 16 * torch.finfo(denoiser.dtype).eps:
+        raise UnsupportedPipelineError(f"its network {denoiser.component} {UNEQUAL}")
     return {
         "prompt": _difference(denoiser.predict_at(network, x, early, two), answer),
         "time": _difference(denoiser.predict_at(network, x, late, one), answer),

@@ -11,78 +11,31 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rectified_diffusers.models.conditioning import map_leaves
+from rectified_diffusers.models.watching import (
+    NetworkCall,
+    NoisePlace,
+    OnStep,
+    StandIn,
+    Stop,
+    Trace,
+    UnsupportedPipelineError,
+    bind,
+    watched_encoding,
+    watched_noise,
+    watched_step,
+)
 
+PROMPTS = "a red apple", "two dogs at night"
+STEPS = 3
 OnNetwork = Callable[[Any, str, tuple[Any, ...], dict[str, Any]], Any]
-OnStep = Callable[..., Any]
-
-
-class UnsupportedPipelineError(TypeError):
-    """A pipeline that cannot be adapted. The message is one sentence that says why."""
-
-
-class Stop(BaseException):
-    """Ends a stock `__call__` early. No handler of `Exception` in a pipeline catches it."""
-
-
-@dataclass(frozen=True)
-class NetworkCall:
-    """A call of a network: name of the component, arguments by name, answer, and the number of steps before it."""
-
-    component: str
-    arguments: dict[str, Any]
-    answer: Any
-    step: int
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step of the scheduler, from `sample` to `result`; sigmas before and after it are None if it has none."""
-
-    answer: Tensor
-    timestep: float
-    sample: Tensor
-    result: Tensor
-    sigmas: tuple[float, float] | None
-
-
-@dataclass
-class Trace:
-    """What a stock call did."""
-
-    calls: list[NetworkCall] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-    prepared: list[Tensor] | None = None
-    encoded: list[Any] = field(default_factory=list)
-    scheduler: Any = None
-    output: Any = None
-    record: bool = True
-
-    def calls_of(self, step: int) -> list[NetworkCall]:
-        return [call for call in self.calls if call.step == step]
-
-
-class StandIn:
-    """Takes the place of a network in a private copy of a pipeline; a call runs `on_call(*args, **kwargs)`."""
-
-    def __init__(self, network: Any, on_call: Callable[..., Any]) -> None:
-        self.__dict__.update(_network=network, _on_call=on_call)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._on_call(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_network"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["_network"], name, value)
 
 
 def is_guider(part: Any) -> bool:
@@ -98,6 +51,11 @@ def evaluate(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[s
 def stop(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """End the stock call in place of a network's first call."""
     raise Stop
+
+
+def device_of(network: Any) -> torch.device:
+    """Return the device of a network, which may be any module."""
+    return network.device if hasattr(network, "device") else next(network.parameters()).device
 
 
 class StockCall:
@@ -117,29 +75,36 @@ class StockCall:
         self.scheduler = pipeline.scheduler if scheduler is None else scheduler
         self.networks = {
             name: part
-            for name, part in pipeline.components.items()
-            if isinstance(part, nn.Module) and (isinstance(part, ModelMixin) or name in ("unet", "transformer"))
-            if not hasattr(part, "decode")
+            for name, part in {**vars(pipeline), **pipeline.components}.items()  # some components are not listed
+            if isinstance(part, nn.Module) and not isinstance(part, PreTrainedModel) and not hasattr(part, "decode")
         }
         if not self.networks:
             raise UnsupportedPipelineError(f"{kind} has no network that predicts from samples")
-        training = [name for name, network in self.networks.items() if network.training]
-        if training:
-            raise UnsupportedPipelineError(
-                f"the {training[0]} of {kind} is in training mode, in which dropout makes its predictions random: "
-                f"call pipeline.{training[0]}.eval()"
-            )
+        for name, network in self.networks.items():
+            if isinstance(network, ModelMixin):
+                self.require_evaluation(name)
         self.parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
         self.parameters.pop("self", None)
-        self.prompt = self._name("prompt", r"prompts?$|^text$|^caption")
-        self.steps = self._name("num_inference_steps", r"steps$")
+        self.prompt = self._name("prompt", r"^(?!negative).*(prompt|text|caption|description|sentence)s?$")
+        self.steps = self._name("num_inference_steps", r"steps$|^(num_)?iterations$|^nfe$")
+        self.listed = False  # whether a single prompt is a list of one; found by calibration
         self._require_only_a_prompt()
         unknown = sorted(self.options.keys() - self.parameters.keys())
         if unknown:
             raise UnsupportedPipelineError(f"the call of {kind} has no argument {unknown[0]}")
         self.output_type = "output_type" if "output_type" in self.parameters else None
         self.negative = next((name for name in self.parameters if re.match(r"negative_(prompt|text)s?$", name)), None)
-        self.scales = [name for name in self.parameters if re.search(r"(guidance|cfg)_scale$", name)]
+        guidance = [name for name in self.parameters if re.search(r"(guidance|cfg)", name)]
+        scale = re.compile(r"(guidance|cfg)(_(scale|weight|strength|factor))?$")
+        self.scales = [name for name in guidance if scale.search(name) and not isinstance(self.default(name), bool)]
+        self.switches = [name for name in guidance if self.default(name) is True]
+
+    def require_evaluation(self, component: str) -> None:
+        if self.networks[component].training:
+            raise UnsupportedPipelineError(
+                f"the {component} of {type(self.pipeline).__name__} is in training mode, in which dropout makes its "
+                f"predictions random: call pipeline.{component}.eval()"
+            )
 
     def _name(self, usual: str, pattern: str) -> str:
         names = [usual] if usual in self.parameters else [n for n in self.parameters if re.search(pattern, n)]
@@ -161,6 +126,20 @@ class StockCall:
     def default(self, name: str) -> Any:
         return self.parameters[name].default
 
+    @property
+    def latents_only(self) -> dict[str, str]:
+        """Return the argument of the call with which it does not decode; none if it has none."""
+        return {self.output_type: "latent"} if self.output_type else {}
+
+    @property
+    def negated(self) -> dict[str, Any]:
+        """Return the argument of the call for an empty negative prompt; none if it has none."""
+        return {self.negative: [""] if self.listed else ""} if self.negative else {}
+
+    def prompted(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Return the argument of the call for prompts."""
+        return {self.prompt: prompts[0] if len(prompts) == 1 and not self.listed else list(prompts)}
+
     def run(
         self,
         prompts: Sequence[str],
@@ -169,7 +148,7 @@ class StockCall:
         *,
         on_network: OnNetwork = evaluate,
         on_step: OnStep | None = None,
-        noise: tuple[Tensor, int] | None = None,
+        noise: tuple[Tensor, NoisePlace] | None = None,
         guided: bool = False,
         seed: int = 0,
         scheduler: Any = None,
@@ -183,7 +162,7 @@ class StockCall:
             options: arguments of the call, in addition to those of all runs.
             on_network: called in place of the network, with the network, its component name and its arguments.
             on_step: called in place of `scheduler.step`, with the scheduler's bound method and its arguments.
-            noise: tensor that replaces what `prepare_latents` returns at an index.
+            noise: initial sample of the scheduler, and where it enters.
             guided: leaves guider components on.
             scheduler: replaces the pipeline's own; it is copied.
             encoded: results of `encode_prompt` of an earlier run, in order, in place of the text encoders.
@@ -192,14 +171,15 @@ class StockCall:
         """
         trace = Trace(record=record)
         private = self._private_copy(trace, on_network, on_step, noise, encoded, guided=guided, scheduler=scheduler)
-        arguments = {self.prompt: prompts[0] if len(prompts) == 1 else list(prompts), self.steps: steps}
-        arguments |= {**self.options, **options}
+        arguments = {**self.prompted(prompts), self.steps: steps, **self.options, **options}
+        if noise is not None and noise[1].index is None:
+            arguments["latents"] = noise[0].clone()
         if "generator" in self.parameters:
             arguments["generator"] = torch.Generator().manual_seed(seed)
         call: Any = type(self.pipeline).__call__
         while gradient and call.__code__.co_name == "decorate_context":  # torch.no_grad
             call = call.__wrapped__
-        devices = {part.device for part in self.networks.values() if part.device.type == "cuda"}
+        devices = {device for part in self.networks.values() if (device := device_of(part)).type == "cuda"}
         try:
             with torch.random.fork_rng(devices=devices), suppress(Stop), torch.set_grad_enabled(gradient):
                 torch.manual_seed(~seed)  # not the generator's, or noise of a step could equal the initial noise
@@ -215,7 +195,7 @@ class StockCall:
         trace: Trace,
         on_network: OnNetwork,
         on_step: OnStep | None,
-        noise: tuple[Tensor, int] | None,
+        noise: tuple[Tensor, NoisePlace] | None,
         encoded: Sequence[Any] | None,
         *,
         guided: bool,
@@ -227,12 +207,12 @@ class StockCall:
         for name, network in self.networks.items():
             own[name] = StandIn(network, functools.partial(self._call_network, trace, on_network, network, name))
         solver = copy.deepcopy(self.scheduler if scheduler is None else scheduler)
-        solver.step = _watched_step(solver, trace, on_step)
+        solver.step = watched_step(solver, trace, on_step)
         own["scheduler"] = trace.scheduler = solver
         own["maybe_free_model_hooks"] = lambda: None  # run after the call, on the pipeline that has its networks
         watched = {
-            "prepare_latents": _watched_noise(private, trace, noise),
-            "encode_prompt": _watched_encoding(private, trace, encoded),
+            "prepare_latents": watched_noise(private, trace, noise),
+            "encode_prompt": watched_encoding(private, trace, encoded),
         }
         own.update({name: method for name, method in watched.items() if method is not None})
         if not guided:
@@ -255,82 +235,3 @@ class StockCall:
         answer = on_network(network, component, args, kwargs)
         trace.calls[-1] = NetworkCall(component, kept, answer, call.step)
         return answer
-
-
-def bind(network: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a network by name."""
-    signature = inspect.signature(network.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            bound |= bound.pop(name, {})
-        elif parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY) and name in bound:
-            raise UnsupportedPipelineError(f"{type(network).__name__} takes arguments without names")
-    return dict(bound)
-
-
-def step_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor]:
-    """Return prediction, timestep and sample from the arguments of `scheduler.step`, which every scheduler has."""
-    names = ("model_output", "timestep", "sample")
-    answer, timestep, sample = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
-    return answer, timestep, sample
-
-
-def first_sample(result: Any) -> Tensor:
-    """Return the sample in the result of `scheduler.step`."""
-    return result[0] if isinstance(result, tuple) else result.prev_sample
-
-
-def _watched_step(solver: Any, trace: Trace, on_step: OnStep | None) -> Callable[..., Any]:
-    """Return a `step` that records its arguments and its result."""
-    step = solver.step
-
-    @functools.wraps(step)  # pipelines read its signature
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        answer, timestep, sample = step_arguments(args, kwargs)
-        sample, index = sample.clone(), len(trace.steps)
-        result = step(*args, **kwargs) if on_step is None else on_step(step, *args, **kwargs)
-        sigmas = getattr(solver, "sigmas", None)
-        around = None
-        if sigmas is not None and index + 1 < len(sigmas):
-            around = float(sigmas[index]), float(sigmas[index + 1])
-        moved = first_sample(result).detach().clone()
-        if not trace.record:
-            trace.steps.clear()
-        trace.steps.append(Step(answer.detach().clone(), float(timestep), sample.detach(), moved, around))
-        return result
-
-    return watched
-
-
-def _watched_noise(private: Any, trace: Trace, noise: tuple[Tensor, int] | None) -> Callable[..., Any] | None:
-    """Return a `prepare_latents` that records its results or replaces one of them; None if there is none."""
-    if not hasattr(type(private), "prepare_latents"):
-        return None
-    prepare = private.prepare_latents
-
-    @functools.wraps(prepare)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        drawn = prepare(*args, **kwargs)
-        parts = list(drawn) if isinstance(drawn, tuple) else [drawn]
-        if noise is not None:
-            given, place = noise
-            parts[place] = given.to(parts[place]).reshape(parts[place].shape).clone()  # some change it in place
-        trace.prepared = [part.clone() if isinstance(part, Tensor) else part for part in parts]
-        return tuple(parts) if isinstance(drawn, tuple) else parts[0]
-
-    return watched
-
-
-def _watched_encoding(private: Any, trace: Trace, encoded: Sequence[Any] | None) -> Callable[..., Any] | None:
-    """Return an `encode_prompt` that records its results or repeats those of another run; None if there is none."""
-    if not hasattr(type(private), "encode_prompt"):
-        return None
-    encode, repeated = private.encode_prompt, iter(encoded or ())
-
-    @functools.wraps(encode)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        trace.encoded.append(encode(*args, **kwargs) if encoded is None else next(repeated))
-        return trace.encoded[-1]
-
-    return watched

@@ -12,8 +12,9 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import PROMPTS
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
-from rectified_diffusers.models.stock_call import UnsupportedPipelineError, stop
+from rectified_diffusers.models.stock_call import stop
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
+from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
