@@ -111,7 +111,7 @@ def test_gradient_checkpointing_reaches_the_adapter(dataset: TripletDataset, tmp
 
 def test_other_layers_may_be_chosen(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, lora_target_modules=("conv1", "attn2.to_k"), **LORA)
-    layers = {name.split(".lora_")[0] for name in trainer.student.named(trainer.student.parameters)}
+    layers = {name.split(".lora_")[0] for name in trainer.student.names}
     assert layers
     assert all(layer.endswith((".conv1", ".attn2.to_k")) for layer in layers)
 
