@@ -93,23 +93,42 @@ def main() -> None:
     shutil.rmtree(folder / "before", ignore_errors=True)
     barrier()
     with CheckpointWriter(folder, 1, peers, lambda: None) as writer:
+        writer.reserve(tensors)  # as a training does after its first step
+        measure_steps(lambda number: None, barrier, 1, args.steps)
         after, others = measure_steps(lambda number: writer.save(number, tensors, {}), barrier, args.saves, args.steps)
     stored = StoredCheckpoint(checkpoint_path(folder, args.saves - 1), peers)
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of the memory begins anew
+    before_load, start = (process_bytes("status", "VmRSS"), process_bytes("io", "rchar")), time.perf_counter()
     stored.load(tensors)
     loading = time.perf_counter() - start
-    barrier()
+    peak, read = process_bytes("status", "VmHWM") - before_load[0], process_bytes("io", "rchar") - before_load[1]
+    loads = peers.exchange((read, peak))
     if accelerator.is_main_process:
         shutil.rmtree(folder)
-        report(args, peers.count, before, after, others, loading)
+        report(args, peers.count, before, after, others, loading, loads)
 
 
-def report(args: Any, count: int, before: list[float], after: list[float], others: float, loading: float) -> None:
+def process_bytes(file: str, name: str) -> int:
+    """Return a value of this process that the system counts, in bytes."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    value = next(line.split()[1:] for line in lines if line.startswith(f"{name}:"))
+    return int(value[0]) * (1024 if value[1:] == ["kB"] else 1)
+
+
+def report(
+    args: Any,
+    count: int,
+    before: list[float],
+    after: list[float],
+    others: float,
+    loading: float,
+    loads: list[tuple[int, int]],
+) -> None:
     facts = provenance()
-    ratios = max(after[1:], default=after[0]) / min(before)
+    ratio = max(after) / min(before)
     seconds = {
         "before: all files by one process, each read again for its digest": before,
-        "now: a copy to the CPU, in memory that the first checkpoint allocates": after,
+        "now: a copy to memory that was allocated during the first steps": after,
     }
     lines = [f"# Checkpoints of {args.gigabytes:g} GB on {count} processes", ""]
     lines += [f"| a step with a checkpoint stops for, seconds | {' | '.join(str(i + 1) for i in range(args.saves))} |"]
@@ -117,8 +136,10 @@ def report(args: Any, count: int, before: list[float], after: list[float], other
     lines += [f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |" for name, values in seconds.items()]
     lines += [
         "",
-        f"The longest stop from the second checkpoint on is {ratios:.3f} of the shortest before. While a checkpoint "
-        f"is written, a step of {STEP} s takes at most {others:.2f} s longer. Loading takes {loading:.1f} s.",
+        f"The longest stop now is {ratio:.3f} of the shortest before. While a checkpoint "
+        f"is written, a step of {STEP} s takes at most {others:.2f} s longer. Loading takes {loading:.1f} s. "
+        f"A process reads at most {max(read for read, _ in loads) / 1e9:.2f} GB and takes at most "
+        f"{max(peak for _, peak in loads) / 1e9:.2f} GB of memory above what it has.",
         "",
         f"    {facts.pop('command')}",
         "",

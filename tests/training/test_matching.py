@@ -390,14 +390,6 @@ def test_a_teacher_of_the_wrong_sign_is_found_at_the_start(dataset: TripletDatas
         trainer.train()
 
 
-def test_sharded_weights_are_refused(
-    dataset: TripletDataset, output_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rectified_diffusers.training.trainer.is_sharded", lambda accelerator: True)
-    with pytest.raises(ValueError, match=r"two networks in turn, which FSDP does not support"):
-        make_matching(dataset, output_dir)
-
-
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [

@@ -126,6 +126,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert torch.equal(read_checkpoint(checkpoint_path(tmp_path, 2)).tensors[FILE]["weight"], torch.ones(3))
 
 
+def test_the_memory_of_the_copies_is_reserved_and_used_again(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, 1, Peers(), lambda: None) as writer:
+        writer.reserve(make_tensors())
+        writer.settle()
+        reserved = {name: snapshot.body.data_ptr() for name, snapshot in writer.snapshots.items()}
+        assert reserved.keys() == make_tensors().keys()
+        for step in (1, 2):
+            writer.save(step, make_tensors(), {})
+            assert {name: snapshot.body.data_ptr() for name, snapshot in writer.snapshots.items()} == reserved
+
+
 def test_a_failed_write_is_reported_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -116,11 +116,6 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         super().__init__(pipeline, dataset, config)
         self.student_steps = config.student_steps
         self.validation_steps = (config.student_steps,)
-        if self.sharded:
-            raise ValueError(
-                "Distribution matching trains two networks in turn, which FSDP does not support here. Launch it "
-                "without FSDP, and with lora_rank if memory is short."
-            )
         kind = config.regression_loss if config.regression_weight else "l2"
         self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
         self.teacher_denoiser = denoiser_for(teacher, dataset)

@@ -18,6 +18,7 @@ FREE_OPTIONS = frozenset(
         "micro_batch_size",
         "num_workers",
         "gradient_checkpointing",
+        "compile",
         "lpips_weights",
         "save_every_steps",
         "keep_checkpoints",

@@ -107,13 +107,19 @@ class Snapshot:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         if buffer is None or len(buffer) != end:
-            on_gpu = any(part.values.is_cuda for part in parts.values())
-            buffer = torch.empty(end, dtype=torch.uint8, pin_memory=on_gpu)
+            buffer = new_buffer(parts)
         for name, part in ordered:
             begin, end = header[name]["data_offsets"]
             target = buffer[begin:end].view(part.values.dtype).view(part.values.shape)
             target.copy_(part.values, non_blocking=buffer.is_pinned())
         return cls(len(text).to_bytes(8, "little") + text, buffer)
+
+
+def new_buffer(parts: Mapping[str, Part]) -> Tensor:
+    """Return memory for the copy of parts, pinned if they are on a GPU."""
+    on_gpu = any(part.values.is_cuda for part in parts.values())
+    size = sum(part.values.nbytes for part in parts.values())
+    return torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
 
 
 def part_name(file: str, process: int, count: int) -> str:

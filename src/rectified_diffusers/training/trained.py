@@ -100,6 +100,8 @@ class Trained:
         self.weights_file, self.optimizer_file = f"{name}.safetensors", f"{prefix}optimizer.safetensors"
         if config.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+        if config.compile:
+            network.compile()  # in place, so that its weights keep their names
         optimizer = make_optimizer(trainable(network), config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(network, optimizer)
         self.parameters = trainable(network)  # after prepare, which may shard them

@@ -165,12 +165,15 @@ class Trainer(ABC, Generic[Config]):
         hidden = not (main and is_progress_bar_enabled())
         bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
         watchdog = Watchdog(self.accelerator.process_index, self.accelerator.num_processes)
+        first = step + 1
         with bar, watchdog, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
                 watchdog.enter(f"step {step}")
                 self.writer.check()
                 metrics = self.train_step(step)
+                if step == first:
+                    self.writer.reserve(self.tensors())
                 self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rectified_diffusers.distributed import Peers
 from rectified_diffusers.files import TEMPORARY, flush, is_full, no_space, remove, require_space
 from rectified_diffusers.training.checkpoint import STATE, checkpoint_path, checkpoint_steps, sealed
-from rectified_diffusers.training.parts import Snapshot, own_parts, part_name, write_file
+from rectified_diffusers.training.parts import Part, Snapshot, new_buffer, own_parts, part_name, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +42,21 @@ class CheckpointWriter:
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future[None] | None = None
 
+    def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Allocate the memory for the copies in the background, which would take the first checkpoint seconds."""
+
+        def allocate(parts: Mapping[str, Mapping[str, Part]]) -> None:
+            self.snapshots = {name: Snapshot(b"", new_buffer(own).zero_()) for name, own in parts.items()}
+
+        self.wait()
+        self.pending = self.executor.submit(allocate, self._parts(tensors))
+
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Begin to write a checkpoint; every process must call this. The tensors may change afterwards."""
         self.wait()
-        process, count = self.peers.process, self.peers.count
-        parts = {part_name(file, process, count): own_parts(named, process, count) for file, named in tensors.items()}
         self.snapshots = {
             name: Snapshot.of(own, self.snapshots[name].body if name in self.snapshots else None)
-            for name, own in parts.items()
-            if own
+            for name, own in self._parts(tensors).items()
         }
         if any(snapshot.body.is_pinned() for snapshot in self.snapshots.values()):
             torch.cuda.synchronize()
@@ -85,6 +91,12 @@ class CheckpointWriter:
             if error is None:
                 raise
             logger.warning("The last checkpoint was not written: %s", failure)
+
+    def _parts(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Part]]:
+        """Return the parts that this process writes, by the names of their files."""
+        process, count = self.peers.process, self.peers.count
+        parts = {part_name(file, process, count): own_parts(named, process, count) for file, named in tensors.items()}
+        return {name: own for name, own in parts.items() if own}
 
     def _write(self, step: int, state: Mapping[str, Any]) -> None:
         """Write the snapshots of all processes as one checkpoint, and remove the older ones that are not kept.
