@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.error import URLError
 
 import pytest
@@ -65,6 +66,21 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+
+
+@pytest.fixture(scope="module")
+def plain_charts() -> Iterator[None]:
+    """Leave the drawings out of the charts of a training's report: they take as long as a short training.
+
+    `tests/training/test_report.py` has them.
+    """
+    from rectified_diffusers.training import report
+
+    def chart(title: str, note: str, figure: Any) -> str:
+        return f"<figure>{title}: {note}</figure>"
+
+    with mock.patch.object(report, "_chart", chart):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,8 @@ def quiet() -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def small_trainings() -> Iterator[None]:
-    """Let every trainer that is made do two steps."""
+    """Let every trainer that is made do two steps, and draw no charts for its report."""
+    from rectified_diffusers.training import report
     from rectified_diffusers.training.trainer import Trainer
 
     original = Trainer.__init__
@@ -185,11 +186,9 @@ def small_trainings() -> Iterator[None]:
         changes = {name: value for name, value in SMALL_TRAINER.items() if name in settable}
         original(self, pipeline, dataset, dataclasses.replace(config, **changes))
 
-    Trainer.__init__ = make
-    try:
+    charts = mock.patch.object(report, "_chart", return_value="")
+    with charts, mock.patch.object(Trainer, "__init__", make):
         yield
-    finally:
-        Trainer.__init__ = original
 
 
 @contextlib.contextmanager

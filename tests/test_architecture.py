@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,14 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def imports_of(file: Path) -> Iterator[tuple[str, int]]:
     """Yield the absolute names that a file imports anywhere, with the line; `from a import b` gives a and a.b."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, node.lineno
@@ -71,7 +77,7 @@ def test_options_need_the_standard_library_alone(file):
 def test_files_and_functions_are_short(file):
     text = file.read_text(encoding="utf-8")
     assert text.count("\n") < MAX_FILE_LINES, f"{file} has {MAX_FILE_LINES} lines or more: look for the second idea"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(file):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None
             lines = node.end_lineno - node.lineno + 1
@@ -82,7 +88,7 @@ def test_files_and_functions_are_short(file):
 def test_no_pickle_no_bare_except_no_assert(file):
     for name, line in imports_of(file):
         assert name.split(".")[0] not in PICKLERS, f"{file}:{line}: nothing is pickled here"
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in nodes_of(file):
         assert not (isinstance(node, ast.ExceptHandler) and node.type is None), f"{file}:{node.lineno}: bare except"
         assert not isinstance(node, ast.Assert), (
             f"{file}:{node.lineno}: assert is for tests; raise an error that helps"

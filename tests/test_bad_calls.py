@@ -312,7 +312,7 @@ PICTURES: list[Case] = [
     ("invert", lambda w: rd.invert(None, PICTURE, "a"), "inversion needs a diffusers pipeline"),
     ("invert", lambda w: rd.invert(w.diffusion, PICTURE, "a"), "inversion needs a RectifiedFlowPipeline"),
     ("invert", lambda w: rd.invert(w.pipe, 3, "a"), "pictures: expected an image, got int"),
-    ("invert", lambda w: rd.invert(w.pipe, [], "a"), "images of one size"),
+    ("invert", lambda w: rd.invert(w.pipe, [], "a"), "pictures: expected an image, got an empty list"),
     ("invert", lambda w: rd.invert(w.pipe, ["cat.png"], "a"), "pictures: expected an image, got str"),
     ("invert", lambda w: rd.invert(w.pipe, LATENTS * NAN, "a"), "latents must be finite"),
     ("invert", lambda w: rd.invert(w.pipe, LATENTS[:0], "a"), "with B at least 1"),

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -12,6 +13,7 @@ from tests.training.helpers import make_dataset
 NUMBERS = ("int", "float")
 
 
+@cache
 def commands() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of every command, of `delta` those of its own commands, by the words that call it."""
     return dict(_below(cli.build_parser(), ""))

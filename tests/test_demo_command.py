@@ -116,6 +116,7 @@ def test_a_page_that_others_can_reach_warns(host, auth, warning, capsys):
     assert bool(told.err) == bool(warning)
 
 
+@pytest.mark.slow
 def test_the_page_is_served_without_waiting_for_torch():
     pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectified_diffusers[demo]"')
     code = "import sys, rectified_diffusers.demo.page; assert not {'torch', 'diffusers'} & set(sys.modules)"

@@ -30,7 +30,12 @@ from tests.tiny_inputs import write_pictures
 DOCS = ROOT / "docs"
 MAX_EXAMPLE_LINES = 5
 EXTRAS = {"export_onnx": "onnx"}  # what an example needs beyond the dependencies of every installation
-LONG = ("docs/start.md", "docs/how_to/reflow.md", "docs/how_to/distill.md")  # several trainings each
+LONG = (  # several trainings each
+    "docs/start.md",
+    "docs/how_to/reflow.md",
+    "docs/how_to/distill.md",
+    "docs/how_to/few_step_lora.md",
+)
 SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
@@ -48,6 +53,7 @@ def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(make / "canny")
     make_tiny_controlnet(make_tiny_xl_pipeline().unet).save_pretrained(make / "xl-canny")
     make_tiny_adapter().save_pretrained(make / "adapter")
+    make_tiny_pipeline("sd3").save_pretrained(make / "sd3")
     folders = {
         INSTAFLOW: "instaflow",
         TWO_FLOW: "two-flow",
@@ -56,6 +62,7 @@ def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
         "lllyasviel/control_v11p_sd15_canny": "canny",
         "diffusers/controlnet-canny-sdxl-1.0": "xl-canny",
         "TencentARC/t2iadapter_canny_sd15v2": "adapter",
+        "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
     }
     hub = the_hub()
     for repo_id, folder in folders.items():

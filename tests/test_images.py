@@ -129,6 +129,77 @@ def test_bools_are_black_and_white():
     assert (levels(as_images("image", ALPHA > 0)) == ALPHA[..., None]).all()
 
 
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+ODD_ARRAYS = {
+    "read-only": read_only(LEVELS.copy()),
+    "read-only, float": read_only(LEVELS / 255),
+    "not contiguous": np.asfortranarray(LEVELS)[::-1][::-1],
+    "big-endian, 16 bit": (LEVELS.astype(np.uint16) * 257).astype(">u2"),
+    "big-endian, float": (LEVELS / 255).astype(">f4"),
+    "float16": (LEVELS / 255).astype(np.float16),
+    "longdouble": (LEVELS / 255).astype(np.longdouble),
+    "masked array": np.ma.masked_array(LEVELS, mask=LEVELS > 200),
+    "with a gradient": UNIT.clone().requires_grad_(),
+    "float64 tensor": UNIT.double(),
+    "int32 tensor": UNIT.mul(255).round().int(),
+    "uint16 tensor": torch.from_numpy(LEVELS.astype(np.uint16) * 257).permute(2, 0, 1),
+    "RGB and alpha as floats, as torchvision reads a file": torch.cat([UNIT, torch.ones(1, SIZE, SIZE)]),
+}
+
+
+@pytest.mark.parametrize("image", ODD_ARRAYS.values(), ids=ODD_ARRAYS)
+def test_arrays_of_every_kind(stock_levels, image):
+    assert (levels(as_images("image", image, latent_channels=4)) == LEVELS).all()
+    ours, expected = (image_to_image(stock_levels, each, strength=0.3) for each in (image, COLOR))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-3)
+
+
+def saved(image, extension, **options):
+    data = io.BytesIO()
+    image.save(data, extension, **options)
+    data.seek(0)
+    return Image.open(data)
+
+
+FRAMES = [Image.new("RGBA", (SIZE, SIZE), (255, 0, 0, 0)), COLOR.convert("RGBA")]
+FIRST = tuple(map(int, LEVELS[0, 0]))
+FILES = {  # with the color of the first pixel
+    "a color that is transparent": (saved(COLOR, "PNG", transparency=FIRST), (255, 255, 255)),
+    "a gray that is transparent": (saved(GRAY, "PNG", transparency=FIRST[0]), (255, 255, 255)),
+    "a gray of 16 bit that is transparent": (
+        saved(sixteen_bit(), "PNG", transparency=257 * FIRST[0]),
+        (255, 255, 255),
+    ),
+    "a palette that is transparent": (saved(COLOR.convert("P"), "PNG", transparency=bytes(256)), (255, 255, 255)),
+    "black of 1 bit that is transparent": (saved(Image.new("1", (8, 8)), "PNG", transparency=0), (255, 255, 255)),
+    "an animated GIF": (saved(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]), (255, 255, 255)),
+    "an animated WebP": (saved(FRAMES[0], "WEBP", save_all=True, append_images=FRAMES[1:]), (255, 255, 255)),
+    "an animated PNG": (saved(FRAMES[1], "PNG", save_all=True, append_images=FRAMES[:1]), FIRST),
+    "a TIFF of floats": (saved(GRAYS["F, unit"], "TIFF"), FIRST[:1] * 3),
+    "a TIFF of 16 bit": (saved(sixteen_bit(), "TIFF"), FIRST[:1] * 3),
+    "a BMP of 1 bit": (saved(Image.new("1", (8, 8), 1), "BMP"), (255, 255, 255)),
+    "a TGA with alpha": (saved(FRAMES[0], "TGA"), (255, 255, 255)),
+    "a JPEG in CMYK": (saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), (255, 0, 0)),
+    "an orientation that does not exist": (saved(COLOR, "PNG", exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1"), FIRST),
+}
+
+
+@pytest.mark.parametrize(("image", "color"), FILES.values(), ids=FILES)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_files_of_every_kind(image, color):
+    assert to_rgb(image).getpixel((0, 0)) == color
+
+
+def test_damaged_exif_data_is_left_out():
+    image = COLOR.copy()
+    image.info["exif"] = b"garbage"
+    assert (pixels(to_rgb(image)) == LEVELS).all()
+
+
 def test_half_transparency_is_composited():
     half = Image.new("RGBA", (2, 2), (0, 100, 200, 128))
     assert pixels(to_rgb(half))[0, 0].tolist() == [127, 177, 227]
@@ -272,6 +343,7 @@ def test_arrays_of_other_shapes_are_refused(shape):
     [
         (None, "expected an image, got NoneType"),
         ("cat.png", "expected an image, got str"),
+        (torch.zeros(1, 8, 8, 3), r"expected the shape of an image, got \(1, 8, 8, 3\)"),
         (torch.zeros(1, 5, 8, 8), r"expected the shape of an image, got \(1, 5, 8, 8\)"),
         (torch.zeros(8), r"expected the shape of an image, got \(8,\)"),
         (np.zeros((0, 8, 3)), r"expected the shape of an image, got \(0, 8, 3\)"),
@@ -288,6 +360,82 @@ def test_what_is_no_image_is_refused_by_name(convert, value, text):
     with pytest.raises((TypeError, ValueError), match=text) as caught:
         convert("picture", value)
     assert str(caught.value).startswith("picture: ")
+
+
+def of_mode_f(value):
+    return Image.fromarray(np.full((8, 8), value, dtype=np.float32))
+
+
+DAMAGED = {
+    "no pixels": (Image.new("RGB", (0, 5)), "got one of 0 x 5 pixels"),
+    "NaN": (of_mode_f(np.nan), "expected levels from 0 to 255 or 65535, got nan to nan"),
+    "negative": (of_mode_f(-1), "got -1 to -1 in mode F"),
+    "too large": (Image.fromarray(np.full((8, 8), 10**9, dtype=np.int32)), r"got 1e\+09 to 1e\+09 in mode I"),
+    "complex": (LEVELS.astype(complex), "expected an array of real numbers, got complex128"),
+    "objects": (LEVELS.astype(object), "expected an array of real numbers, got object"),
+    "text": (np.array([["a"]]), "expected an array of real numbers, got <U1"),
+    "a sparse tensor": (UNIT.to_sparse(), "expected a dense tensor"),
+    "a tensor without values": (torch.zeros(3, 8, 8, device="meta"), "got torch.float32 on meta"),
+    "bytes": (b"GIF89a", "expected an image, got bytes"),
+    "an open file": (io.BytesIO(), "expected an image, got BytesIO"),
+}
+
+
+@pytest.mark.parametrize(("value", "text"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize("convert", [as_images, as_masks])
+def test_damaged_images_are_refused_by_name(convert, value, text):
+    with pytest.raises((TypeError, ValueError), match=f"picture: .*{text}"):
+        convert("picture", value)
+
+
+def test_a_file_that_ends_early_is_refused_by_name(stock_levels):
+    data = io.BytesIO()
+    COLOR.save(data, "PNG")
+    with pytest.raises(ValueError, match=r"image: the image cannot be read .*truncated"):
+        image_to_image(stock_levels, Image.open(io.BytesIO(data.getvalue()[:-500])))
+
+
+@pytest.mark.parametrize("mixed", [[COLOR, LEVELS], [COLOR, UNIT], [LEVELS / 255, LEVELS], [2 * UNIT - 1, COLOR]])
+def test_lists_of_different_kinds(stock_levels, mixed):
+    pipeline = RectifiedFlowImg2ImgPipeline.from_pipe(stock_levels)
+    call = {"strength": 0.3, "output_type": "pt"}
+    ours, expected = (
+        pipeline(["a", "a"], image=images, generator=torch.manual_seed(0), **call).images
+        for images in (mixed, [COLOR, COLOR])
+    )
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    nested = pipeline(["a", "a"], image=[[image] for image in mixed], generator=torch.manual_seed(0), **call).images
+    assert torch.equal(nested, ours)
+    inverted = invert(stock_levels, mixed, ["a", "a"], 1)
+    torch.testing.assert_close(inverted, invert(stock_levels, [COLOR, COLOR], ["a", "a"], 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        ([], "expected an image, got an empty list"),
+        (None, "expected an image, got NoneType"),
+        ([COLOR, COLOR], "expected one image for each of 1 to generate, or one for all, got 2"),
+        ([UNIT, UNIT[:, :16]], r"expected images of one size, got \(3, 16, 32\) and \(3, 32, 32\)"),
+        (Image.new("RGB", (3, 100)), "expected at least 4 x 4 pixels, got 3 x 100"),
+        (torch.zeros(3, 100, 1), "expected at least 4 x 4 pixels, got 1 x 100"),
+    ],
+)
+def test_images_that_fit_no_call_are_refused_by_name(stock_levels, images, text):
+    with pytest.raises((TypeError, ValueError), match=f"image: {text}"):
+        image_to_image(stock_levels, images)
+
+
+@pytest.mark.parametrize("name", ["uint8 array", "float array", "float tensor", "list"])
+def test_every_form_can_be_cropped_around_its_mask(stock_levels, name):
+    def crop(image, mask):
+        pipeline = RectifiedFlowInpaintPipeline.from_pipe(stock_levels)
+        call = {"padding_mask_crop": 4, "generator": torch.manual_seed(0)}
+        return pipeline("a", image=image, mask_image=mask, **call).images[0]
+
+    mask = {"float array": ALPHA / 255, "float tensor": torch.from_numpy(ALPHA)[None] / 255, "list": [MASK]}
+    ours, expected = crop(COLORS[name], mask.get(name, ALPHA)), crop(COLOR, MASK)
+    assert pixels(ours).tolist() == pixels(expected).tolist()
 
 
 def test_an_empty_mask_cannot_be_cropped_around(stock_levels):

@@ -162,7 +162,7 @@ def test_the_progress_bar_is_the_pipelines(pipeline, capsys):
         ({"steps": 0}, "steps >= 1, got 0"),
         ({"prompts": ["a", "b"]}, "got 2 for 1 images"),
         ({"pictures": torch.zeros(1, 5, 8, 8)}, r"pictures: expected the shape of an image, got \(1, 5, 8, 8\)"),
-        ({"pictures": []}, "images of one size"),
+        ({"pictures": []}, "pictures: expected an image, got an empty list"),
         ({"pictures": [picture(), picture(size=16)]}, r"got sizes \[\(32, 32\), \(16, 16\)\]"),
     ],
 )

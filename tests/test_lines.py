@@ -22,6 +22,10 @@ BROKEN = {
     "a number for a text": (b'{"file_name": "a.png", "text": 3, "prompt": 3}', "line 2: expected an object like"),
     "Latin-1": (b'{"text": "caf\xe9"}', "line 2: not UTF-8"),
     "UTF-16": (GOOD.decode().encode("utf-16"), "line 2: not UTF-8"),
+    "UTF-16 without a byte-order mark": (GOOD.decode().encode("utf-16-le"), "line 2: expected text, got NUL"),
+    "UTF-32": (GOOD.decode().encode("utf-32"), "line 2: not UTF-8"),
+    "one line of a list": (GOOD + b",", "line 2: not JSON"),
+    "a list over several lines": (b"[\n" + GOOD + b"\n]", "line 2: not JSON"),
     "half a surrogate pair": (
         b'{"file_name": "a.png", "text": "\\ud83d", "prompt": "\\ud83d"}',
         r"line 2: expected Unicode text, got half of a surrogate pair: '\\ud83d'. Remove it.",

@@ -16,7 +16,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline
+from rectified_diffusers import RectifiedFlowPipeline, RectifiedFlowXLPipeline, apply_weight_delta
 from rectified_diffusers.loading import mixin
 from rectified_diffusers.loading.lora_file import file_layers, is_lycoris
 from tests.original_layout import original_layout
@@ -241,6 +241,43 @@ def test_tucker_is_attached(pipeline):
         torch.testing.assert_close(pipeline.unet.mid_block.resnets[0].conv1(x), expected, rtol=1e-4, atol=1e-4)
 
 
+DTYPES = [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_file_of_any_precision(pipeline, lora, dtype):
+    file = {name: tensor.to(dtype) for name, tensor in lora.kohya().items()}
+    pipeline.load_lora_weights(dict(file))
+    expected: Any = make_tiny_pipeline("flow")
+    expected.load_lora_weights({name: tensor.float() for name, tensor in file.items()})
+    assert torch.equal(sample(pipeline), sample(expected))
+
+
+ALPHAS: dict[str, Callable[[int], Tensor]] = {
+    "zero": lambda i: torch.tensor(0.0),
+    "zero except in two layers": lambda i: torch.tensor(float(4 * (i < 2))),
+    "negative": lambda i: torch.tensor(-2.0),
+    "integers": lambda i: torch.tensor(i + 1),
+    "of one dimension": lambda i: torch.full((1,), 3.0),
+    "another for each layer": lambda i: torch.tensor(i / 3),
+}
+
+
+@pytest.mark.parametrize("alpha_of", ALPHAS.values(), ids=ALPHAS)
+def test_every_alpha_counts(pipeline, tmp_path, lora, alpha_of):
+    file = lora.kohya()
+    for i, name in enumerate(name for name in file if name.endswith(".alpha")):
+        file[name] = alpha_of(i)
+    pipeline.load_lora_weights({name: tensor.clone() for name, tensor in file.items()})
+    merged: Any = make_tiny_pipeline("flow")
+    save_file(file, tmp_path / "lora.safetensors")
+    apply_weight_delta(merged, tmp_path / "lora.safetensors")
+    torch.testing.assert_close(sample(pipeline), sample(merged), **CLOSE)
+    again: Any = make_tiny_pipeline("flow")
+    apply_weight_delta(again, file)
+    assert torch.equal(sample(again), sample(merged))
+
+
 # ---------------------------------------------------------------------------------------------- DoRA
 
 
@@ -352,6 +389,12 @@ REFUSED: dict[str, tuple[Callable[[], File], str]] = {
         lambda: pair("text_encoder.encoder.layers.1.mlp.fc2", outputs=7),
         "its layer's weight has",
     ),
+    "PEFT's own file": (lambda: pair(f"base_model.model.{A}"), "alpha is in adapter_config.json"),
+    "another model's prefix": (lambda: pair("transformer.blocks.0.attn.to_q"), "made for another architecture"),
+    "ids of positions": (lambda: {"text_model.embeddings.position_ids": torch.arange(77)}, "holds torch.int64"),
+    "a rank of zero": (lambda: {f"{A}.lora_A.weight": torch.ones(0, 16)}, "expected a matrix of rank 1"),
+    "half of a pair": (lambda: {f"{A}.lora_A.weight": torch.ones(2, 16)}, "has no lora_up"),
+    "OFT": (lambda: {f"{PROJ_IN}.oft_diag": torch.ones(2)}, "unexpected tensor"),
     "an alpha alone": (lambda: {f"{A}.alpha": torch.ones(())}, "has no lora_down"),
     "a core alone": (lambda: {f"{CONV1}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "has no lora_down"),
     "magnitudes of one layer": (
@@ -451,6 +494,48 @@ def test_settings_of_another_rank_than_the_tensors(tmp_path, pipeline):
     save_file(pair(A), tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
     with pytest.raises(ValueError, match="is of rank 2, but the file's settings say 4"):
         pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+
+
+def with_alpha(lora: Lora, alpha: float) -> File:
+    return {name: torch.tensor(alpha) if name.endswith(".alpha") else t for name, t in lora.kohya().items()}
+
+
+@pytest.mark.parametrize("room", [False, True], ids=["plain", "with room for other ranks"])
+def test_weights_after_a_hotswap_are_of_the_new_alpha(pipeline, room):
+    """PEFT keeps the old one, and zeroes adapters whose weights' names contain the swapped one's, here `a`."""
+    old, new, other = (Lora(seed, layers, []) for seed, layers in ((44, UNET), (45, UNET), (46, [*UNET, *LOCON])))
+    expected: Any = make_tiny_pipeline("flow")
+    expected.load_lora_weights(with_alpha(new, 6.0), adapter_name="a")
+    if room:
+        pipeline.enable_lora_hotswap(target_rank=8)
+    pipeline.load_lora_weights(with_alpha(old, 1.0), adapter_name="a")
+    for each in (pipeline, expected):
+        each.load_lora_weights(other.kohya(), adapter_name="b")
+    pipeline.set_adapters(["a", "b"], [0.6, 0.3])
+    pipeline.load_lora_weights(with_alpha(new, 6.0), adapter_name="a", hotswap=True)
+    expected.set_adapters(["a", "b"], [1.0, 0.3])
+    torch.testing.assert_close(sample(pipeline), sample(expected), **CLOSE)
+    for names, weights in ((["a"], [0.5]), (["a", "b"], [-2.0, 1.0]), (["b"], [1.0])):
+        for each in (pipeline, expected):
+            each.set_adapters(names, weights)
+        torch.testing.assert_close(sample(pipeline), sample(expected), **CLOSE)
+    scaled = [sample(each, cross_attention_kwargs={"scale": 0.4}) for each in (pipeline, expected)]
+    torch.testing.assert_close(*scaled, **CLOSE)
+
+
+def test_a_fused_adapter_is_not_weighted(pipeline):
+    """The weights would be fused with one scale and taken back with another."""
+    before = sample(pipeline)
+    pipeline.load_lora_weights(Lora(47, UNET).kohya(), adapter_name="a")
+    pipeline.fuse_lora(lora_scale=0.5)
+    with pytest.raises(ValueError, match=r"fused into the pipeline's .*Call unfuse_lora\(\) before set_adapters"):
+        pipeline.set_adapters("a", 2.0)
+    with pytest.raises(ValueError, match="currently merged into the base weights"):
+        pipeline.load_lora_weights(Lora(48, UNET, []).kohya(), adapter_name="a", hotswap=True)
+    pipeline.unfuse_lora()
+    pipeline.set_adapters("a", 2.0)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(sample(pipeline), before, **CLOSE)
 
 
 def test_the_given_tensors_are_never_written(pipeline):

@@ -32,6 +32,7 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_components, make_unet
 from tests.training.helpers import SHORT, make_dataset
 
+pytestmark = pytest.mark.usefixtures("plain_charts")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "stacked_unet.py"
 SD15: dict[str, Any] = {
     "block_out_channels": (320, 640, 1280, 1280),

@@ -137,7 +137,7 @@ def test_other_settings_are_another_folder(reference, pictures, tmp_path, option
     (tmp_path / "manifest.json").write_bytes((reference / "manifest.json").read_bytes())
     with pytest.raises(ValueError, match=f"expected .*{next(iter(options))}|expected num_prompts") as raised:
         generate(pictures, tmp_path, **options)
-    assert str(raised.value).endswith("No triplets are there yet: to begin anew, remove that file.")
+    assert str(raised.value).endswith("There are no triplets yet: to start again, remove that file.")
 
 
 def test_another_vae_is_another_folder(reference, pictures, tmp_path):
@@ -162,7 +162,7 @@ def test_noise_that_is_not_white_is_refused_at_the_first_batch(pictures, tmp_pat
 
 
 def test_what_cannot_be_is_refused(pictures, tmp_path):
-    with pytest.raises(ValueError, match=r"no pictures of split 'test' in .*; set split to one of 'caption', 'train'"):
+    with pytest.raises(ValueError, match=r"no images of split 'test' in .*; set split to one of 'caption', 'train'"):
         generate(pictures, tmp_path, split="test")
     with pytest.raises(TypeError, match="Make one: RealTripletConfig"):
         generate_real_triplets(make_tiny_pipeline("diffusion"), pictures, tmp_path, TripletConfig(num_triplets=1))  # pyright: ignore[reportArgumentType]
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(pictures, tmp_path):
         generate(pictures, tmp_path, inversion_time=0.06)
     oblong = make_tiny_pipeline("diffusion")
     oblong.unet.register_to_config(sample_size=[8, 16])
-    with pytest.raises(ValueError, match=r"made square, and the teacher's latents are .*; set size"):
+    with pytest.raises(ValueError, match=r"cropped to squares, and the teacher's latents are .*; set size"):
         generate(pictures, tmp_path, oblong)
 
 
@@ -179,7 +179,7 @@ def test_pictures_of_another_size_are_refused(tmp_path):
 
     save_file({"images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}, tmp_path / "images.safetensors")
     (tmp_path / "rows.jsonl").write_text('{"label": "a"}\n{"label": "b"}\n')
-    with pytest.raises(ValueError, match=r"latents are \(4, 4, 4\), expected \(4, 8, 8\).* are \(16, 16\) pixels"):
+    with pytest.raises(ValueError, match=r"are \(4, 4, 4\), expected \(4, 8, 8\).* have \(16, 16\) pixels"):
         generate(tmp_path, tmp_path / "out")
 
 

@@ -68,6 +68,7 @@ def run(code, *arguments):
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the programs are forks")
 def test_registered_in_either_order_and_switched_off():
     done = run(FORKS, json.dumps(PROGRAMS))

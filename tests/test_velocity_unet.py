@@ -28,6 +28,7 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_diffusion_scheduler, make_tiny_pipeline, make_unet
 from tests.training.helpers import PROMPTS, SHORT, digests
 
+pytestmark = pytest.mark.usefixtures("plain_charts")
 TEACHERS = ["diffusion", "v_prediction", "zero_snr", "xl"]
 
 

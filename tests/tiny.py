@@ -1,5 +1,6 @@
 """Tiny pipelines of the real classes with random weights, built in a moment and without network."""
 
+import copy
 import json
 import tempfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -173,13 +174,39 @@ def make_vae(**changes: Any) -> AutoencoderKL:
     return AutoencoderKL(**{**blocks, **changes}).eval()
 
 
-def make_components(seed: int = 0) -> dict[str, Any]:
-    """Build every component but the scheduler; equal seeds give equal weights and leave the global RNG alone."""
+def twin(network: nn.Module, memo: dict[int, Any]) -> Any:
+    """Copy a network as `copy.deepcopy(network, memo)` does, several times as fast; tuples are of numbers."""
+    if id(network) in memo:
+        return memo[id(network)]
+    memo[id(network)] = copied = object.__new__(type(network))
+    attributes = vars(copied)
+    for name, value in vars(network).items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            value = type(value)((key, _twin_of_part(part, memo)) for key, part in value.items())
+        elif isinstance(value, (dict, set)) and not value:  # of hooks, of which there are twelve
+            value = type(value)()
+        elif not isinstance(value, (bool, int, float, str, tuple, type(None))):
+            value = copy.deepcopy(value, memo)
+        attributes[name] = value
+    return copied
+
+
+def _twin_of_part(part: Any, memo: dict[int, Any]) -> Any:
+    return twin(part, memo) if isinstance(part, nn.Module) else copy.deepcopy(part, memo)
+
+
+@cache
+def make_networks(seed: int) -> dict[str, nn.Module]:
+    """Build the networks of `make_components`, which copies them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        models = {"unet": make_unet(), "vae": make_vae(), "text_encoder": make_text_encoder()}
+        return {"unet": make_unet(), "vae": make_vae(), "text_encoder": make_text_encoder()}
+
+
+def make_components(seed: int = 0) -> dict[str, Any]:
+    """Build every component but the scheduler; equal seeds give equal weights and leave the global RNG alone."""
     return {
-        **models,
+        **{name: twin(network, {}) for name, network in make_networks(seed).items()},
         "tokenizer": make_tokenizer(),
         "safety_checker": None,
         "feature_extractor": None,

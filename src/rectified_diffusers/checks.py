@@ -6,7 +6,7 @@ Each error says what was expected, what was received and what to do: a `TypeErro
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -18,6 +18,12 @@ def require_type(name: str, value: Any, expected: type | tuple[type, ...], remed
         kinds = expected if isinstance(expected, tuple) else (expected,)
         words = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name} must be of type {words}, got {_shown(value)}. {remedy}")
+
+
+def require_one_of(name: str, value: Any, known: Iterable[str]) -> None:
+    """Raise unless `value` is one of the known names."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def require_count(name: str, value: Any, at_least: int = 1) -> None:
@@ -87,6 +93,12 @@ def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:
 def require_plain_weights(function: str, models: Mapping[str, Any]) -> None:
     """Raise if a model is quantized or cast layer by layer: its weights are not those that it computes with."""
     for name, model in models.items():
+        for module in model.modules() if hasattr(model, "modules") else ():
+            if getattr(module, "weight_qtype", None) is not None:  # of quanto, also before freeze()
+                raise ValueError(
+                    f"{function} needs plain weights of 16 bits or more, got {type(module).__name__} in the {name}. "
+                    "Load it without quantization."
+                )
         for parameter in model.parameters() if hasattr(model, "parameters") else ():
             # Quantized weights are subclasses: of Parameter (bitsandbytes, GGUF) or of Tensor (torchao, quanto).
             if type(parameter).__name__ != "Parameter" or not parameter.is_floating_point() or parameter.itemsize < 2:

@@ -10,9 +10,13 @@
 Arrays are `(H, W)`, `(H, W, C)` or `(B, H, W, C)`, tensors `(H, W)`, `(C, H, W)` or `(B, C, H, W)`, with C = 1 (gray),
 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha). Transparency is composited on white, so hidden colors never show. The EXIF
 orientation is applied. Integers become PIL images, which are exact; floating-point values keep their precision.
+Floating-point tensors of four channels are latents, unless all values are in [0, 1], which no latents are.
 """
 
+import struct
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _LUMINANCE = np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
 _OVERSHOOT = 1e-2  # of resampling filters, and of half precision
 _LAYOUT = "Arrays are (H, W, C) or (B, H, W, C), tensors (C, H, W) or (B, C, H, W), with 1 to 4 channels."
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, struct.error)  # of PIL, for damaged files
 _KINDS = "Pass a PIL image, a NumPy array, a tensor, or a list of them."
 
 
@@ -44,7 +49,7 @@ def open_image(path: str | Path) -> Image.Image:
         ) from None
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises all of these for damaged files
+    except _DAMAGED as error:
         raise ValueError(f"{path} is not a readable image ({error}). Save it again as PNG or JPEG.") from None
 
 
@@ -92,10 +97,12 @@ def as_images(name: str, value: Any, channels: int = 3, latent_channels: int | N
     """
     if isinstance(value, (list, tuple)):
         return [as_images(name, item, channels, latent_channels) for item in value]
+    if isinstance(value, Image.Image):
+        image = _converted(name, to_rgb, value)
+        return image if channels == 3 else image.convert("L")
+    value = _plain(name, value)
     if latent_channels is not None and _is_start(value, latent_channels):
         return value
-    if isinstance(value, Image.Image):
-        return to_rgb(value) if channels == 3 else to_rgb(value).convert("L")
     if _is_ready(value, channels):
         return value
     pixels, batched = _channels_last(name, value)
@@ -118,7 +125,8 @@ def as_masks(name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [as_masks(name, item) for item in value]
     if isinstance(value, Image.Image):
-        return to_mask(value)
+        return _converted(name, to_mask, value)
+    value = _plain(name, value)
     if getattr(value, "ndim", 0) == 3 and (isinstance(value, torch.Tensor) or value.shape[-1] not in _MODES):
         value = value[:, None] if isinstance(value, torch.Tensor) else value[..., None]
     pixels, batched = _channels_last(name, value)
@@ -133,6 +141,29 @@ def as_masks(name: str, value: Any) -> Any:
     return _like(value, _with_channels(pixels, 1), batched)
 
 
+def _converted(name: str, convert: Callable[[Image.Image], Image.Image], image: Image.Image) -> Image.Image:
+    """Convert a PIL image, which may be read from its file only now."""
+    if 0 in image.size:
+        raise ValueError(f"{name}: expected an image, got one of {image.width} x {image.height} pixels.")
+    try:
+        return convert(image)
+    except _DAMAGED as error:
+        raise ValueError(f"{name}: the image cannot be read ({error}). Save it again as PNG or JPEG.") from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return an array or a tensor without gradient; raise a TypeError if it does not hold real numbers."""
+    if isinstance(value, torch.Tensor):
+        if value.is_meta or value.layout != torch.strided or value.is_complex():
+            raise TypeError(f"{name}: expected a dense tensor of real numbers, got {value.dtype} on {value.device}.")
+        return value.detach() if value.requires_grad else value
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name}: expected an image, got {type(value).__name__}. {_KINDS}")
+    if value.dtype.kind not in "biuf":
+        raise TypeError(f"{name}: expected an array of real numbers, got {value.dtype}. {_KINDS}")
+    return np.asarray(value)
+
+
 def _with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """Convert gray to RGB or RGB to gray, with the luminance of ITU-R 601 as PIL."""
     if pixels.shape[-1] == channels:
@@ -144,14 +175,16 @@ def _is_start(value: Any, latent_channels: int) -> bool:
     """Return whether diffusers starts from a tensor as it is: from latents, or from an image in [-1, 1]."""
     if not _is_floating(value):
         return False
-    return value.shape[-3] == latent_channels or (
-        value.shape[-3] == 3 and -1 <= float(value.min()) < 0 and float(value.max()) <= 1
-    )
+    channels = value.shape[-3]
+    low, high = (float(value.min()), float(value.max())) if value.numel() else (0.0, 0.0)
+    if channels == latent_channels:
+        return not 0 <= low < high <= 1  # those are RGB and alpha
+    return channels == 3 and -1 <= low < 0 and high <= 1
 
 
 def _is_ready(value: Any, channels: int) -> bool:
     """Return whether a value is a floating-point tensor of `channels`, all in [0, 1]."""
-    has_channels = _is_floating(value) and value.shape[-3] == channels
+    has_channels = _is_floating(value) and value.shape[-3] == channels and value.numel() > 0
     return has_channels and float(value.min()) >= 0 and float(value.max()) <= 1
 
 
@@ -162,11 +195,9 @@ def _is_floating(value: Any) -> bool:
 
 def _channels_last(name: str, value: Any) -> tuple[np.ndarray, bool]:
     """Return an array or a tensor as `(B, H, W, C)`, and whether it had a batch axis."""
-    if not isinstance(value, (np.ndarray, torch.Tensor)):
-        raise TypeError(f"{name}: expected an image, got {type(value).__name__}. {_KINDS}")
     shape = tuple(value.shape)
     if isinstance(value, torch.Tensor):
-        value = (value.float() if value.is_floating_point() else value).detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).cpu()
         value = (value.movedim(-3, -1) if value.ndim > 2 else value).numpy()
     value = value[..., None] if value.ndim == 2 else value
     batched = value.ndim == 4
@@ -205,16 +236,25 @@ def _to_pil(name: str, pixels: np.ndarray) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Return an image in its EXIF orientation, with 8 bits a channel and alpha that is not premultiplied."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with suppress(*_DAMAGED):  # of the EXIF data; the image has been read
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("La", "RGBa"):
         return image.convert(image.mode.upper())
     if not image.mode.startswith(("I", "F")):
         return image
     levels = np.asarray(image, dtype=np.float64)
+    low, high = float(levels.min()), float(levels.max())
+    if not 0 <= low <= high <= 65535:
+        raise ValueError(f"expected levels from 0 to 255 or 65535, got {low:g} to {high:g} in mode {image.mode}")
     scale = 1 / 257  # of 16 bit
-    if not image.mode.startswith("I;16") and levels.max() <= 255:
-        scale = 255 if image.mode == "F" and levels.max() <= 1 else 1
-    return Image.fromarray(np.round(levels * scale).clip(0, 255).astype(np.uint8))
+    if not image.mode.startswith("I;16") and high <= 255:
+        scale = 255 if image.mode == "F" and high <= 1 else 1
+    gray = Image.fromarray(np.round(levels * scale).astype(np.uint8))
+    transparent = image.info.get("transparency")  # the level, in PNG files
+    if transparent is None:
+        return gray
+    return Image.merge("LA", (gray, Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))))
 
 
 def _like(value: Any, pixels: np.ndarray, batched: bool) -> torch.Tensor:
@@ -224,9 +264,61 @@ def _like(value: Any, pixels: np.ndarray, batched: bool) -> torch.Tensor:
     return tensor if batched else tensor[0]
 
 
-def batched(images: Any) -> Any:
-    """Return a single tensor `(C, H, W)` with a batch axis, whose length pipelines take for the number of images."""
-    return images[None] if isinstance(images, torch.Tensor) and images.ndim == 3 else images
+def batched(name: str, images: Any) -> Any:
+    """Return the images of `as_images` or `as_masks` as pipelines count them: PIL images, or one tensor (B, C, H, W).
+
+    Lists of both become a tensor in [0, 1].
+    """
+    if isinstance(images, Image.Image):
+        return images
+    if isinstance(images, torch.Tensor):
+        return images[None] if images.ndim == 3 else images
+    items = list(_flat(images))
+    if not items:
+        raise ValueError(f"{name}: expected an image, got an empty list.")
+    if isinstance(items[0], Image.Image) and all(isinstance(item, Image.Image) for item in items):
+        return items
+    kinds = {isinstance(item, torch.Tensor) and float(item.min()) < 0 for item in items}
+    tensors = [_to_unit(item) if len(kinds) > 1 or isinstance(item, Image.Image) else item for item in items]
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    if len(shapes) > 1:
+        raise ValueError(f"{name}: expected images of one size, got {' and '.join(map(str, shapes))}. Resize them.")
+    return torch.stack([tensor.to(tensors[-1].device) for tensor in tensors])
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    """Yield the PIL images and the tensors (C, H, W) of nested lists and batches."""
+    if isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
+        yield images
+    else:
+        for image in images:
+            yield from _flat(image)
+
+
+def _to_unit(image: Any) -> torch.Tensor:
+    """Return a PIL image or a tensor in [-1, 1] as a tensor in [0, 1]."""
+    if isinstance(image, torch.Tensor):
+        return (image + 1) / 2 if float(image.min()) < 0 else image
+    return torch.from_numpy(np.atleast_3d(np.asarray(image)) / np.float32(255)).movedim(-1, 0)
+
+
+def as_pil(images: Any) -> Any:
+    """Return a batch of one image as a PIL image, which diffusers needs to crop it; a larger one is unchanged."""
+    if not isinstance(images, (list, torch.Tensor)) or len(images) != 1:
+        return images
+    image = images[0]
+    if isinstance(image, Image.Image) or len(image) not in (1, 3):
+        return image
+    levels = (_to_unit(image).float() * 255).round().byte().movedim(0, -1).cpu().numpy()
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def require_size(name: str, images: Any, smallest: int) -> None:
+    """Raise a ValueError if images, which are not latents, have fewer pixels in a direction than a VAE needs."""
+    for image in images if isinstance(images, list) else [images]:
+        size = image.size if isinstance(image, Image.Image) else tuple(image.shape[:-3:-1])
+        if min(size) < smallest:
+            raise ValueError(f"{name}: expected at least {smallest} x {smallest} pixels, got {size[0]} x {size[1]}.")
 
 
 def require_finite_images(images: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ def read_lines(path: Path, offset: int = 0, number: int = 1) -> Iterator[tuple[i
         number: of that line.
 
     Raises:
-        ValueError: a line is not UTF-8 or has more than `MAX_LINE_BYTES` bytes.
+        ValueError: a line is not UTF-8, has NUL characters, which UTF-16 has, or more than `MAX_LINE_BYTES` bytes.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -28,6 +28,8 @@ def read_lines(path: Path, offset: int = 0, number: int = 1) -> Iterator[tuple[i
                 text = line.decode("utf-8-sig" if offset == 0 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error}). Save the file as UTF-8.") from error
+            if "\0" in text:
+                raise ValueError(f"{path}, line {number}: expected text, got NUL characters. Save the file as UTF-8.")
             if text:
                 yield offset, number, text
             offset, number = offset + len(line), number + 1

@@ -124,15 +124,8 @@ def _has_type(value: Any, base: Any) -> bool:
 
 
 def _fields(config_class: type) -> list[dataclasses.Field]:
-    """Return the fields that can be set; each must have a help text."""
-    fields = [field for field in dataclasses.fields(config_class) if field.init]
-    bare = [field.name for field in fields if "help" not in field.metadata]
-    if bare:
-        raise TypeError(
-            f"{config_class.__name__}.{bare[0]} has no help text; declare it as option(default, help), "
-            "or with init=False if it is no option."
-        )
-    return fields
+    """Return the fields that can be set, all of them declared by `option` or `flag`."""
+    return [field for field in dataclasses.fields(config_class) if field.init]
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -47,7 +47,7 @@ def test_text_embeddings_go_along_or_are_refused(folders, tmp_path):
 
 def test_the_guidance_is_that_of_the_first_folder_and_none_where_no_manifest_has_it(folders, tmp_path):
     """Manifests of the previews have neither guidance nor text embeddings."""
-    assert JoinedTriplets(folders).manifest.guidance_scale == 5
+    assert JoinedTriplets(folders).manifest.guidance_scale == 7.5
     for name in ("a", "b"):
         write_synthetic(tmp_path / name, num_triplets=8, triplets_per_shard=4)
     joined = JoinedTriplets([tmp_path / "a", tmp_path / "b"])

@@ -60,8 +60,8 @@ def test_an_entry_of_no_use_raises(tmp_path, name, value, expected):
 
 def test_a_manifest_without_triplets_may_be_removed(tmp_path: Path):
     settle_manifest(tmp_path, make())
-    told = r"expected num_triplets = 4, got 5\. Use the settings in .* to go on, or choose another output_dir\."
-    with pytest.raises(ValueError, match=rf"{told} No triplets are there yet: to begin anew, remove that file\.$"):
+    told = r"expected num_triplets = 4, got 5\. Use the settings in .* to continue, or choose another output_dir\."
+    with pytest.raises(ValueError, match=rf"{told} There are no triplets yet: to start again, remove that file\.$"):
         settle_manifest(tmp_path, make(num_triplets=5))
     shard_path(tmp_path, 0).touch()
     with pytest.raises(ValueError, match=rf"{told}$"):
@@ -72,7 +72,7 @@ def test_another_place_of_the_teacher_is_told_and_no_error(tmp_path, caplog):
     settle_manifest(tmp_path, make())
     with caplog.at_level(logging.WARNING):
         assert settle_manifest(tmp_path, make({"teacher": "b"})) == make()
-    expected = f"The triplets in {tmp_path} were begun with teacher = 'a', now it is 'b'; going on."
+    expected = f"The triplets in {tmp_path} were started with teacher = 'a', now it is 'b'."
     assert caplog.messages == [expected]
 
 

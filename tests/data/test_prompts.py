@@ -151,7 +151,7 @@ def test_columns_splits_and_rows_that_are_not_there_raise(write, tmp_path):
     with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / 'prompts.folder/part-0.parquet'))} holds no"):
         open_prompts(write("folder", []))
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="is no whole parquet file"):
+    with pytest.raises(ValueError, match="is not a complete parquet file"):
         open_prompts(tmp_path / "torn.parquet")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no \*\.parquet file"):

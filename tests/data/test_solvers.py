@@ -174,8 +174,8 @@ def test_solvers_of_another_kind_raise(teacher, solver, match):
 
 def test_an_sde_hidden_in_the_teachers_options_raises():
     teacher = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
-    with pytest.raises(ValueError, match=r"adds noise on the way.*or choose another solver\.$"):
+    with pytest.raises(ValueError, match=r"adds noise in its steps.*or choose another solver\.$"):
         make_solver(teacher, "DPMSolverMultistepScheduler")
     remedy = r"or give the teacher a scheduler that solves the ODE\.$"
-    with pytest.raises(ValueError, match=rf"adds noise on the way.*{remedy}"):
+    with pytest.raises(ValueError, match=rf"adds noise in its steps.*{remedy}"):
         make_solver(teacher, "teacher")

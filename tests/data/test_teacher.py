@@ -74,13 +74,13 @@ def test_a_flow_teacher_keeps_its_scheduler():
 )
 def test_samplers_that_add_noise_raise(pipeline, scheduler):
     pipeline.scheduler = scheduler
-    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} adds noise on the way"):
+    with pytest.raises(ValueError, match=f"{type(scheduler).__name__} adds noise in its steps"):
         Teacher.of(pipeline, config(solver="teacher"))
 
 
 def test_a_stochastic_flow_sampler_raises(pipeline):
     pipeline.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(ValueError, match="adds noise on the way"):
+    with pytest.raises(ValueError, match="adds noise in its steps"):
         Teacher.of(pipeline, config())
 
 
@@ -187,10 +187,24 @@ def test_latents_of_flux_are_its_tokens():
     assert teacher.settings()["guidance_scale"] == 3.5  # the default of its call
 
 
+@pytest.mark.parametrize(("kind", "guidance"), [("diffusion", 7.5), ("xl", 5.0), ("flow", 1.0), ("sd3", 7.0)])
+def test_the_guidance_is_the_default_of_the_pipelines_call(kind, guidance):
+    pipeline = make_tiny_pipeline(kind)
+    sizes = {"height": 32, "width": 32} if kind == "sd3" else {}
+    teacher = Teacher.of(pipeline, config(**sizes))
+    assert teacher.settings()["guidance_scale"] == guidance
+    noise = torch.randn(1, *teacher.latent_shape)
+    pipeline.scheduler = teacher.pipeline.scheduler
+    call = {"num_inference_steps": 2, "latents": noise.clone(), "output_type": "latent", **sizes}
+    assert torch.equal(teacher(["a"], noise), pipeline(["a"], **call)[0])
+    given = Teacher.of(pipeline, config(guidance_scale=2.5, **sizes))
+    assert given.settings()["guidance_scale"] == 2.5
+
+
 def test_latents_of_another_shape_raise(pipeline, monkeypatch):
     monkeypatch.setattr(type(pipeline), "__call__", lambda self, **call: (call["latents"].flatten(2),))
     with pytest.raises(ValueError, match=r"latents of shape \(1, 4, 64\) for noise of shape \(1, 4, 8, 8\)"):
-        Teacher.of(pipeline, config())(["a"], torch.randn(1, 4, 8, 8))
+        Teacher.of(pipeline, config(guidance_scale=1.0))(["a"], torch.randn(1, 4, 8, 8))
 
 
 @pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -253,7 +267,7 @@ def test_the_settings_have_the_names_that_manifests_have_always_had(pipeline):
         "mixed_precision": "no",
         "solver": "DPMSolverMultistepScheduler",
         "num_inference_steps": 2,
-        "guidance_scale": 5.0,
+        "guidance_scale": 7.5,
         "latent_shape": [4, 8, 8],
         "vae_scaling_factor": 0.18215,
         "vae_shift_factor": 0.1,

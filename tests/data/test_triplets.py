@@ -129,7 +129,7 @@ def test_the_teacher_repeats_the_stored_data_from_the_stored_noise(tmp_path, kin
     data: Any = pipeline(
         rows.prompts,
         num_inference_steps=2,
-        guidance_scale=5.0,
+        guidance_scale={"diffusion": 7.5, "flow": 1.0}[kind],  # the defaults of their calls
         latents=rows.noise.to(dtypes[0]),
         output_type="latent",
         return_dict=False,
@@ -183,7 +183,7 @@ def test_triplets_of_unequal_lengths_raise():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guidance_scale": 1.5}, "expected guidance_scale = 5.0, got 1.5"),
+        ({"guidance_scale": 1.5}, "expected guidance_scale = 7.5, got 1.5"),
         ({"seed": 8, "guidance_scale": 1.5}, "expected seed = 7, got 8"),
         ({"num_triplets": 11}, "expected num_triplets = 10, got 11"),
         ({"prompts": ["a", "b", "c"]}, "expected prompts_sha256 = "),
@@ -200,7 +200,7 @@ def test_triplets_of_unequal_lengths_raise():
     ids=str,
 )
 def test_other_settings_raise(folder, reference, options, message):
-    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to go on"):
+    with pytest.raises(ValueError, match=f"{message}.*Use the settings in .*manifest.json to continue"):
         generate(folder, **options)
     assert contents(folder) == reference
 
@@ -230,7 +230,7 @@ def test_another_release_is_a_warning_and_new_solver_options_are_none(folder, re
     (folder / "manifest.json").write_bytes(content)
     with caplog.at_level(logging.WARNING):
         generate(folder)
-    assert "begun with versions.torch = '1.0'" in caplog.text
+    assert "started with versions.torch = '1.0'" in caplog.text
     assert (folder / "manifest.json").read_bytes() == content
     difference = first_difference({"solver_config": {"a": 1}}, {"solver_config": {"a": 1, "b": 2}})
     assert difference is None

@@ -1,5 +1,6 @@
 """Everything that this package does with a flow pipeline, from triplets to a LoRA in the stock pipeline."""
 
+import inspect
 import json
 import tempfile
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
+from peft import PeftModel
 from torch import nn
 
 from rectified_diffusers.data.config import TripletConfig
@@ -15,6 +18,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import PROMPTS
+from rectified_diffusers.models.watching import images_of
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig, TrainerConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.lora import WEIGHTS, has_loader
@@ -38,7 +42,7 @@ class Chain:
         change: mean difference of the trained image to the base's.
         folder: largest difference of the image of the finished folder, by the stock pipeline, to the trained image.
         lora: the same of the stock pipeline of the base with the LoRA file.
-        loader: `load_lora_weights` of the pipeline, or `load_lora_adapter` of the network.
+        loader: `load_lora_weights` of the pipeline, `load_lora_adapter` of the network, or peft.
     """
 
     change: float
@@ -95,6 +99,9 @@ def distill(pipeline: Any, dataset: TripletDataset, folder: Path, rate: float) -
     if has_loader(type(pipeline), component):
         stock.load_lora_weights(output, weight_name=WEIGHTS)
         loader = "load_lora_weights"
+    elif not hasattr(getattr(stock, component), "load_lora_adapter"):
+        setattr(stock, component, PeftModel.from_pretrained(getattr(stock, component), output))
+        loader = "PeftModel.from_pretrained"
     else:
         getattr(stock, component).load_lora_adapter(output, prefix=component, weight_name=WEIGHTS)
         loader = "load_lora_adapter"
@@ -107,14 +114,22 @@ def load(pipeline: Any, folder: Path) -> Any:
     """Load a saved pipeline by its own class. What reads the text, which training leaves alone, is passed."""
     text = ("tokenizer", "processor", "text_encoder", "prompt")
     parts = {name: part for name, part in pipeline.components.items() if name.startswith(text)}
+    # A class that is not one of diffusers' does not find networks of its own module.
+    own = {name: part for name, part in pipeline.components.items() if isinstance(part, ModelMixin)}
+    own = {name: part for name, part in own.items() if not type(part).__module__.startswith("diffusers.")}
+    parts |= {name: type(part).from_pretrained(folder / name) for name, part in own.items()}
     return type(pipeline).from_pretrained(folder, **parts)
 
 
 def make_image(pipeline: Any, arguments: dict[str, Any]) -> np.ndarray:
     """Return an image, or the frames of a video, in levels of 255."""
     pipeline.set_progress_bar_config(disable=True)
-    made = pipeline(**{**arguments, "output_type": "np"}, generator=torch.Generator().manual_seed(3))[0]
-    return 255 * np.asarray(made, dtype=np.float32)
+    further = {"output_type": "np", "generator": torch.Generator().manual_seed(3)}
+    known = inspect.signature(type(pipeline).__call__).parameters
+    torch.manual_seed(3)
+    made = images_of(pipeline(**{**arguments, **{name: part for name, part in further.items() if name in known}}))
+    images = np.stack([np.asarray(image, dtype=np.float32) for image in made])
+    return images if np.asarray(made[0]).dtype == np.uint8 else 255 * images
 
 
 def lora_layers(network: nn.Module) -> tuple[str, ...]:

@@ -78,14 +78,17 @@ FAMILIES = [
 SIZES = ("height", "width", "num_frames", "video_length", "text_encoder_out_layers", "use_resolution_binning")
 INTRODUCTION = """# Families of pipelines
 
-The adapter for any pipeline passes its self-test on tiny random models of these families. Euler loop is the relative
-difference of an Euler loop on the adapter's velocity to the latents of the stock pipeline; prediction is that of the
-network's prediction. Noise and decoding are equal bit for bit. Guidance says how the stock pipeline guides, or why a
-pipeline is refused.
+Which pipelines can be teacher and student through the adapter for any pipeline. Each row is the adapter's self-test on
+a tiny random model of diffusers' own tests.
 
-Few-step LoRA is the result of four triplets, two steps of reflow, and distillation to a LoRA: by how much the LoRA
-changes the one-step image (mean, in levels of 255), by how much at most the image of the stock pipeline differs from
-that of the trainer's student (of the finished folder, and of the base with the LoRA file), and what loads the LoRA.
+- Euler loop: relative difference between an Euler loop on the adapter's velocity and the stock pipeline.
+- prediction: relative difference between the predictions of the network.
+- few-step LoRA: the result of four triplets, two steps of reflow, and distillation to a LoRA. By how much the LoRA
+  changes the one-step image (mean, in levels of 255); by how much at most the image of the stock pipeline differs from
+  that of the trainer's student (of the finished folder, and of the base with the LoRA file); and what loads the LoRA.
+- guidance: how the stock pipeline guides, or why it is refused.
+
+Noise and decoding are equal bit for bit in every row that passes.
 """
 HEAD = "| pipeline | network | kind | Euler loop | prediction | few-step LoRA | guidance |\n" + "|---" * 7 + "|\n"
 
@@ -110,7 +113,7 @@ def substitute(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         return transformers.BertModel(transformers.BertConfig(**small, num_attention_heads=4)).eval()
     tokenizer: Any = copy.deepcopy(make_chat_tokenizer())
     tokenizer.tokenizer = tokenizer  # of a processor
-    if "glm" in source:
+    if "glm" in source or "gemma" in source:
         start = [("<bos>", tokenizer.bos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=start)
     return tokenizer

@@ -54,18 +54,9 @@ def test_retrieval_knows_its_extremes():
     assert retrieval(texts, torch.ones(8, 8), captions, candidates=2).r_precision == 0
 
 
-@pytest.mark.parametrize(
-    ("captions", "candidates", "message"),
-    [
-        (torch.tensor([0, 1]), 9, "from 2 to the 4 texts"),
-        (torch.tensor([0, 4]), 2, "number the rows"),
-        (torch.tensor([0]), 2, "2 integers"),
-        (torch.tensor([0.0, 1.0]), 2, "2 integers"),
-    ],
-)
-def test_wrong_captions_are_told(captions, candidates, message):
-    with pytest.raises(ValueError, match=message):
-        retrieval(units(2, 3), units(4, 3), captions, candidates)
+def test_more_candidates_than_texts_are_refused():
+    with pytest.raises(ValueError, match="from 2 to the 4 texts"):
+        retrieval(units(2, 3), units(4, 3), torch.tensor([0, 1]), candidates=9)
 
 
 def test_sentence_features_do_not_see_the_padding(tmp_path):

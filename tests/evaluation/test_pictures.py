@@ -31,7 +31,7 @@ def test_what_the_emoji_example_writes_is_read_as_it_is(tmp_path):
     assert torch.equal(pictures.read([2, 1]), images[[2, 1]])
     assert pictures.captions[2] == "thing 2"
     (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ValueError, match=r"has 4 pictures, rows\.jsonl 1 lines"):
+    with pytest.raises(ValueError, match=r"has 4 images, rows\.jsonl 1 lines"):
         read_pictures(tmp_path, 64)
 
 
@@ -67,14 +67,14 @@ def test_single_pictures_are_divided(data):
     assert not choice.paired
     assert len({*choice.reference, *choice.floor}) == 18
     assert choice.prompts == [single[i] for i in choice.reference]
-    with pytest.raises(ValueError, match=r"need as many other real pictures.*, to 9 at most"):
+    with pytest.raises(ValueError, match=r"need as many other real images.*, to 9 at most"):
         choose(alone, "train", 10, seed=0)
-    with pytest.raises(ValueError, match=r"there are 0 in all\. Add pictures"):
+    with pytest.raises(ValueError, match=r"there are 0 in total\. Add images"):
         choose(alone, "nothing", None, seed=0)
 
 
 def test_what_is_wrong_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no captioned pictures"):
+    with pytest.raises(FileNotFoundError, match="no captioned images"):
         read_pictures(tmp_path, 8)
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text("\n")

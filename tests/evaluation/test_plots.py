@@ -13,7 +13,7 @@ from rectified_diffusers.evaluation.plots import (
     write_plots,
 )
 from rectified_diffusers.evaluation.report import Evaluation, Row
-from rectified_diffusers.evaluation.trajectories import Trajectories
+from rectified_diffusers.evaluation.straightness import Trajectories
 
 pytest.importorskip("matplotlib")
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rectified_diffusers.evaluation.trajectories import trajectories
+from rectified_diffusers.evaluation.straightness import trajectories
 from tests.tiny import make_tiny_pipeline
 
 

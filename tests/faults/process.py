@@ -48,11 +48,13 @@ class Command:
         return self.process.exitcode
 
     def finish(self) -> tuple[int, str]:
-        """Wait for the end; return the exit code and the last line of stderr. Kill a process that does not end."""
-        code = self.wait()
-        if code is None:
-            self.kill()
-            return HUNG, f"it did not end; it said: {self.error()}"
+        """Wait for the end; return the exit code and the last line of stderr. Kill a process that no longer works."""
+        worked, deadline = -1.0, time.monotonic() + 3600.0
+        while (code := self.wait()) is None:  # a busy machine may leave it little time
+            before, worked = worked, self.busy()
+            if worked - before < 1 or time.monotonic() > deadline:
+                self.kill()
+                return HUNG, f"it did not end after {worked:.0f} s of work; it said: {self.error()}"
         return code, self.error()
 
     def busy(self) -> float:

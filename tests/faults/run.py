@@ -28,10 +28,10 @@ from tqdm import tqdm
 from tests.faults import kept
 from tests.faults.campaign import FAULTS, NEEDS_MOUNT, NEEDS_PROCESSES, Reference, Try
 from tests.faults.kept import Found
-from tests.faults.workloads import make_workloads
+from tests.faults.workloads import PROGRAMS, make_workloads
 
 KILL = "SIGKILL"
-WORKLOADS = ("triplets", "reflow", "distill", "progressive")
+WORKLOADS = ("triplets", *PROGRAMS)
 
 
 @dataclass

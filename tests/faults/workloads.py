@@ -1,4 +1,4 @@
-"""The four commands that do long work, on the tiny models, and what their folders hold."""
+"""The commands that do long work, on the tiny models, and what their folders hold."""
 
 import hashlib
 import importlib
@@ -17,18 +17,21 @@ TRAINING = [
     *("--batch-size", "4", "--learning-rate", "1e-3", "--warmup-steps", "2", "--mixed-precision", "no"),
     *("--save-every-steps", "2", "--keep-checkpoints", "2", "--log-every-steps", "1"),
 ]
-LENGTH = {
-    "reflow": ["--max-steps", "6"],
-    "distill": ["--max-steps", "6"],
-    "progressive": ["--teacher-steps", "4", "--steps-per-round", "3"],  # two rounds; a checkpoint in each
+PROGRAMS = {
+    "reflow": ["reflow", "--max-steps", "6"],
+    "distill": ["distill", "--max-steps", "6"],
+    # Two rounds, and a checkpoint in each.
+    "progressive": ["progressive", "--teacher-steps", "4", "--steps-per-round", "3"],
+    "dmd": ["dmd", "--max-steps", "6", "--fake-updates", "2", "--first-fake-updates", "2"],
+    "distill with LoRA": ["distill", "--max-steps", "6", "--lora-rank", "2"],
 }
-for module in ("data.generate", *(f"training.{name}" for name in LENGTH)):
+for module in ("data.generate", *(f"training.{command}" for command, *_ in PROGRAMS.values())):
     importlib.import_module(f"rectified_diffusers.{module}")  # here, so that a harmed process need not
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A command up to its output folder, and how to count its records: rows of triplets, or logged steps."""
+    """A command without its output folder, and how to count its records: rows of triplets, or logged steps."""
 
     name: str
     arguments: tuple[str, ...]
@@ -54,8 +57,11 @@ def make_workloads(folder: Path) -> dict[str, Workload]:
         raise RuntimeError(f"the triplets of the campaign could not be made: {error}")
     common = ("--triplets", str(triplets), *TRAINING)
     workloads = [draw]
-    for name, length in LENGTH.items():
-        workloads.append(Workload(name, (name, "--model", str(flow), *common, *length), _steps))
+    # The discriminator of dmd takes any triplets for real images.
+    added = {"dmd": ("--teacher", str(teacher), "--real-triplets", str(triplets))}
+    for name, (command, *length) in PROGRAMS.items():
+        words = (command, "--model", str(flow), *common, *length, *added.get(name, ()))
+        workloads.append(Workload(name, words, _steps))
     return {workload.name: workload for workload in workloads}
 
 

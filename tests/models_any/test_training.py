@@ -1,5 +1,6 @@
 """Every family is a teacher and a student: triplets, reflow, a LoRA in one step, and the stock pipeline loads both."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from PIL import Image
 
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.dataset import TripletDataset
@@ -17,13 +20,14 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.training.config import DistillConfig, ProgressiveConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
-from rectified_diffusers.training.lora import WEIGHTS, has_loader
+from rectified_diffusers.training.lora import WEIGHTS, Adapter, fuse_lora, has_loader
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
 
+pytestmark = pytest.mark.usefixtures("plain_charts")
 PROMPTS = ["a red apple", "two dogs at night"]
 LAST = {
     "sd3": "proj_out",
@@ -65,6 +69,21 @@ def make_image(pipeline: Any, arguments: dict[str, Any]) -> np.ndarray:
     return 255 * np.asarray(made, dtype=np.float32)
 
 
+def require_validation(path: Path, frames: int) -> None:
+    """Check a row for one step and one for 25, and the GIF of a video: its middle frame is the image."""
+    with Image.open(path.with_suffix(".png")) as image:
+        pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    height = len(pixels) // 2
+    assert np.abs(pixels[:height] - pixels[height:]).max() > 0
+    assert path.with_suffix(".gif").exists() == (frames > 1)
+    if frames > 1:
+        with Image.open(path.with_suffix(".gif")) as video:
+            assert getattr(video, "n_frames", 1) == frames
+            video.seek(frames // 2)
+            middle = np.asarray(video.convert("RGB"), dtype=np.float32)
+        assert np.abs(middle - pixels).mean() < 8  # 256 colors
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAST])
 def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
@@ -73,7 +92,7 @@ def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
     validation = {"validate_every_steps": 2, "validation_prompts": ("a cat",)}
     reflow = ReflowConfig(output_dir=tmp_path / "reflow", max_steps=2, prompt_dropout=0.5, **RUN, **validation)
     ReflowTrainer(pipeline, dataset, reflow).train()
-    assert (tmp_path / "reflow" / "validation" / "step-00000002.png").exists()
+    require_validation(tmp_path / "reflow" / "validation" / "step-00000002", options.get("num_frames", 1))
     type(pipeline).from_pretrained(tmp_path / "reflow")
 
     lora = {
@@ -132,9 +151,26 @@ def test_a_pipeline_that_no_one_has_seen_is_trained(tmp_path: Path) -> None:
     before = [weight.detach().clone() for weight in trainer.student.parameters]
     trainer.run_steps(0)
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.student.parameters, strict=True))
-    lora = ReflowConfig(output_dir=tmp_path / "lora", max_steps=2, lora_rank=2, **RUN)
-    with pytest.raises(ValueError, match="MadeUpNetwork takes no LoRA of diffusers"):
-        ReflowTrainer(pipeline, dataset, lora)
+
+
+def test_a_network_without_lora_of_diffusers_gets_one_of_peft(tmp_path: Path) -> None:
+    """Such as those of PRX and Lumina; the result equals the network with the LoRA fused into it."""
+    pipeline = make_made_up_pipeline()
+    dataset = make_triplets(pipeline, tmp_path / "triplets", {})
+    lora: dict[str, Any] = {"lora_rank": 2, "lora_target_modules": ("leave",), "learning_rate": 0.3, "ema_decay": 0.0}
+    config = DistillConfig(output_dir=tmp_path / "lora", max_steps=2, **RUN, **lora)
+    trainer = DistillTrainer(pipeline, dataset, config)
+    trainer.run_steps(0)
+    network = trainer.averaged()
+    Adapter.of(network, "predictor").save(type(pipeline), tmp_path)
+    fuse_lora(network)
+    assert network.state_dict().keys() == pipeline.predictor.state_dict().keys()
+    loaded = PeftModel.from_pretrained(copy.deepcopy(pipeline.predictor), tmp_path)
+    inputs = list(dataset.rows([0]).noise), torch.tensor([0.3]), pipeline.encode_prompt(["a cat"])
+    with torch.no_grad():
+        found, fused, base = loaded(*inputs)[0], network(*inputs)[0], pipeline.predictor(*inputs)[0]
+    torch.testing.assert_close(found, fused)
+    assert (found - base).norm() > 0.1 * base.norm()
 
 
 @pytest.mark.parametrize(

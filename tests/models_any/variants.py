@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ class Words(ModelMixin, ConfigMixin):
         return self.table(letters)
 
 
-class Network(ModelMixin, ConfigMixin):
+class Network(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A velocity for each pixel."""
 
     @register_to_config
@@ -254,7 +255,14 @@ class WholeTime(Variant):
 
 
 class Film(Variant):
+    """Latents of five dimensions, which the call does not return."""
+
     shape = (CHANNELS, 2, SIDE, SIDE)
+
+    def output(self, latents: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            raise ValueError(f"unknown output_type {output_type}")
+        return super().output(latents, output_type)
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents)[:, :, 0]

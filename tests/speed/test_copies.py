@@ -137,6 +137,27 @@ def test_weights_that_are_not_plain_are_refused_in_one_line(tmp_path, name, kind
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_what_quanto_makes_of_a_layer_is_refused_before_its_weights_are_quantized(tmp_path, name):
+    pipeline = make_tiny_pipeline("flow")
+    pipeline.unet.conv_out.weight_qtype = "qint8"
+    with pytest.raises(ValueError, match=f"{name} needs plain weights"):
+        CALLS[name](pipeline, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_with_group_offloading_is_exported_as_without(tmp_path):
+    for folder in ("plain", "offloaded"):
+        pipeline = make_tiny_pipeline("flow")
+        if folder == "offloaded":
+            pipeline.unet.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+        export_diffusers(pipeline, tmp_path / folder)
+        export_unet(pipeline, tmp_path / f"{folder}.safetensors")
+    for name in ("{}/unet/diffusion_pytorch_model.safetensors", "{}.safetensors"):
+        plain, offloaded = ((tmp_path / name.format(folder)).read_bytes() for folder in ("plain", "offloaded"))
+        assert plain == offloaded
+
+
 @pytest.mark.parametrize("library", ["torchao", "optimum.quanto"])
 def test_the_weights_of_these_libraries_are_refused(tmp_path, library):
     quantizer = pytest.importorskip(library)

@@ -1,4 +1,4 @@
-"""One folder of triplets for all tests of the trainers, and no progress bars."""
+"""One folder of triplets for all tests of the trainers, no progress bars, and charts in the tests of reports alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,12 @@ from tests.training.helpers import make_dataset
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> TripletDataset:
     return make_dataset(tmp_path_factory.mktemp("triplets"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_charts(request: pytest.FixtureRequest) -> None:
+    if request.module.__name__ != "tests.training.test_report":
+        request.getfixturevalue("plain_charts")
 
 
 @pytest.fixture(autouse=True)

@@ -40,7 +40,7 @@ FINISHED: dict[str, type[Any]] = {
     "flux": FluxPipeline,
 }
 # Of each kind but the very slow ones.
-MARKS: dict[str, Any] = {"diffusion": (), "sd3": (), "xl": pytest.mark.slow, "flux": pytest.mark.slow}
+MARKS: dict[str, Any] = {"diffusion": (), "sd3": pytest.mark.slow, "xl": pytest.mark.slow, "flux": pytest.mark.slow}
 FIT: dict[str, Any] = {
     "max_steps": 20,
     "batch_size": 8,
@@ -138,16 +138,15 @@ def test_a_killed_run_goes_on_bit_for_bit(kind: Any, tmp_path: Path) -> None:
     dataset = make_triplets(teacher, tmp_path / "triplets", count=4, num_inference_steps=2)
 
     def train(folder: str, steps: int) -> None:
-        ReflowTrainer(
-            teacher, dataset, ReflowConfig(output_dir=tmp_path / folder, **{**SHORT, "max_steps": steps})
-        ).train()
+        options = {**SHORT, "max_steps": steps, "save_every_steps": 1}
+        ReflowTrainer(teacher, dataset, ReflowConfig(output_dir=tmp_path / folder, **options)).train()
 
-    train("whole", 4)
+    train("whole", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ReflowTrainer, "finish", _interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train("parts", 2)
-    train("parts", 4)
+            train("parts", 1)
+    train("parts", 2)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")
 
 

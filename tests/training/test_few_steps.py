@@ -60,6 +60,8 @@ def test_matching_trains_on_the_states_of_the_sampler(steps: int, dataset: Tripl
     for step in range(1, 12):
         inputs = trainer.sample_inputs(step)
         batch, _ = trainer.load_inputs(*inputs)
+        if batch.position in seen:
+            continue
         calls.clear()
         losses = trainer.losses(*inputs)
         assert len(calls) == batch.position + 1
@@ -276,8 +278,8 @@ def test_the_states_of_a_flow_transformer_are_those_of_its_pipeline(tmp_path: Pa
 @pytest.mark.parametrize("method", ["distill", "dmd"])
 def test_a_run_in_two_parts_equals_one(method: str, dataset: TripletDataset, tmp_path: Path) -> None:
     options: dict[str, Any] = {"student_steps": 2, "keep_checkpoints": 1}
-    make_trainer(method, dataset, tmp_path / "whole", max_steps=4, **options).train()
-    for max_steps in (2, 4):
+    make_trainer(method, dataset, tmp_path / "whole", max_steps=3, **options).train()
+    for max_steps in (1, 3):
         make_trainer(method, dataset, tmp_path / "parts", max_steps=max_steps, **options).train()
         torch.rand(3)
     assert digests(tmp_path / "parts") == digests(tmp_path / "whole")

@@ -35,7 +35,7 @@ def test_a_velocity_of_the_wrong_sign_is_found_at_the_start(
 ) -> None:
     trainer = make_trainer(method, dataset, output_dir)
     turn_round(trainer, 1.0)
-    with pytest.raises(ValueError, match=r"points away from the data .* is -0\.\d\d, expected above 0.*say so"):
+    with pytest.raises(ValueError, match=r"points away from the data: .* above 0, got -0\.\d\d.*velocity_direction"):
         trainer.train()
     assert not (output_dir / "checkpoints").exists()
     trainer = make_trainer(method, dataset, output_dir)
@@ -50,10 +50,10 @@ def test_a_diffusion_model_may_begin_with_the_noise(dataset: TripletDataset, out
     trainer.begin(0)
 
 
-def test_the_wrong_sign_costs_four_times_as_much_as_no_velocity(dataset: TripletDataset) -> None:
+def test_only_the_wrong_sign_is_refused(dataset: TripletDataset) -> None:
     noise, data = make_ends()
     batch = Triplets(["a"] * 4, noise, data)
-    with pytest.raises(ValueError, match=r"is -1\.00, expected above 0, and its loss is 4\.0 times"):
+    with pytest.raises(ValueError, match=r"above 0, got -1\.00"):
         require_direction(lambda x_t, t, prompts: noise - data, batch)
     require_direction(lambda x_t, t, prompts: data - noise, batch)
     require_direction(lambda x_t, t, prompts: torch.zeros_like(data), batch)
@@ -123,11 +123,19 @@ FULL = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_trainer("reflow", dataset, folder, max_steps=4).train()
+    return folder
+
+
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    error: Exception, dataset: TripletDataset, output_dir: Path, tmp_path: Path
+    error: Exception, whole: Path, dataset: TripletDataset, output_dir: Path
 ) -> None:
-    trainer = make_trainer("reflow", dataset, output_dir)
+    trainer = make_trainer("reflow", dataset, output_dir, max_steps=4)
 
     def fail() -> None:
         raise error
@@ -138,9 +146,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
             trainer.train()
     assert checkpoint_steps(output_dir / "checkpoints") == [2]
     assert [path.name for path in (output_dir / "checkpoints").iterdir()] == ["step-00000002"]
-    make_trainer("reflow", dataset, output_dir).train()
-    make_trainer("reflow", dataset, tmp_path / "whole").train()
-    assert digests(output_dir) == digests(tmp_path / "whole")
+    make_trainer("reflow", dataset, output_dir, max_steps=4).train()
+    assert digests(output_dir) == digests(whole)
 
 
 def test_other_errors_of_writing_are_passed_on(

@@ -90,16 +90,17 @@ def test_a_run_does_not_go_on_from_another_model(variant: str, begun: Path, data
 
 @pytest.mark.parametrize("method", TRAINERS)
 def test_no_method_goes_on_from_another_model(method: str, dataset: TripletDataset, tmp_path: Path) -> None:
-    lora = {} if method == "dmd" else LORA
-    make_trainer(method, dataset, tmp_path, **lora).train()
+    shortest = {"teacher_steps": 2, "steps_per_round": 1} if method == "progressive" else {"max_steps": 1}
+    options = shortest if method == "dmd" else {**LORA, **shortest}
+    make_trainer(method, dataset, tmp_path, **options).train()
     model = make_tiny_pipeline("flow")
     replace_part("unet")(model)
     with pytest.raises(ValueError, match="another unet"):
-        trainer_of(model, method, dataset, tmp_path, **lora).train()
+        trainer_of(model, method, dataset, tmp_path, **options).train()
 
 
 def test_another_rank_of_a_lora_is_refused(dataset: TripletDataset, tmp_path: Path) -> None:
-    make_trainer("distill", dataset, tmp_path, max_steps=2, **LORA).train()
+    make_trainer("distill", dataset, tmp_path, max_steps=1, **LORA).train()
     with pytest.raises(ValueError, match="lora_rank=2, got lora_rank=4"):
         make_trainer("distill", dataset, tmp_path, max_steps=2, **{**LORA, "lora_rank": 4}).train()
 

@@ -1,6 +1,7 @@
 """A damaged line of a run's log stops neither a resume nor a report."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def whole(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="module")
+def begun(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of that run."""
+    folder = tmp_path_factory.mktemp("begun")
+    make_trainer("distill", dataset, folder, max_steps=2, log_every_steps=1).train()
+    return folder
+
+
 @pytest.mark.parametrize("variant", DAMAGED)
 def test_a_damaged_line_is_left_out(
     variant: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -47,14 +56,14 @@ def test_a_damaged_line_is_left_out(
 
 @pytest.mark.parametrize("variant", ["no JSON", "zeros, as after a crash", "not UTF-8", "a list"])
 def test_a_run_goes_on_after_a_damaged_line(
-    variant: str, whole: Path, dataset: TripletDataset, tmp_path: Path
+    variant: str, begun: Path, whole: Path, dataset: TripletDataset, output_dir: Path
 ) -> None:
-    make_trainer("distill", dataset, tmp_path, max_steps=2, log_every_steps=1).train()
-    log = tmp_path / "log.jsonl"
+    shutil.copytree(begun, output_dir)
+    log = output_dir / "log.jsonl"
     log.write_bytes(DAMAGED[variant] + log.read_bytes())
-    make_trainer("distill", dataset, tmp_path, max_steps=4, log_every_steps=1).train()
-    assert digests(tmp_path)["log.jsonl"] == digests(whole)["log.jsonl"]
-    assert digests(tmp_path)["training.json"] == digests(whole)["training.json"]
+    make_trainer("distill", dataset, output_dir, max_steps=4, log_every_steps=1).train()
+    assert digests(output_dir)["log.jsonl"] == digests(whole)["log.jsonl"]
+    assert digests(output_dir)["training.json"] == digests(whole)["training.json"]
 
 
 def test_a_damaged_last_line_stops_no_finished_model(whole: Path, dataset: TripletDataset) -> None:

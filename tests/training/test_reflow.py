@@ -59,13 +59,11 @@ def test_time_densities(time_density: str, at_the_ends: float, dataset: TripletD
     assert share == pytest.approx(at_the_ends, abs=0.03)
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param({"loss": "pseudo_huber"}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"loss": "pseudo_huber"}])
 def test_one_step_lands_near_the_data(options: dict[str, Any], dataset: TripletDataset, output_dir: Path) -> None:
     error = one_step_error("reflow", dataset, output_dir, max_steps=120, batch_size=8, prompt_dropout=0.0, **options)
     assert error < 0.4  # noise and data are 1.26 apart; a wrong sign or a swapped time gives more than that
-
-
-PATHS = pytest.mark.parametrize("interpolation", ["straight", "cosine", "variance_preserving"])
 
 
 def make_curved(kind: Any = "flow") -> Any:
@@ -75,7 +73,8 @@ def make_curved(kind: Any = "flow") -> Any:
     return pipeline
 
 
-@PATHS
+@pytest.mark.slow
+@pytest.mark.parametrize("interpolation", ["straight", "cosine", "variance_preserving"])
 def test_every_path_learns_a_flow_from_the_noise_to_the_data(
     interpolation: str, dataset: TripletDataset, output_dir: Path
 ) -> None:

@@ -51,7 +51,7 @@ class RealTripletOptions(TeacherOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(CommandOptions):
-    folder: Path = option(MISSING, "Folder that `triplets` wrote", flags=["folder"])
+    folder: Path = option(MISSING, "Folder that `triplets` wrote.", flags=["folder"])
 
 
 def add_to(commands: Any) -> None:

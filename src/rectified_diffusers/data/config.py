@@ -37,11 +37,11 @@ class StoredTripletConfig:
     num_triplets: int = option(MISSING, "Triplets to make.")
     num_inference_steps: int = option(25, "Solver steps of the teacher.")
     guidance_scale: float | None = option(1.0, "Classifier-free guidance of the teacher; 1 is none.")
-    batch_size: int = option(16, "Triplets asked of the teacher at once; the noise does not depend on it.")
+    batch_size: int = option(16, "Triplets generated at once; the noise does not depend on it.")
     triplets_per_shard: int = option(256, "Triplets in a file, and what a killed process loses at most.")
-    seed: int = option(0, "The noise of shard k is drawn from (seed, k).")
+    seed: int = option(0, "The noise of shard k is sampled from (seed, k).")
     storage_dtype: Literal["float16", "bfloat16", "float32"] = option(
-        "float16", "Number format of stored noise and data; the noise is rounded to it before the teacher sees it."
+        "float16", "Number format of stored noise and data; the noise is rounded to it before the teacher gets it."
     )
     store_text_embeddings: bool = option(
         False, "Store the prompts' embeddings, too: training runs no text encoder, shards are larger."
@@ -76,17 +76,17 @@ class TripletConfig(StoredTripletConfig):
     num_triplets: int = option(MISSING, "Triplets to make; prompts repeat in order when there are fewer.")
     guidance_scale: float | None = option(
         None,
-        "Guidance of the teacher, as its pipeline's call takes it. For Stable Diffusion, 1 is none, and the "
-        "2-Rectified Flow has 1.5.",
-        shown="the pipeline's own; 5 for Stable Diffusion and SDXL",
+        "Guidance of the teacher, as its pipeline's call takes it. For Stable Diffusion, 1 is none; InstaFlow takes 5 "
+        "for reflow, and 1.5 for its 2-Rectified Flow.",
+        shown="that of its pipeline's call: 7.5 for Stable Diffusion, 5 for SDXL",
     )
     solver: Solver = option(
         "auto",
         "ODE solver: auto is dpm_solver++ for diffusion teachers and the teacher's own scheduler for flows; "
         "a class of diffusers is made from the teacher's schedule. Samplers that add noise are not among them.",
     )
-    height: int | None = option(None, "Picture height in pixels; none is the teacher's own.")
-    width: int | None = option(None, "Picture width in pixels; none is the teacher's own.")
+    height: int | None = option(None, "Image height in pixels; none is the teacher's own.")
+    width: int | None = option(None, "Image width in pixels; none is the teacher's own.")
     call_options: str | None = option(
         None,
         'Further arguments of the teacher\'s call as JSON, such as {"num_frames": 9}; for pipelines other than Stable '
@@ -127,30 +127,30 @@ class RealTripletConfig(StoredTripletConfig):
     least_steps = 0
 
     num_triplets: int = option(
-        MISSING, "Triplets to make, of pictures in random order; they repeat when there are fewer."
+        MISSING, "Triplets to make, of images in random order; they repeat when there are fewer."
     )
     num_inference_steps: int = option(
         25,
         "Steps of Heun's method, two evaluations each: as much work as that many steps with guidance. At 0 the noise "
-        "is new and has nothing to do with the picture, which is all that the discriminator of dmd needs.",
+        "is new and independent of the image, which is all that the discriminator of dmd needs.",
     )
     guidance_scale: float = option(
         1.0,
-        "Classifier-free guidance on the way back; above 1 the noise is no longer white. For a network that takes "
-        "guidance as an input, such as FLUX.1-dev's, that of the generated triplets.",
+        "Classifier-free guidance of the backward flow; above 1 the noise is no longer white. For a network that "
+        "takes guidance as an input, such as FLUX.1-dev's, that of the generated triplets.",
     )
     inversion_time: float = option(
         0.9,
-        "Flow time in (0, 1] from which the way back begins, with the picture and as much new noise as the flow has "
-        "there. At 1 it begins with the picture alone, as in the papers; the noise it leads to may then be refused.",
+        "Flow time in (0, 1] at which the backward flow begins, with the image and as much new noise as the flow has "
+        "there. At 1 it begins with the image alone, as in the papers; the resulting noise may then be refused.",
     )
-    batch_size: int = option(16, "Pictures at once; it changes the triplets by rounding errors at most.")
+    batch_size: int = option(16, "Images at once; it changes the triplets by rounding errors at most.")
     storage_dtype: Literal["float16", "bfloat16", "float32"] = option(
-        "float16", "Number format of stored noise and data; the data is rounded to it before its noise is sought."
+        "float16", "Number format of stored noise and data; the data is rounded to it before it is inverted."
     )
-    seed: int = option(0, "The order of the pictures follows from the seed, the new noise of shard k from (seed, k).")
-    split: str = option("train", "Split whose pictures are taken, where the data has several.")
-    size: int | None = option(None, "Side of the square pictures in pixels; none is the teacher's own.")
+    seed: int = option(0, "The order of the images follows from the seed, the new noise of shard k from (seed, k).")
+    split: str = option("train", "Split of the images, where the data has several.")
+    size: int | None = option(None, "Side of the square images in pixels; none is the teacher's own.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

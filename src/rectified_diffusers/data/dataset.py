@@ -281,7 +281,6 @@ class JoinedTriplets(TripletDataset):
         """Open nothing: the parts have the files."""
 
     def rows(self, indices: Sequence[int] | Tensor) -> Triplets:
-        """Return the triplets at `indices`, in that order, as float32."""
         positions: list[list[int]] = [[] for _ in self.parts]
         for position, index in enumerate(indices):
             if not 0 <= index < len(self):
@@ -301,7 +300,6 @@ class JoinedTriplets(TripletDataset):
         return Triplets([prompts[i] for i in order.tolist()], noise, data, embeddings)
 
     def prompt_rows(self) -> Tensor:
-        """Return indices of triplets that together contain every prompt."""
         return torch.cat([start + part.prompt_rows() for part, start in zip(self.parts, self._starts, strict=True)])
 
 

@@ -59,7 +59,7 @@ def generate_real_triplets(
         require_straight(teacher.scheduler, f"inversion_time={config.inversion_time}")
     shape = latent_shape(teacher, config.size, config.size)
     if shape[1] != shape[2]:
-        raise ValueError(f"Real pictures are made square, and the teacher's latents are {shape}; set size.")
+        raise ValueError(f"Real images are cropped to squares, and the teacher's latents are {shape}; set size.")
     if denoiser.latent_shape != shape:
         raise TypeError(
             f"Expected a teacher whose scheduler sees the latents of its VAE, {shape}, got {type(teacher).__name__}."
@@ -69,7 +69,7 @@ def generate_real_triplets(
     numbers = real.numbers(config.split)
     if not numbers:
         raise ValueError(
-            f"There are no pictures of split {config.split!r} in {pictures}; set split to one of "
+            f"There are no images of split {config.split!r} in {pictures}; set split to one of "
             f"{', '.join(map(repr, sorted(set(real.splits))))}."
         )
     random.Random(f"{config.seed}/real").shuffle(numbers)
@@ -86,7 +86,7 @@ def generate_real_triplets(
             noise = _noise(adapted, config, own, data, drawn[batch])
             if shard == 0 and start == 0:
                 remedy = "Lower inversion_time, or raise the steps."
-                require_white(noise, f"The noise that {pictures} leads to", remedy)
+                require_white(noise, f"The noise of {pictures}", remedy)
             yield Triplets(own, noise, data, adapted.encode(own) if config.store_text_embeddings else {})
 
     decided = {
@@ -106,8 +106,8 @@ def _latents(teacher: Teacher, pictures: Tensor) -> Tensor:
     data = teacher.round(encode_pixels(teacher.pipeline.vae, pictures.float() / 127.5 - 1)).cpu()
     if data.shape[1:] != teacher.latent_shape:
         raise ValueError(
-            f"The pictures' latents are {tuple(data.shape[1:])}, expected {teacher.latent_shape}: the pictures in the "
-            f"folder are {tuple(pictures.shape[2:])} pixels. Set size to that, or make the pictures again."
+            f"The latents of the images are {tuple(data.shape[1:])}, expected {teacher.latent_shape}: the images in "
+            f"the folder have {tuple(pictures.shape[2:])} pixels. Set size to that, or make the images again."
         )
     return data
 

@@ -199,10 +199,10 @@ def settle_manifest(folder: Path, manifest: Manifest) -> Manifest:
     differing = first_difference(found.settings, manifest.settings)
     if differing:
         key, there, here = differing
-        anew = "" if holds_shards(folder) else " No triplets are there yet: to begin anew, remove that file."
+        anew = "" if holds_shards(folder) else " There are no triplets yet: to start again, remove that file."
         raise ValueError(
             f"The triplets in {folder} were made with other settings: expected {key} = {there!r}, got {here!r}. "
-            f"Use the settings in {path} to go on, or choose another output_dir.{anew}"
+            f"Use the settings in {path} to continue, or choose another output_dir.{anew}"
         )
     # A different release or teacher location gives only a warning. Releases differ in rounding, but each triplet is
     # still a sample of its teacher, and an error would cost a long run its shards after an upgrade. A teacher whose
@@ -210,7 +210,7 @@ def settle_manifest(folder: Path, manifest: Manifest) -> Manifest:
     differing = first_difference(found.origin, manifest.origin) if isinstance(found.origin, dict) else None
     if differing:
         key, there, here = differing
-        logger.warning("The triplets in %s were begun with %s = %r, now it is %r; going on.", folder, key, there, here)
+        logger.warning("The triplets in %s were started with %s = %r, now it is %r.", folder, key, there, here)
     return found
 
 

@@ -117,7 +117,7 @@ class LinePrompts(StoredPrompts):
 
     def _read(self, first: int, count: int) -> list[str]:
         if _state_of(self.path) != self._state:
-            raise ValueError(f"{self.path} was changed after it was opened; run the same again to read it anew.")
+            raise ValueError(f"{self.path} was changed after it was opened; run the same again to read it.")
         block = first // _BLOCK
         found = self._prompts(self._offsets[block], self._numbers[block])
         return [prompt for (_, _, prompt), _ in zip(found, range(count), strict=False)]
@@ -147,9 +147,10 @@ class ParquetPrompts(StoredPrompts):
         for path in paths:
             try:
                 with ParquetFile(path) as file:
-                    names, sizes = file.schema_arrow.names, _group_sizes(file)
+                    names = file.schema_arrow.names
+                    sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
             except ArrowInvalid as error:
-                raise ValueError(f"{path} is no whole parquet file ({error}); fetch or write it again.") from error
+                raise ValueError(f"{path} is not a complete parquet file ({error}). Write it again.") from error
             _require_column(str(path), column, names)
             self._groups += [(path, number) for number in range(len(sizes))]
             rows += sizes
@@ -237,10 +238,6 @@ def _existing(path: Path) -> Path:
 def _state_of(path: Path) -> tuple[int, int]:
     state = path.stat()
     return state.st_size, state.st_mtime_ns
-
-
-def _group_sizes(file: Any) -> list[int]:
-    return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
 
 
 def _require_column(source: str, column: str, names: Sequence[str]) -> None:

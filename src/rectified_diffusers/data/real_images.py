@@ -86,8 +86,8 @@ def read_pictures(folder: str | Path, size: int, split: str = "train") -> RealPi
     if (folder / "metadata.jsonl").is_file():
         return _read_imagefolder(folder, size, split)
     raise FileNotFoundError(
-        f"no captioned pictures in {folder}: expected a metadata.jsonl with file_name and text on each line beside "
-        "the pictures, or what examples/emoji/data.py wrote."
+        f"no captioned images in {folder}: expected a metadata.jsonl with file_name and text on each line next to the "
+        "images, or the output of examples/emoji/data.py."
     )
 
 
@@ -122,8 +122,8 @@ def choose(pictures: RealPictures, split: str, count: int | None, seed: int) -> 
         most = len(numbers) // 2
         lower = f"Lower num_pictures, or num_held_out for the held-out split, to {most} at most."
         raise ValueError(
-            f"{count or 2} pictures of split {split!r} need as many other real pictures for the floor, and there are "
-            f"{len(numbers)} in all. {lower if most >= 2 else 'Add pictures, 4 are the least.'}"
+            f"{count or 2} images of split {split!r} need as many other real images for the floor, and there are "
+            f"{len(numbers)} in total. {lower if most >= 2 else 'Add images, at least 4 are needed.'}"
         )
     return Choice([pictures.captions[number] for number in reference], reference, floor, paired)
 
@@ -136,17 +136,10 @@ def _read_tensor(folder: Path, split: str) -> RealPictures:
     file: Any = safe_open(path, framework="pt")
     images = file.get_slice("images")
     if images.get_shape()[0] != len(rows):
-        raise ValueError(f"{path} has {images.get_shape()[0]} pictures, rows.jsonl {len(rows)} lines: make it again.")
+        raise ValueError(f"{path} has {images.get_shape()[0]} images, rows.jsonl {len(rows)} lines: make it again.")
     digest = hashlib.blake2b((folder / "rows.jsonl").read_bytes(), digest_size=16)
     digest.update(_content(path))
-    return RealPictures(
-        [row["label"] for row in rows],
-        [row.get("split", split) for row in rows],
-        [row.get("style", "") for row in rows],
-        digest.hexdigest(),
-        lambda numbers: torch.stack([images[number] for number in numbers]),
-        [_tags(row) for row in rows],
-    )
+    return _pictures(rows, "label", split, digest, lambda number: images[number])
 
 
 def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
@@ -161,12 +154,18 @@ def _read_imagefolder(folder: Path, size: int, split: str) -> RealPictures:
         if not path.is_file():
             raise FileNotFoundError(f"metadata.jsonl names {row['file_name']!r}, which is not in {folder}.")
         digest.update(json.dumps(row, sort_keys=True).encode() + _content(path))
+    return _pictures(rows, "text", split, digest, lambda number: open_square(paths[number], size))
+
+
+def _pictures(
+    rows: list[dict[str, Any]], key: str, split: str, digest: Any, read: Callable[[int], Tensor]
+) -> RealPictures:
     return RealPictures(
-        [row["text"] for row in rows],
+        [row[key] for row in rows],
         [row.get("split", split) for row in rows],
         [row.get("style", "") for row in rows],
         digest.hexdigest(),
-        lambda numbers: torch.stack([open_square(paths[number], size) for number in numbers]),
+        lambda numbers: torch.stack([read(number) for number in numbers]),
         [_tags(row) for row in rows],
     )
 

@@ -94,6 +94,6 @@ def _require_ode(scheduler: Any, solver: str) -> None:
     if name in _STOCHASTIC or sde:
         remedy = "give the teacher a scheduler that solves the ODE" if solver == "teacher" else "choose another solver"
         raise ValueError(
-            f"{name} adds noise on the way, so that its data does not follow from the noise it started from; "
+            f"{name} adds noise in its steps, so that its data is not a function of the noise it started from; "
             f"use solver 'dpm_solver++' for a diffusion teacher, or {remedy}."
         )

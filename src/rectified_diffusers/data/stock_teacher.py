@@ -59,6 +59,11 @@ class StockTeacher(Teacher):
         adapted = copy.copy(pipeline)
         adapted.scheduler = solver
         teacher = cls(adapted, denoiser.network, config, denoiser.latent_shape, denoiser)
+        if not bool(teacher._solve(PROMPTS[:1], noise, STEPS).isfinite().all()):
+            raise UnsupportedPipelineError(
+                f"{type(pipeline).__name__} cannot be a teacher: with guidance {teacher.guidance_scale:g} its latents "
+                f"are not finite in {denoiser.dtype}."
+            )
         if config.batch_size > 1:
             _ = teacher.takes_batches  # found out before anything is written
         if config.store_text_embeddings:

@@ -63,8 +63,10 @@ class Teacher:
 
     @property
     def guidance_scale(self) -> float:
-        """Return the guidance scale in use, as the pipeline's call takes it."""
-        return 5.0 if self.config.guidance_scale is None else float(self.config.guidance_scale)
+        """Return the guidance scale in use, as the pipeline's call takes it; the default is that of its call."""
+        if self.config.guidance_scale is not None:
+            return float(self.config.guidance_scale)
+        return float(inspect.signature(type(self.pipeline).__call__).parameters["guidance_scale"].default)
 
     def autocast(self) -> torch.autocast:
         """Return the context manager that runs forward passes in the precision of the options."""

@@ -48,13 +48,7 @@ def pack(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     for entry in entries:
         file = io.BytesIO()
         entry.thumbnail.save(file, format="PNG")
-        request = entry.request
-        known = {
-            "prompt": request.prompt,
-            "seed": request.seed,
-            "steps": request.steps,
-            "guidance": request.guidance_scale,
-        }
+        known = dict(zip(("prompt", "seed", "steps", "guidance"), entry.settings, strict=True))
         packed.append({**known, "thumbnail": base64.b64encode(file.getvalue()).decode()})
     return packed
 

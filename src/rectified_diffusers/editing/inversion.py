@@ -14,9 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rectified_diffusers.checks import require_latents, require_number, require_pipeline, require_texts, require_type
+from rectified_diffusers.checks import (
+    require_latents,
+    require_number,
+    require_one_of,
+    require_pipeline,
+    require_texts,
+    require_type,
+)
 from rectified_diffusers.flow.ode import euler, heun
-from rectified_diffusers.images import as_images, batched
+from rectified_diffusers.images import as_images, batched, require_size
 from rectified_diffusers.models.latents import decode_to_images, encode_pixels
 from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
@@ -134,8 +141,7 @@ def _solve(
     end: float,
 ) -> Tensor:
     """Integrate the pipeline's velocity under prompts from `start` to `end`, with the pipeline's progress bar."""
-    if solver not in _SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}.")
+    require_one_of("solver", solver, _SOLVERS)
     require_number("guidance_scale", guidance_scale)
     require_texts("prompts", prompts)
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
@@ -160,14 +166,14 @@ def _data(pipeline: Any, pictures: Images) -> Tensor:
         got = f"{type(pipeline).__name__} with {type(scheduler).__name__}"
         raise TypeError(f"inversion needs a RectifiedFlowPipeline with a RectifiedFlowEulerScheduler, got {got}.")
     channels = pipeline.vae.config.latent_channels
-    images = batched(as_images("pictures", pictures, latent_channels=channels))
+    images = batched("pictures", as_images("pictures", pictures, latent_channels=channels))
     if isinstance(images, Tensor) and images.shape[1] == channels:
         require_latents("latents", images)
         latents = images
     else:
-        images = images if isinstance(images, list) else [images]
-        sizes = [image.size if isinstance(image, Image.Image) else tuple(image.shape) for image in images]
-        if len(set(sizes)) != 1:
+        require_size("pictures", images, pipeline.vae_scale_factor)
+        sizes = [image.size for image in images] if isinstance(images, list) else []
+        if len(set(sizes)) > 1:
             raise ValueError(f"pass images of one size, got sizes {sizes}.")
         latents = encode_pixels(pipeline.vae, pipeline.image_processor.preprocess(images))
     # Half precision would limit every error from below. Only the U-Net's input is cast to it.

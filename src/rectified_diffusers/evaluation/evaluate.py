@@ -25,8 +25,7 @@ from rectified_diffusers.evaluation.metrics import (
 )
 from rectified_diffusers.evaluation.report import Evaluation, Row, provenance
 from rectified_diffusers.evaluation.scorers import Scorers
-from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
-from rectified_diffusers.evaluation.trajectories import trajectories
+from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness, trajectories
 
 CACHE = "cache"
 SHOWN_PROMPTS = 8

@@ -35,11 +35,7 @@ class MobileNetV2Features(nn.Module):
         try:
             network = mobilenet_v2(weights=MobileNet_V2_Weights.IMAGENET1K_V1 if weights is None else None)
         except URLError as error:
-            raise OSError(
-                f"The weights of torchvision's mobilenet_v2 cannot be downloaded ({error}). Where there is a network, "
-                "safetensors.torch.save_file(torchvision.models.mobilenet_v2(weights='IMAGENET1K_V1').state_dict(), "
-                "'mobilenet.safetensors'); then give mobilenet_weights (--mobilenet-weights mobilenet.safetensors)."
-            ) from error
+            raise not_downloaded("mobilenet_v2", "mobilenet_weights", error) from error
         if weights is not None:
             network.load_state_dict(load_file(weights))
         self.size = size
@@ -51,12 +47,20 @@ class MobileNetV2Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 1280)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        _check_images(images)
         pixels = images.to(self.get_buffer("mean").device).float()
         shape = (self.size, self.size)
         pixels = nn.functional.interpolate(pixels, shape, mode="bilinear", antialias=True, align_corners=False)
         pixels = (pixels - self.get_buffer("mean")) / self.get_buffer("std")
         return self.layers(pixels.to(memory_format=torch.channels_last)).mean(dim=(2, 3))
+
+
+def not_downloaded(model: str, option: str, error: Exception) -> OSError:
+    """Return the error for weights of torchvision that cannot be downloaded."""
+    return OSError(
+        f"The weights of torchvision's {model} cannot be downloaded ({error}). Where there is a network, "
+        f"safetensors.torch.save_file(torchvision.models.{model}(weights='IMAGENET1K_V1').state_dict(), "
+        f"'{model}.safetensors'); then give {option} (--{option.replace('_', '-')} {model}.safetensors)."
+    )
 
 
 class InceptionV3Features(nn.Module):
@@ -99,13 +103,7 @@ class InceptionV3Features(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Return features `(B, 2048)` float32 of images `(B, 3, H, W)` uint8, which may be on any device."""
-        _check_images(images)
         return self.network(images.to(next(self.network.parameters()).device))[0]
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"Expected images (B, 3, H, W) uint8, got {tuple(images.shape)} {images.dtype}.")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -173,15 +171,6 @@ class CLIPScore:
         return torch.cat(parts)
 
 
-def clip_score(image_embeds: Tensor, text_embeds: Tensor) -> float:
-    """Return the mean cosine of the pairs (image i, prompt i), given unit vectors `(N, J)` each."""
-    return clip_cosines(image_embeds, text_embeds).mean().item()
-
-
 def clip_cosines(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     """Return the cosine of each pair (image i, prompt i) `(N,)`, given unit vectors `(N, J)` each."""
-    if image_embeds.shape != text_embeds.shape or image_embeds.ndim != 2 or len(image_embeds) == 0:
-        raise ValueError(
-            f"Expected one embedded prompt per image, got {tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
-        )
     return (image_embeds.double() * text_embeds.double()).sum(dim=1)

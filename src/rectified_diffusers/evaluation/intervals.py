@@ -46,8 +46,6 @@ class Interval:
 
 def interval_of(values: Sequence[float], deviations: Sequence[float] = ()) -> Interval:
     """Return the interval of a metric from its values, one per seed or training."""
-    if not values:
-        raise ValueError("An interval needs the value of at least one seed, got none.")
     if len(values) == 1:
         return Interval(values[0], None, tuple(values), tuple(deviations))
     half_width = _quantile(len(values) - 1) * stdev(values) / math.sqrt(len(values))

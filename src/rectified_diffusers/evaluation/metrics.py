@@ -4,7 +4,7 @@ Features can be any callable on uint8 images. With Inception-v3, the Frechet dis
 Values for different features or sample sizes are not comparable.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ def frechet_distance(first: Tensor, second: Tensor) -> float:
     precision with fewer images than dimensions (a singular covariance). Never negative: values below 0 from rounding
     are returned as 0.
     """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"Expected features (N, D) and (M, D), got {tuple(first.shape)} and {tuple(second.shape)}.")
     (mean, x), (other_mean, y) = _centered(first), _centered(second)
     if max(len(x), len(y)) <= x.shape[1]:
         cross = torch.linalg.svdvals(x @ y.T).sum()
@@ -51,50 +49,31 @@ def _square_root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
-@dataclass(frozen=True)
-class KernelDistance:
-    """Mean and standard deviation of the squared maximum mean discrepancy over subsets."""
-
-    mean: float
-    std: float
-    subsets: int
-    subset_size: int
-
-
 def squared_discrepancy(first: Tensor, second: Tensor) -> float:
     """Return the unbiased squared MMD of features `(N, D)` and `(M, D)` with kernel k(x, y) = (x . y / D + 1)^3.
 
     It is the sum of the means of k within each set, excluding pairs of a feature with itself, minus twice the mean of
     k between the sets.
     """
-    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(
-            f"Both sets need features (N, D) of one size, got {tuple(first.shape)} and {tuple(second.shape)}."
-        )
-    if min(len(first), len(second)) < 2:
-        raise ValueError(f"Each set needs at least 2 features, got {len(first)} and {len(second)}.")
     x, y = first.double(), second.double()
     within = _mean_of_pairs(x) + _mean_of_pairs(y)
     return (within - 2 * _kernel(x, y).mean()).item()
 
 
-def kernel_distance(
-    first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
-    """Estimate the squared MMD over random subsets, by default 100 subsets of 1,000 features as the KID is reported.
+def kernel_distance(first: Tensor, second: Tensor, subsets: int = 100, subset_size: int = 1000) -> float:
+    """Estimate the squared MMD as the mean over random subsets, by default as the KID is reported.
 
     If both sets have the same size of at most `subset_size`, the full sets are used once.
     """
     size = min(subset_size, len(first), len(second))
     if size == len(first) == len(second):
-        return KernelDistance(squared_discrepancy(first, second), 0.0, 1, size)
-    generator = torch.Generator().manual_seed(seed)
+        return squared_discrepancy(first, second)
+    generator = torch.Generator().manual_seed(0)
     values = []
     for _ in range(subsets):
         chosen = [features[torch.randperm(len(features), generator=generator)[:size]] for features in (first, second)]
         values.append(squared_discrepancy(*chosen))
-    values = torch.tensor(values, dtype=torch.float64)
-    return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
+    return torch.tensor(values, dtype=torch.float64).mean().item()
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -125,7 +104,7 @@ def kernel_interval(first: Tensor, second: Tensor, groups: Tensor) -> Interval:
         within, between = (x_x + y_y)[present][:, present].sum(), x_y[present][:, present].sum()
         return (within / (count * (count - 1)) - 2 * between / count**2).item()
 
-    mean = kernel_distance(first, second).mean
+    mean = kernel_distance(first, second)
     return replace(jackknife(discrepancy, groups), mean=mean, values=(mean,))
 
 
@@ -148,10 +127,8 @@ def diversity(features: Tensor) -> float:
     as noise is.
 
     Args:
-        features: features `(P, M, D)` of `M` images for each of `P` prompts.
+        features: `(P, M, D)` of M images, at least 2, for each of P prompts.
     """
-    if features.ndim != 3 or features.shape[1] < 2 or len(features) == 0:
-        raise ValueError(f"Expected features (P, M, D) of at least 2 images per prompt, got {tuple(features.shape)}.")
     unit = F.normalize(features.double(), dim=-1)
     cosine = unit @ unit.transpose(1, 2)  # (P, M, M)
     first, second = torch.triu_indices(features.shape[1], features.shape[1], offset=1)

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rectified_diffusers.evaluation.report import Evaluation, Row
+from rectified_diffusers.evaluation.straightness import Trajectories
 from rectified_diffusers.evaluation.tables import FIGURES
-from rectified_diffusers.evaluation.trajectories import Trajectories
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

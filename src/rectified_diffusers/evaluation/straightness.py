@@ -1,4 +1,4 @@
-"""Measure the straightness S(Z) of a flow or of a pipeline.
+"""Measure the straightness S(Z) of a flow or of a pipeline, and record single values along its paths.
 
     S(Z) = integral over t in [0, 1] of E |(Z_1 - Z_0) - v(Z_t, t)|^2 dt        (arXiv:2209.03003, arXiv:2309.06380)
 
@@ -25,7 +25,7 @@ class Straightness:
     """S(Z) per dimension, estimated over `count` paths.
 
     Attributes:
-        total: the integral over [edges[0], edges[-1]].
+        total: the integral over [edges[0], 1].
         per_bin: mean of the integrand in each bin of t. `total` is the sum of these times the bin widths.
         edges: bin edges, one more than bins. For a diffusion model, the first edge is above 0, where its schedule
             starts. The part before it is excluded, which favors the diffusion model.
@@ -40,38 +40,31 @@ class Straightness:
 
 @torch.no_grad()
 def straightness(
-    velocity: Velocity, noise: Tensor, steps: int = 100, bins: int = 10, start: float = 0.0, end: float = 1.0
+    velocity: Velocity, noise: Tensor, steps: int = 100, bins: int = 10, start: float = 0.0
 ) -> Straightness:
     """Estimate S(Z) over the Euler trajectories of `velocity` from `noise`, with `steps` evaluations.
 
-    Over part of the time interval, the displacement is divided by its duration: (Z_end - Z_start) / (end - start).
+    From a later start, the displacement is divided by its duration: (Z_1 - Z_start) / (1 - start).
 
     Args:
         velocity: v(x, t) for x `(B, ...)` and t `(B,)`.
         noise: the state at `start`, `(B, ...)`.
         steps: number of Euler steps, a multiple of `bins`. Use many: a single step is straight by construction.
-        start, end: flow times, start < end.
     """
     if bins < 1 or steps < 2 or steps % bins:
         raise ValueError(f"steps must be a multiple of bins and at least 2, got {steps} steps and {bins} bins.")
-    if not 0 <= start < end <= 1:
-        raise ValueError(f"expected 0 <= start < end <= 1, got start {start} and end {end}.")
-    if noise.ndim < 2 or len(noise) == 0:
-        raise ValueError(f"noise must be (B, ...) with B at least 1, got {tuple(noise.shape)}.")
-    duration = end - start
-    trajectory = euler(velocity, noise, steps, start, end, return_trajectory=True).double()  # (steps + 1, B, ...)
+    duration = 1 - start
+    trajectory = euler(velocity, noise, steps, start, return_trajectory=True).double()  # (steps + 1, B, ...)
     velocities = trajectory.diff(dim=0) * (steps / duration)  # an Euler step is dt * v: no need to evaluate v again
     deviation = velocities - (trajectory[-1] - trajectory[0]) / duration
     integrand = deviation.square().flatten(1).mean(dim=1)  # (steps,), mean over paths and dimensions
     per_bin = integrand.view(bins, -1).mean(dim=1)
-    edges = torch.linspace(start, end, bins + 1, dtype=torch.float64)
+    edges = torch.linspace(start, 1, bins + 1, dtype=torch.float64)
     return Straightness(duration * integrand.mean().item(), tuple(per_bin.tolist()), tuple(edges.tolist()), len(noise))
 
 
 def pool(parts: Sequence[Straightness]) -> Straightness:
-    """Return one estimate over all paths from estimates over several batches."""
-    if not parts or any(part.edges != parts[0].edges for part in parts):
-        raise ValueError(f"pool needs estimates over the same bins, got edges {sorted({p.edges for p in parts})}.")
+    """Return one estimate over all paths from estimates over several batches, with the same bins."""
     count = sum(part.count for part in parts)
     total = sum(part.total * part.count for part in parts) / count
     columns = zip(*(part.per_bin for part in parts), strict=True)
@@ -109,3 +102,47 @@ def pipeline_straightness(
         state = velocity.state_at_start(noise[first : first + batch_size]).to(pipeline.device)
         parts.append(straightness(velocity, state, steps, bins, start=velocity.start))
     return pool(parts)
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Selected values along one path from noise to data.
+
+    Attributes:
+        t: flow times `(T,)`.
+        latents: values at selected positions of the latent `(T, K)`.
+        pixels: values in [0, 1] at selected positions of the image that the VAE decodes from the state `(T, K)`.
+    """
+
+    t: Tensor
+    latents: Tensor
+    pixels: Tensor
+
+
+@torch.no_grad()
+def trajectories(
+    pipeline: Any, prompt: str, guidance_scale: float | None = None, steps: int = 25, values: int = 20, seed: int = 0
+) -> Trajectories:
+    """Record selected values along the Euler path of a text-to-image pipeline, flow or diffusion.
+
+    Noise and positions are sampled from the seed on the CPU: they are the same for pipelines with latents and images
+    of the same size. A diffusion pipeline is recorded from the start of its schedule.
+
+    Args:
+        values: number of values to record, of the latent and of the image each.
+    """
+    denoiser = Denoiser.of(pipeline, guidance_scale)
+    noise = torch.randn(1, *denoiser.latent_shape, generator=torch.Generator().manual_seed(seed))
+    velocity = PipelineVelocity.bind(denoiser, [prompt])
+    state = velocity.state_at_start(noise.to(pipeline.device))
+    states = euler(velocity, state, steps, velocity.start, return_trajectory=True)[:, 0]  # (T, ...)
+    pictures = torch.cat([(denoiser.decode_pixels(part) / 2 + 0.5).clamp(0, 1) for part in states.split(8)])
+    t = torch.linspace(velocity.start, 1, steps + 1)
+    return Trajectories(t, _follow(states, values, seed), _follow(pictures, values, seed))
+
+
+def _follow(states: Tensor, values: int, seed: int) -> Tensor:
+    """Return `(T, K)` float32 values on the CPU: K positions, sampled from the seed, of every state `(T, ...)`."""
+    flat = states.flatten(1).float().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    return flat[:, torch.randperm(flat.shape[1], generator=generator)[:values]]

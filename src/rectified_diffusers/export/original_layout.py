@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rectified_diffusers.checks import require_pipeline, require_plain_weights
+from rectified_diffusers.checks import require_one_of, require_pipeline, require_plain_weights
 from rectified_diffusers.export.stock import fold_sign
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.loading.lora_checks import refuse_lora
@@ -65,8 +65,7 @@ def export_unet(pipeline: Any, path: str | Path, unet_format: UNetFormat = "comf
     """
     require_pipeline("export_unet", pipeline, "unet", "scheduler")
     path, unet = Path(path), pipeline.unet
-    if unet_format not in get_args(UNetFormat):
-        raise ValueError(f"unet_format must be one of {', '.join(get_args(UNetFormat))}, got {unet_format!r}.")
+    require_one_of("unet_format", unet_format, get_args(UNetFormat))
     if path.suffix != ".safetensors":
         raise ValueError(f"path must be a file whose name ends in .safetensors, got {str(path)!r}.")
     if type(unet) is not UNet2DConditionModel:

@@ -13,8 +13,9 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from torch import nn
 
-from rectified_diffusers.checks import require_count, require_pipeline, require_plain_weights
+from rectified_diffusers.checks import require_count, require_one_of, require_pipeline, require_plain_weights
 from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import FLOW_TIMESTEPS, RectifiedFlowEulerScheduler, require_straight
@@ -62,8 +63,7 @@ def export_diffusers(
             f"{type(pipeline.scheduler).__name__}. A stock pipeline needs no export: use its save_pretrained."
         )
     require_straight(pipeline.scheduler, "export_diffusers")
-    if scheduler not in _SCHEDULERS:
-        raise ValueError(f"scheduler must be one of {', '.join(_SCHEDULERS)}, got {scheduler!r}.")
+    require_one_of("scheduler", scheduler, _SCHEDULERS)
     solver = stock_solver(pipeline.scheduler, scheduler, solver_order)
     if type(pipeline.unet) is not UNet2DConditionModel:
         raise ValueError(f"stock pipelines need a UNet2DConditionModel, got {type(pipeline.unet).__name__}.")
@@ -105,9 +105,11 @@ def stock_solver(ours: RectifiedFlowEulerScheduler, scheduler: StockScheduler, s
 
 def fold_sign(unet: Any) -> Any:
     """Return a view of a U-Net that predicts the negative: `conv_out` is a negated copy, the rest is shared."""
-    conv_out = copy.deepcopy(unet.conv_out)
-    for parameter in conv_out.parameters():
-        parameter.data.neg_()
+    conv_out = copy.copy(unet.conv_out)
+    for attribute in ("forward", "_diffusers_hook"):  # of offloading, which compute with the original's weights
+        conv_out.__dict__.pop(attribute, None)
+    negated = {name: nn.Parameter(-parameter.detach(), False) for name, parameter in conv_out.named_parameters()}
+    conv_out.__dict__["_parameters"] = negated
     view = copy.copy(unet)
     view.__dict__["_modules"] = {**unet._modules, "conv_out": conv_out}
     return view

@@ -15,13 +15,7 @@ _Step = Callable[[Velocity, Tensor, float, float, float], Tensor]
 
 
 def euler(
-    velocity: Velocity,
-    x: Tensor,
-    steps: int,
-    start: float = 0.0,
-    end: float = 1.0,
-    *,
-    return_trajectory: bool = False,
+    velocity: Velocity, x: Tensor, steps: int, start: float = 0.0, end: float = 1.0, *, return_trajectory: bool = False
 ) -> Tensor:
     """Integrate with x <- x + dt * v(x, t): first order, `steps` evaluations.
 
@@ -38,13 +32,7 @@ def euler(
 
 
 def heun(
-    velocity: Velocity,
-    x: Tensor,
-    steps: int,
-    start: float = 0.0,
-    end: float = 1.0,
-    *,
-    return_trajectory: bool = False,
+    velocity: Velocity, x: Tensor, steps: int, start: float = 0.0, end: float = 1.0, *, return_trajectory: bool = False
 ) -> Tensor:
     """Integrate with x <- x + dt * (v(x, t) + v(x + dt * v(x, t), t + dt)) / 2: second order, 2 * `steps` evaluations.
 

@@ -7,7 +7,8 @@ compared with the file's.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,14 +161,15 @@ def _complete(attached: dict[str, AttachedLayer], component: str) -> None:
     if with_norms not in (0, len(attached)):
         count = f"{with_norms} of the {len(attached)} layers of the {component}"
         raise ValueError(f"{count} are DoRA, PEFT needs all or none. {_MERGE}.")
-    ((common, _),) = Counter(layer.scaling for layer in attached.values()).most_common(1)
+    scalings = Counter(layer.scaling for layer in attached.values() if layer.scaling)
+    common = scalings.most_common(1)[0][0] if scalings else 0.0
     with_biases = any(layer.up_bias is not None for layer in attached.values())
     for name, layer in attached.items():
         up, bias = layer.up, layer.up_bias
         if with_biases and bias is None:
             bias = torch.zeros(len(up), dtype=up.dtype)
         if layer.scaling != common:  # PEFT's hotswap knows one scaling only
-            factor = layer.scaling / common if common else 0.0
+            factor = layer.scaling / common
             up, bias = up.float() * factor, None if bias is None else bias.float() * factor
         attached[name] = AttachedLayer(layer.down, up, bias, layer.magnitude, common)
 
@@ -219,6 +221,23 @@ def require_hotswap(plan: Attachment, adapter: str | None, models: Mapping[str, 
             raise ValueError(
                 f"the adapter {adapter!r} has no layer {name!r}, expected a file for the same layers. {_NO_HOTSWAP}"
             )
+
+
+@contextmanager
+def hotswapping(plan: Attachment, adapter: str, models: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Complete a hotswap: PEFT keeps the old alpha, and zeroes every adapter whose weights' names contain the name."""
+    unet: Any = models["unet"]
+    others = [
+        (parameter, parameter.detach().clone())
+        for name, parameter in unet.named_parameters()
+        if ".lora_" in name and name.split(".")[-2] != adapter
+    ]
+    yield
+    for parameter, value in others:
+        parameter.data.copy_(value)
+    for name, layer in plan["unet"].items():
+        target = layer_in(unet, name)
+        target.lora_alpha[adapter] = layer.scaling * target.r[adapter]  # what set_adapters multiplies
 
 
 def require_attached(plan: Attachment, adapter_name: str | None, models: Mapping[str, nn.Module]) -> None:

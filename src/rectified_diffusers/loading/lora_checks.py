@@ -123,6 +123,14 @@ def _snapshot(pipeline: Any, hotswap: bool) -> Callable[[], None]:
     return restore
 
 
+def refuse_fused_lora(pipeline: Any) -> None:
+    """Refuse to weight adapters while one is fused: no image would change, but unfusing would no longer be exact."""
+    for name, part in pipeline.components.items():
+        modules = part.modules() if isinstance(part, nn.Module) else ()
+        if any(getattr(module, "merged_adapters", None) for module in modules):
+            raise ValueError(f"A LoRA is fused into the pipeline's {name}. Call unfuse_lora() before set_adapters().")
+
+
 def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Yield the numbers in a JSON value with their paths; paths of a rank_pattern end in `.r` too."""
     if isinstance(value, Mapping):

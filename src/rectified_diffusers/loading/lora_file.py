@@ -105,6 +105,12 @@ def file_layers(names: Any, models: Mapping[str, nn.Module], whose: str = "LoRA"
         if part in parts:
             raise ValueError(f"{parts[part]!r} and {name!r} are the same part of one layer, expected one of them.")
         parts[part] = name
+    if unknown and unknown[0].startswith("base_model."):
+        raise ValueError(
+            f"{unknown[0]!r} is of a file by PEFT, whose alpha is in adapter_config.json. Save it with "
+            "pipeline.save_lora_weights(folder, get_peft_model_state_dict(unet), unet_lora_adapter_metadata="
+            "unet.peft_config['default'].to_dict())."
+        )
     if unknown:
         which = "none of its layers" if not layers else f"the layer of {unknown[0]!r}"
         raise ValueError(f"{which} is in this model; it was made for another architecture")

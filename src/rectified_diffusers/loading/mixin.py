@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from rectified_diffusers.loading.complete import HUB_OPTIONS, require_weights
 from rectified_diffusers.loading.downloads import checked_downloads
 from rectified_diffusers.loading.lora_attach import (
     as_diffusers_reads_it,
+    hotswapping,
     plan_attachment,
     require_attached,
     require_hotswap,
 )
-from rectified_diffusers.loading.lora_checks import attaching, check_lora
+from rectified_diffusers.loading.lora_checks import attaching, check_lora, refuse_fused_lora
 from rectified_diffusers.loading.safety import refuse_folder_of_pickles, refuse_pickle, safetensors_only
 
 _TENSORS = "safetensors.torch.save_file(torch.load(file, weights_only=True), 'lora.safetensors')"
@@ -79,8 +80,15 @@ class SafetensorsLoaders(DiffusionPipeline):
             if hotswap:
                 require_hotswap(plan, adapter_name, models)
             weights, settings = as_diffusers_reads_it(plan, settings)
-            load(weights, adapter_name=adapter_name, hotswap=hotswap, lora_settings=settings, **kwargs)
+            with hotswapping(plan, adapter_name or "", models) if hotswap else nullcontext():
+                load(weights, adapter_name=adapter_name, hotswap=hotswap, lora_settings=settings, **kwargs)
             require_attached(plan, adapter_name, models)
+
+    def set_adapters(self, adapter_names: Any, adapter_weights: Any = None) -> None:
+        """Activate and weight adapters as diffusers does; refuse it while a LoRA is fused, when it has no effect."""
+        refuse_fused_lora(self)
+        stock: Any = super()
+        stock.set_adapters(adapter_names, adapter_weights)
 
     @classmethod
     def lora_state_dict(cls, pretrained_model_name_or_path_or_dict: Any, **kwargs: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,20 @@ def refuse_foreign_code(source: str | os.PathLike[str], replaced: Sequence[str] 
     """
     refuse_absurd_sizes(source)
     index = Path(source, "model_index.json")
-    if not index.is_file() or not is_json_object(index):  # a damaged index is explained where loading fails
-        return
-    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
-        if name.startswith("_") or not isinstance(entry, list) or not entry or not isinstance(entry[0], str):
-            continue
-        library = entry[0]
+    for name, (library, *_, kind) in _components_of(index).items():
         known = library in LOADABLE_CLASSES or hasattr(diffusers.pipelines, library) or library in sys.modules
-        if known or entry[-1] in replaced:
-            continue
-        raise ValueError(
-            f"{index}: {name} is from {library!r}, expected diffusers, transformers or an imported library, because "
-            "loading it runs code. If you trust it, import it first, or pass trust_remote_code=True."
-        )
+        if not known and kind not in replaced:
+            raise ValueError(
+                f"{index}: {name} is from {library!r}, expected diffusers, transformers or an imported library, "
+                "because loading it runs code. If you trust it, import it first, or pass trust_remote_code=True."
+            )
+
+
+def _components_of(index: Path) -> dict[str, list[Any]]:
+    """Return library and class of each component in an index; a damaged index is explained where loading fails."""
+    entries = json.loads(index.read_text(encoding="utf-8")) if index.is_file() and is_json_object(index) else {}
+    named = {name: entry for name, entry in entries.items() if isinstance(entry, list) and name[:1] != "_"}
+    return {name: [entry[0], *entry] for name, entry in named.items() if entry and isinstance(entry[0], str)}
 
 
 def refuse_absurd_sizes(source: str | os.PathLike[str]) -> None:
@@ -84,21 +85,14 @@ def refuse_absurd_sizes(source: str | os.PathLike[str]) -> None:
 
 def require_components(source: str | os.PathLike[str]) -> None:
     """Raise a ValueError if a local folder lacks a part that its index names."""
-    index = Path(source, "model_index.json")
-    if not index.is_file() or not is_json_object(index):
-        return
-    for name, entry in json.loads(index.read_text(encoding="utf-8")).items():
-        named = isinstance(entry, list) and entry and isinstance(entry[0], str) and not name.startswith("_")
-        if named and not index.with_name(name).is_dir():
+    for name in _components_of(Path(source, "model_index.json")):
+        folder = Path(source, name)
+        if not folder.is_dir():
             raise ValueError(f"{source} lacks the folder {name}, which its model_index.json names. Copy it again.")
-        if named and name.startswith("tokenizer") and not any(_vocabularies(index.with_name(name))):
-            raise ValueError(f"{index.with_name(name)} contains no vocabulary of a tokenizer. Copy it again.")
-
-
-def _vocabularies(folder: Path) -> Iterator[Path]:
-    """Yield the vocabulary files of a tokenizer; transformers 5 would load it with no words if there are none."""
-    for pattern in ("tokenizer.json", "vocab.*", "*.model"):
-        yield from folder.glob(pattern)
+        # transformers 5 would load a tokenizer with no words.
+        vocabularies = (file for pattern in ("tokenizer.json", "vocab.*", "*.model") for file in folder.glob(pattern))
+        if name.startswith("tokenizer") and not any(vocabularies):
+            raise ValueError(f"{folder} contains no vocabulary of a tokenizer. Copy it again.")
 
 
 def is_json_object(file: Path) -> bool:

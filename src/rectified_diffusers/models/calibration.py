@@ -144,26 +144,23 @@ def run_unguided(call: StockCall) -> tuple[dict[str, Any], str, Trace]:
 
 
 def _run_off(call: StockCall, off: Mapping[str, Any]) -> Trace:
-    """Run a few steps. A prompt that the call takes only in a list is a list of one from then on."""
-    try:
-        trace = call.run(PROMPTS[:1], STEPS, off)
-    except torch.OutOfMemoryError:
-        raise
-    except CALL_ERRORS:
-        if off or call.listed:
-            raise
-        call.listed = True
+    """Run a few steps; find out first whether a prompt is a list of one, and whether the call can return latents."""
+    if off:
+        return call.run(PROMPTS[:1], STEPS, {**off, **call.latents_only})
+    reason: Exception | None = None
+    for call.listed, call.latents in ((False, True), (False, False), (True, True), (True, False)):
         try:
-            return call.run(PROMPTS[:1], STEPS, off)
+            trace = call.run(PROMPTS[:1], STEPS, call.latents_only)
         except torch.OutOfMemoryError:
             raise
-        except CALL_ERRORS:
-            call.listed = False
-        raise
-    if not call.listed and trace.steps and len(trace.steps[0].sample) == len(PROMPTS[0]):  # an image for each letter
-        call.listed = True
-        return call.run(PROMPTS[:1], STEPS, off)
-    return trace
+        except CALL_ERRORS as error:
+            reason = reason or error
+            continue
+        if not call.listed and trace.steps and len(trace.steps[0].sample) == len(PROMPTS[0]):
+            call.listed = True  # there was an image for each letter
+            return call.run(PROMPTS[:1], STEPS, call.latents_only)
+        return trace
+    raise reason or RuntimeError
 
 
 def _require_steps(call: StockCall, trace: Trace) -> None:
@@ -236,7 +233,15 @@ def require_ode(
 ) -> None:
     """Raise `UnsupportedPipelineError` if two random states lead from the same noise to different latents."""
     one, two = (
-        call.run(PROMPTS[:1], STEPS, off, noise=(noise, place), seed=seed, scheduler=scheduler) for seed in (0, 1)
+        call.run(
+            PROMPTS[:1],
+            STEPS,
+            {**off, **call.latents_only},
+            noise=(noise, place),
+            seed=seed,
+            scheduler=scheduler,
+        )
+        for seed in (0, 1)
     )
     ends = one.steps[-1].result.float(), two.steps[-1].result.float()
     if float((ends[0] - ends[1]).norm()) <= 16 * torch.finfo(one.steps[-1].result.dtype).eps * float(ends[0].norm()):

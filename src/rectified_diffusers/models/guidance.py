@@ -86,7 +86,7 @@ def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
         # Without a negative prompt the unconditional is the pipeline's own; some guide only if there is one.
         for negative in ({}, call.negated):
             options = {**off, **scaled, **negative}
-            trace = call.run(PROMPTS[:1], STEPS, options, guided=is_guider)
+            trace = call.run(PROMPTS[:1], STEPS, {**options, **call.latents_only}, guided=is_guider)
             calls = [one for one in trace.calls_of(0) if one.component == calibration.component]
             answers = _passes(trace, calibration, 0)
             if len(answers) == 2:

@@ -87,7 +87,8 @@ class StockCall:
         self.parameters.pop("self", None)
         self.prompt = self._name("prompt", r"^(?!negative).*(prompt|text|caption|description|sentence)s?$")
         self.steps = self._name("num_inference_steps", r"steps$|^(num_)?iterations$|^nfe$")
-        self.listed = False  # whether a single prompt is a list of one; found by calibration
+        self.listed = False  # whether a single prompt is a list of one; both are found by calibration
+        self.latents = True  # whether output_type="latent" is known
         self._require_only_a_prompt()
         unknown = sorted(self.options.keys() - self.parameters.keys())
         if unknown:
@@ -129,7 +130,7 @@ class StockCall:
     @property
     def latents_only(self) -> dict[str, str]:
         """Return the argument of the call with which it does not decode; none if it has none."""
-        return {self.output_type: "latent"} if self.output_type else {}
+        return {self.output_type: "latent"} if self.output_type and self.latents else {}
 
     @property
     def negated(self) -> dict[str, Any]:

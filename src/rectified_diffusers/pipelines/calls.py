@@ -22,7 +22,14 @@ from rectified_diffusers.checks import (
     require_texts,
     require_unicode,
 )
-from rectified_diffusers.images import as_images, as_masks, batched, require_finite_images
+from rectified_diffusers.images import (
+    as_images,
+    as_masks,
+    as_pil,
+    batched,
+    require_finite_images,
+    require_size,
+)
 from rectified_diffusers.pipelines.scheduler import student_steps
 
 P = ParamSpec("P")
@@ -105,10 +112,8 @@ def _check_call(given: dict[str, Any]) -> None:
     if latents is not None:
         pipeline = given["self"]
         require_latents("latents", latents, pipeline.vae.config["latent_channels"])
-        rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-        if len(latents) != rows * (copies or 1):
-            count = rows * (copies or 1)
-            raise ValueError(f"latents must hold one noise for each of {count} images, got {len(latents)}.")
+        if len(latents) != _rows(given):
+            raise ValueError(f"latents must hold one noise for each of {_rows(given)} images, got {len(latents)}.")
         # An optimized pipeline keeps them in float32, and rounds only what the network reads.
         keeps_float32 = "prepare_latents" in vars(pipeline) and latents.dtype == torch.float32
         given["latents"] = latents if keeps_float32 else latents.to(pipeline.unet.dtype)
@@ -120,17 +125,51 @@ def _convert_images(given: dict[str, Any]) -> None:
     starts = hasattr(pipeline, "get_timesteps")  # from `image`, which can be latents
     conditions = "control_image" if "control_image" in given else "image"
     for name in ("image", "control_image", "ip_adapter_image"):
-        if given.get(name) is None:
+        if name not in given or (name == "ip_adapter_image" and given[name] is None):
             continue
         if name == conditions and not (starts and name == "image"):
             given[name] = _conditioning_images(pipeline, name, given[name])
+        elif name == "image":
+            given[name] = _start_images(pipeline, given)
         else:
-            latent_channels = pipeline.vae.config["latent_channels"] if name == "image" else None
-            given[name] = batched(as_images(name, given[name], latent_channels=latent_channels))
-    if given.get("mask_image") is not None:
-        given["mask_image"] = batched(as_masks("mask_image", given["mask_image"]))
-        if given.get("padding_mask_crop") is not None and not np.any(np.asarray(given["mask_image"])):
+            images = as_images(name, given[name])
+            given[name] = batched(name, images) if isinstance(images, Tensor) else images
+    if "mask_image" in given:
+        given["mask_image"] = batched("mask_image", as_masks("mask_image", given["mask_image"]))
+        _require_divisor("mask_image", given)
+    if given.get("padding_mask_crop") is not None:
+        if not np.any(np.asarray(given["mask_image"])):
             raise ValueError("mask_image: expected masked pixels, got none. Leave out padding_mask_crop.")
+        given |= {name: as_pil(given[name]) for name in ("image", "mask_image")}
+
+
+def _start_images(pipeline: Any, given: dict[str, Any]) -> Any:
+    """Convert the images to start from, which can be latents."""
+    latent_channels = pipeline.vae.config["latent_channels"]
+    images = batched("image", as_images("image", given["image"], latent_channels=latent_channels))
+    if not (isinstance(images, Tensor) and images.shape[1] == latent_channels) and given.get("height") is None:
+        require_size("image", images, pipeline.vae_scale_factor)
+    given["image"] = images
+    _require_divisor("image", given)
+    return images
+
+
+def _rows(given: dict[str, Any]) -> int:
+    """Return the number of images that a call generates."""
+    prompt, embeds = given.get("prompt"), given.get("prompt_embeds")
+    rows = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    return rows * (given.get("num_images_per_prompt") or 1)
+
+
+def _require_divisor(name: str, given: dict[str, Any]) -> None:
+    """Raise a ValueError for images of which some would be used more often than others, or not at all."""
+    images, rows = given[name], _rows(given)
+    count = 1 if not isinstance(images, (list, Tensor)) else len(images)
+    if rows % count:
+        raise ValueError(
+            f"{name}: expected one image for each of {rows} to generate, or one for all, got {count}. Pass a prompt "
+            "for each image."
+        )
 
 
 def _conditioning_images(pipeline: Any, name: str, images: Any) -> Any:
@@ -139,8 +178,8 @@ def _conditioning_images(pipeline: Any, name: str, images: Any) -> Any:
     networks = list(getattr(network, "nets", getattr(network, "adapters", [network])))
     channels = [net.config.get("conditioning_channels", net.config.get("in_channels")) for net in networks]
     if len(networks) > 1 and isinstance(images, (list, tuple)) and len(images) == len(networks):
-        return [batched(as_images(name, *pair)) for pair in zip(images, channels, strict=True)]
-    return batched(as_images(name, images, channels[0]))
+        return [batched(name, as_images(name, *pair)) for pair in zip(images, channels, strict=True)]
+    return batched(name, as_images(name, images, channels[0]))
 
 
 class FiniteImageProcessor(VaeImageProcessor):

@@ -38,8 +38,8 @@ class TrainerConfig:
     output_dir: Path = option(MISSING, "Folder of checkpoints, log and trained pipeline; a run in it is resumed.")
     initialisation: Literal["weights", "snr_matching"] = option(
         "weights",
-        "How a diffusion model becomes the first velocity model: weights takes its weights as they are, as the paper "
-        "does; snr_matching turns its predictions into the velocity at equal signal-to-noise ratio.",
+        "How a diffusion model becomes the first velocity model: weights uses its weights unchanged, as the paper "
+        "does; snr_matching converts its predictions to the velocity at equal signal-to-noise ratio.",
     )
     max_steps: int = option(25_000, "Number of optimizer steps.")
     batch_size: int = option(64, "Triplets per optimizer step, all processes and micro-batches together.")
@@ -63,38 +63,38 @@ class TrainerConfig:
     max_grad_norm: float = option(1.0, "Gradients are scaled down to at most this norm.")
     ema_decay: float = option(
         0.9999,
-        "Decay per step of the averaged weights, which are the ones kept, in [0, 1); the average begins with the "
-        "initial weights, and its decay rises with the steps.",
+        "Decay per step of the averaged weights, which are the result, in [0, 1); the average starts from the "
+        "initial weights, and its decay increases with the steps.",
     )
     lora_rank: int | None = option(
-        None, "Train a LoRA of this rank instead of all weights; the weights under it stay as they are."
+        None, "Train a LoRA of this rank instead of all weights; the base weights do not change."
     )
     lora_alpha: float | None = option(None, "Scale of the LoRA is lora_alpha / lora_rank; lora_rank if not set.")
     lora_target_modules: tuple[str, ...] = option(
         ("to_q", "to_k", "to_v", "to_out.0"), "Layers that get a LoRA, by the ends of their names; attention."
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
-        "bf16", "Precision of the U-Net's work; its weights are float32."
+        "bf16", "Precision of the forward and backward passes; the weights are float32."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
     compile: bool = option(
         False,
         "Compile the trained networks with torch.compile: a slow first step, then faster ones; rounding differs.",
     )
-    seed: int = option(0, "Seed of everything drawn in training and in validation pictures.")
+    seed: int = option(0, "Seed of all random numbers of the training and the validation images.")
     save_every_steps: int = option(1000, "Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = option(2, "Number of newest checkpoints that are kept.")
-    validate_every_steps: int = option(0, "Steps between validation pictures; 0 turns them off.")
-    validation_prompts: tuple[str, ...] = option((), "Prompts of the validation pictures.")
-    validation_guidance_scale: float = option(1.0, "Guidance scale of the validation pictures; 1 is no guidance.")
+    validate_every_steps: int = option(0, "Steps between validation images; 0 turns them off.")
+    validation_prompts: tuple[str, ...] = option((), "Prompts of the validation images.")
+    validation_guidance_scale: float = option(1.0, "Guidance scale of the validation images; 1 is no guidance.")
     log_every_steps: int = option(50, "Steps between lines of log.jsonl, each with the means since the last.")
     report_to: Literal["none", "tensorboard", "wandb"] = option(
-        "none", "Tracker that gets the lines of the log and the validation pictures, too."
+        "none", "Tracker that also gets the log lines and the validation images."
     )
-    push_to_hub: bool = option(False, "Upload the finished model, with its card, to hub_model_id.")
-    hub_model_id: str | None = option(None, "Repository on the Hub to upload to, owner/name; made if not there.")
+    push_to_hub: bool = option(False, "Upload the trained model, with its card, to hub_model_id.")
+    hub_model_id: str | None = option(None, "Repository on the Hub to upload to, owner/name; created if missing.")
     straightness_paths: int = option(
-        0, "Paths over which S(Z) of the finished model is measured for its card; 0 leaves it out."
+        0, "Paths over which S(Z) of the trained model is measured for its card; 0 omits it."
     )
     lpips_network: Literal["alex", "vgg"] = option("alex", "Backbone of the losses lpips and lpips_huber.")
     lpips_weights: Path | None = option(
@@ -159,7 +159,7 @@ class ReflowConfig(TrainerConfig):
 
     time_density: Literal["uniform", "logit_normal", "u_shaped"] = option("uniform", "Density of t in training.")
     loss: Literal["l2", "pseudo_huber", "lpips_huber"] = option(
-        "l2", "Distance between predicted and true velocity; lpips_huber compares decoded pictures as well."
+        "l2", "Distance between predicted and true velocity; lpips_huber also compares decoded images."
     )
     prompt_dropout: float = option(0.1, "Share of examples trained on the empty prompt, in [0, 1).")
     interpolation: Literal["straight", "variance_preserving", "cosine"] = option(
@@ -202,15 +202,15 @@ class DistillConfig(TrainerConfig):
     }
 
     loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
-        "l2", "Distance between the one-step result and the data; lpips and lpips_huber compare decoded pictures."
+        "l2", "Distance between the one-step result and the data; lpips and lpips_huber compare decoded images."
     )
     plain_unet: bool = option(
         False,
-        "Go on from a DiffusionVelocityUNet, as snr_matching makes it, with a plain U-Net that is nearly the same at "
-        "t = 0: one that every program of Stable Diffusion knows. For teachers that predict v or the sample.",
+        "Continue from a DiffusionVelocityUNet, which snr_matching creates, with a plain U-Net that is nearly equal "
+        "at t = 0 and that every program for Stable Diffusion can load. For teachers that predict v or the sample.",
     )
     student_steps: int = option(
-        1, "Euler steps of the student, the default of the finished pipeline; it is trained at their times alone."
+        1, "Euler steps of the student, the default of its pipeline; it is trained only at their times."
     )
 
     def __post_init__(self) -> None:
@@ -243,15 +243,15 @@ class ProgressiveConfig(TrainerConfig):
     student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
     steps_per_round: int = option(10_000, "Number of optimizer steps of each round, which halves the steps once.")
     teacher_guidance_scale: float = option(
-        1.0, "Guidance scale of the first teacher, which the students then have built in; 1 is no guidance."
+        1.0, "Guidance scale of the first teacher, which is distilled into the students; 1 is no guidance."
     )
     pairs: Literal["independent", "coupled"] = option(
         "independent",
-        "Noise to mix with the data: new noise, for a teacher that was trained so, or the triplets' own, for a "
-        "reflowed one.",
+        "Noise to mix with the data: new noise, for a teacher that was trained this way, or that of the triplets, for "
+        "a reflowed one.",
     )
     loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
-        "l2", "Distance between one step of the student and two of its teacher; lpips compares decoded pictures."
+        "l2", "Distance between one step of the student and two of its teacher; lpips compares decoded images."
     )
     prompt_dropout: float = option(0.1, "Share of examples trained on the empty prompt, in [0, 1).")
     lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = option(
@@ -300,17 +300,17 @@ class DistributionMatchingConfig(TrainerConfig):
 
     student_steps: int = option(
         1,
-        "Euler steps of the student, the default of the finished pipeline; it is trained at a time of theirs, sampled "
-        "anew for each update, on the state that its own steps lead to.",
+        "Euler steps of the student, the default of its pipeline; each update trains it at one of their times, "
+        "sampled at random, on the state that its own steps lead to.",
     )
     teacher_guidance_scale: float = option(
-        1.75, "Guidance scale of the teacher, which the student then has built in; 1 is no guidance."
+        1.75, "Guidance scale of the teacher, which is distilled into the student; 1 is no guidance."
     )
     fake_updates: int = option(
-        5, "Updates of the fake velocity, the one of the student's own pictures, for each update of the student."
+        5, "Updates of the fake velocity, that of the student's own images, for each update of the student."
     )
     first_fake_updates: int = option(
-        0, "Further updates of the fake velocity before all others, at its whole learning rate, as the student begins."
+        0, "Further updates of the fake velocity before all others, at its full learning rate."
     )
     fake_learning_rate: float | None = option(
         None, "Learning rate of the fake velocity, after warm-up; learning_rate if not set."
@@ -318,16 +318,16 @@ class DistributionMatchingConfig(TrainerConfig):
     min_t: float = option(0.02, "Least time at which teacher and fake velocity are compared, in (0, max_t).")
     max_t: float = option(0.98, "Greatest time at which teacher and fake velocity are compared, in (min_t, 1).")
     regression_weight: float = option(
-        0.0, "Weight of the distance to the triplets' data, as DMD has it and DMD2 not; 0 turns it off."
+        0.0, "Weight of the distance to the triplets' data, which DMD has and DMD2 does not; 0 turns it off."
     )
     regression_loss: Literal["l2", "pseudo_huber", "lpips", "lpips_huber"] = option(
-        "l2", "Distance to the triplets' data, if it has a weight; lpips and lpips_huber compare decoded pictures."
+        "l2", "Distance to the triplets' data, if it has a weight; lpips and lpips_huber compare decoded images."
     )
     adversarial_weight: float = option(
-        1e-3, "Weight, in the student's loss, of what the discriminator says of its data; with real triplets only."
+        1e-3, "Weight of the adversarial loss in the student's loss; only with real triplets."
     )
     discriminator_weight: float = option(
-        1e-2, "Weight of the discriminator's loss, in that of the fake velocity; with real triplets only."
+        1e-2, "Weight of the discriminator's loss in that of the fake velocity; only with real triplets."
     )
     learning_rate: float = option(1e-5, "Learning rate of AdamW, after warm-up.")
     warmup_steps: int = option(500, "Steps over which the learning rate rises linearly from 0.")

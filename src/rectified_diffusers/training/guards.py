@@ -72,7 +72,7 @@ def require_same_latents(vae: Any, manifest: Manifest) -> None:
         if made != (here or 0.0):
             raise ValueError(
                 f"The triplets were made with a VAE of {name} {made}, the pipeline's has {here}: it would "
-                "decode them to other pictures. Train a pipeline with the teacher's VAE, or make the triplets again "
+                "decode them to other images. Train a pipeline with the teacher's VAE, or make the triplets again "
                 "with a teacher that has this one."
             )
 
@@ -81,7 +81,7 @@ def require_pairs(manifest: Manifest) -> None:
     """Raise if the noise and data of some triplets are unrelated."""
     if not all(part.is_coupled for part in manifest.parts):
         raise ValueError(
-            "This training fits the data of each noise, and there are triplets whose pictures have new noise, of "
+            "This training fits the data of each noise, and there are triplets whose images have new noise, of "
             "real-triplets with num_inference_steps=0. Make them again with more steps, or give them to dmd as its "
             "real triplets."
         )
@@ -91,7 +91,7 @@ def require_same_text(student: Conditioning, teacher: Conditioning) -> None:
     """Raise if two pipelines encode the same prompts differently, that is, if their text encoders differ."""
     both = named_tensors(student), named_tensors(teacher)
     for name in sorted(both[0].keys() | both[1].keys()):
-        own, other = (told[name].float().cpu() if name in told else torch.empty(0) for told in both)
+        own, other = (each[name].float().cpu() if name in each else torch.empty(0) for each in both)
         if own.shape != other.shape or (own - other).norm() > _ROUNDING * own.norm():
             raise ValueError(
                 f"The teacher's text encoders are not the student's: of the same prompts, {name} is "
@@ -116,13 +116,10 @@ def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Te
     velocity = batch.data - batch.noise
     cosine = torch.cosine_similarity(predicted.flatten(), velocity.flatten(), dim=0).item()
     if cosine < _OPPOSITE:
-        ratio = (predicted - velocity).square().sum().item() / velocity.square().sum().item()
         raise ValueError(
-            f"The model's velocity at the noise points away from the data of the triplets: its cosine with data - "
-            f"noise is {cosine:.2f}, expected above 0, and its loss is {ratio:.1f} times that of no velocity at all. "
-            "If the model predicts noise - data, say so to its scheduler: "
-            "RectifiedFlowEulerScheduler(velocity_direction='noise'). If it is a diffusion model, load it with the "
-            "scheduler that it was trained with, as StableDiffusionPipeline or DiffusionPipeline."
+            "The velocity of the model points away from the data: expected a cosine with data - noise above "
+            f"0, got {cosine:.2f}. For a model that predicts noise - data, set "
+            "RectifiedFlowEulerScheduler(velocity_direction='noise'). Load a diffusion model with its own scheduler."
         )
 
 

@@ -1,6 +1,7 @@
 """LoRA training (arXiv:2106.09685): a peft adapter on the student, saved in the format of diffusers."""
 
 import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
-from peft import LoraConfig
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -19,6 +22,8 @@ from rectified_diffusers.weights.weight_files import write_weights
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file name that `pipeline.load_lora_weights(folder)` expects."""
+PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
+"""Further files for a network that diffusers loads no LoRA into: `PeftModel.from_pretrained(network, folder)` does."""
 
 
 def add_lora(network: Any, config: TrainerConfig) -> None:
@@ -28,8 +33,6 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
     """
     rank: Any = config.lora_rank
     alpha: Any = config.lora_alpha or rank
-    if not hasattr(network, "add_adapter"):
-        raise ValueError(f"{type(network).__name__} takes no LoRA of diffusers. Train all weights: unset lora_rank.")
     _require_layers(network, config.lora_target_modules)
     network.requires_grad_(False)
     settings = LoraConfig(
@@ -40,13 +43,23 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network.add_adapter(settings)
+        if hasattr(network, "add_adapter"):
+            network.add_adapter(settings)
+        else:  # not every network of diffusers has it
+            inject_adapter_in_model(settings, network)
 
 
 def fuse_lora(network: Any) -> None:
     """Fuse the LoRA into the base weights and restore their plain names."""
-    network.fuse_lora()
-    network.unload_lora()
+    if hasattr(network, "fuse_lora"):
+        network.fuse_lora()
+        network.unload_lora()
+        return
+    for layer in network.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    recurse_remove_peft_layers(network)
+    del network.peft_config
 
 
 @dataclass(frozen=True)
@@ -55,22 +68,27 @@ class Adapter:
 
     Args:
         component: pipeline component that the network is: "unet" or "transformer".
+        by_peft: whether only peft loads it, because the network has no `load_lora_adapter`.
     """
 
     component: str
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
+    by_peft: bool = False
 
     @classmethod
     def of(cls, network: Any, component: str) -> "Adapter":
         """Return a copy of the LoRA that `add_lora` added to a network."""
         tensors = {name: value.detach().clone() for name, value in get_peft_model_state_dict(network).items()}
-        return cls(component, tensors, network.peft_config["default"].to_dict())
+        settings = network.peft_config["default"].to_dict()  # its sets have another order in each process
+        settings = {name: sorted(part) if isinstance(part, set) else part for name, part in settings.items()}
+        return cls(component, tensors, settings, not hasattr(network, "load_lora_adapter"))
 
     def save(self, pipeline_class: Any, folder: Path) -> None:
         """Save in the format of diffusers, with alpha, for `load_lora_weights(folder)` of such pipelines.
 
-        A pipeline without it gets the file for `load_lora_adapter` of its network, with the component as prefix.
+        A pipeline without it gets the file for `load_lora_adapter` of its network, with the component as prefix. A
+        network without that gets `PEFT_FILES`, too.
         """
         save = pipeline_class.save_lora_weights if has_loader(pipeline_class, self.component) else self._save_plainly
         layers = {f"{self.component}_lora_layers": self.tensors}
@@ -82,6 +100,8 @@ class Adapter:
         tensors = dict(sorted(load_file(folder / WEIGHTS).items()))
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         write_weights(folder / WEIGHTS, shapes, "float32", metadata, tensors.__getitem__)
+        if self.by_peft:
+            self._save_for_peft(folder)
 
     def _save_plainly(self, folder: Path, weight_name: str, **_: Any) -> None:
         named = {f"{self.component}.{name}": tensor.contiguous() for name, tensor in self.tensors.items()}
@@ -94,6 +114,13 @@ class Adapter:
             safe_serialization=True,
             lora_adapter_metadata={f"{self.component}.{name}": value for name, value in self.settings.items()},
         )
+
+    def _save_for_peft(self, folder: Path) -> None:
+        config, weights = PEFT_FILES
+        (folder / config).write_text(json.dumps(self.settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in sorted(self.tensors.items())}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        write_weights(folder / weights, shapes, "float32", {"format": "pt"}, tensors.__getitem__)
 
 
 def has_loader(pipeline_class: Any, component: str) -> bool:

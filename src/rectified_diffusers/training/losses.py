@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rectified_diffusers.evaluation.features import not_downloaded
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import pseudo_huber, velocity_loss
 from rectified_diffusers.training.config import TrainerConfig
@@ -57,12 +58,7 @@ def load_lpips(network: str, weights: Path | None) -> nn.Module:
         try:
             metric = lpips.LPIPS(net=network, pnet_rand=weights is not None, verbose=False)
         except URLError as error:
-            model = {"alex": "alexnet", "vgg": "vgg16"}[network]
-            raise OSError(
-                f"The weights of torchvision's {model} cannot be downloaded ({error}). Where there is a network, "
-                f"safetensors.torch.save_file(torchvision.models.{model}(weights='DEFAULT').state_dict(), "
-                f"'{model}.safetensors'); then give lpips_weights (--lpips-weights {model}.safetensors)."
-            ) from error
+            raise not_downloaded({"alex": "alexnet", "vgg": "vgg16"}[network], "lpips_weights", error) from error
     if weights is not None:
         _load_backbone(metric.net, Path(weights))
     return metric.requires_grad_(False).eval()

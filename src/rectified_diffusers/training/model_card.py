@@ -14,11 +14,11 @@ from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.identity import STARTING_MODEL
-from rectified_diffusers.training.lora import WEIGHTS, has_loader
+from rectified_diffusers.training.lora import PEFT_FILES, WEIGHTS, has_loader
 from rectified_diffusers.training.tracking import FOLDER
 
 METHODS = {
-    "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to picture were straightened."),
+    "ReflowTrainer": ("reflow", "Reflow (arXiv:2209.03003): its paths from noise to image were straightened."),
     "DistillTrainer": ("distillation", "Distillation into {steps}, as InstaFlow's (arXiv:2309.06380)."),
     "ProgressiveTrainer": ("progressive-distillation", "Progressive distillation (arXiv:2202.00512)."),
     "DistributionMatchingTrainer": (
@@ -39,6 +39,7 @@ class Card:
         sampling_steps: number of sampling steps that the model is made for.
         arguments: further arguments of the pipeline's call, for the guidance that the model was trained with.
         component: component that a LoRA belongs to.
+        by_peft: whether only peft loads the LoRA.
         last_line: the last line of the log; empty if there is none.
         straightness: S(Z), if it was measured.
     """
@@ -51,6 +52,7 @@ class Card:
     straightness: Straightness | None = None
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     component: str = "unet"
+    by_peft: bool = False
 
     @property
     def is_lora(self) -> bool:
@@ -83,7 +85,10 @@ class Card:
         if self.is_lora:
             base = f'"{self.base_model}"' if self.base_model else '"BASE_MODEL"'
             load = f"pipeline.load_lora_weights({this})"
-            if not has_loader(self.pipeline_class, self.component):
+            if self.by_peft:
+                load = f"pipeline.{self.component} = PeftModel.from_pretrained(pipeline.{self.component}, {this})"
+                lines.insert(1, "from peft import PeftModel")
+            elif not has_loader(self.pipeline_class, self.component):
                 names = f'prefix="{self.component}", weight_name="{WEIGHTS}"'
                 load = f"pipeline.{self.component}.load_lora_adapter({this}, {names})"
             lines += [f"pipeline = {name}.from_pretrained({base})", load]
@@ -140,8 +145,10 @@ def require_repository(repo_id: str) -> None:
 
 def upload(folder: Path, repo_id: str, lora: bool) -> None:
     """Upload a finished model with its card: the weights alone for a LoRA, else the pipeline; never checkpoints."""
-    kept = [WEIGHTS, "README.md", "training.json"] if lora else None
-    left_out = ["checkpoints/*", "validation/*", f"{FOLDER}/*", f"*{TEMPORARY}*"] + ([] if lora else [WEIGHTS])
+    kept = [WEIGHTS, *PEFT_FILES, "README.md", "training.json"] if lora else None
+    left_out = ["checkpoints/*", "validation/*", f"{FOLDER}/*", f"*{TEMPORARY}*"] + (
+        [] if lora else [WEIGHTS, *PEFT_FILES]
+    )
     try:
         HfApi().create_repo(repo_id, exist_ok=True)
         HfApi().upload_folder(

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from rectified_diffusers.checks import require_type
+from rectified_diffusers.checks import require_one_of, require_type
 from rectified_diffusers.flow.interpolation import Straight
 from rectified_diffusers.flow.loss import LOSS_KINDS, LossKind, velocity_loss
 from rectified_diffusers.flow.time_density import TimeDensity, Uniform
@@ -65,8 +65,7 @@ class FlowObjective:
         require_type(
             "time_density", self.time_density, TimeDensity, "Give one of rectified_diffusers.flow, Uniform()."
         )
-        if self.loss_kind not in LOSS_KINDS:
-            raise ValueError(f"loss_kind must be one of {', '.join(LOSS_KINDS)}, got {self.loss_kind!r}.")
+        require_one_of("loss_kind", self.loss_kind, LOSS_KINDS)
 
     def prepare(self, *, noise: Tensor, data: Tensor, generator: torch.Generator | None = None) -> FlowBatch:
         """Sample a time for each example and return the point of the path at that time, with its target velocity.

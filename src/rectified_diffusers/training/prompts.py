@@ -89,10 +89,7 @@ class PromptEncoder:
         rows = [known[prompt] for prompt in prompts]
         if isinstance(rows[0], PromptConditioning):
             return PromptConditioning.concat(rows).to(self.device)
-        return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _stack(self, parts: list[Tensor]) -> Tensor:
-        return torch.stack(parts).to(self.device)
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -112,13 +109,10 @@ def _unbind(conditioning: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 def _rows_on_cpu(conditioning: Conditioning) -> list[Any]:
     """Return the conditioning of each prompt, on the CPU."""
     if isinstance(conditioning, PromptConditioning):
-        on_cpu = conditioning.to("cpu")
-        return [on_cpu.select([i]) for i in range(len(on_cpu))]
-    return [{name: part.clone() for name, part in row.items()} for row in _unbind(_on_cpu(conditioning))]
-
-
-def _on_cpu(conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: part.cpu() for name, part in conditioning.items()}
+        rows = conditioning.to("cpu")
+        return [rows.select([i]) for i in range(len(rows))]
+    on_cpu = {name: part.cpu() for name, part in conditioning.items()}
+    return [{name: part.clone() for name, part in row.items()} for row in _unbind(on_cpu)]
 
 
 def _nbytes(conditioning: Conditioning) -> int:

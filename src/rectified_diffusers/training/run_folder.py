@@ -215,7 +215,7 @@ def save_validation_images(
 ) -> None:
     """Generate an image per validation prompt from fixed noise: a column per prompt, a row per number of steps.
 
-    Of a video, it is the middle frame.
+    Of videos, the image has the middle frames, and a GIF of the same name has all frames.
 
     Args:
         arguments: returns the arguments of the pipeline's call for a prompt, a number of steps and a guidance scale.
@@ -223,7 +223,7 @@ def save_validation_images(
     pipeline.set_progress_bar_config(disable=True)
     prompts, vae = list(config.validation_prompts), getattr(pipeline, "vae", None)
     dtype = torch.float32 if vae is None else vae.dtype
-    images = []
+    videos: list[list[Any]] = []
     # The student is float32; autocast allows a text encoder and a VAE in half precision.
     with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
         for count in steps:
@@ -233,7 +233,9 @@ def save_validation_images(
                     **arguments(prompt, count, config.validation_guidance_scale), generator=generator
                 )
                 made = result[0]
-                frames = made[0] if isinstance(made[0], (list, tuple)) else [made[0]]
-                images.append(frames[len(frames) // 2])
-    grid = make_image_grid(images, rows=len(steps), cols=len(prompts))
-    write_atomically(path, lambda temporary: grid.save(temporary, format="PNG"))
+                videos.append(list(made[0]) if isinstance(made[0], (list, tuple)) else [made[0]])
+    grids = [make_image_grid(list(images), rows=len(steps), cols=len(prompts)) for images in zip(*videos, strict=True)]
+    write_atomically(path, lambda temporary: grids[len(grids) // 2].save(temporary, format="PNG"))
+    if len(grids) > 1:
+        options: Any = {"format": "GIF", "save_all": True, "append_images": grids[1:], "duration": 100, "loop": 0}
+        write_atomically(path.with_suffix(".gif"), lambda temporary: grids[0].save(temporary, **options))

@@ -385,6 +385,7 @@ class Trainer(ABC, Generic[Config]):
                 base, last_line = base_model_of(self.pipeline), self.output.last_line()
                 steps = self.validation_steps[0]
                 usage = {"arguments": self.denoiser.guidance_arguments, "component": self.denoiser.component}
+                usage["by_peft"] = adapter is not None and adapter.by_peft
                 card = Card(record, type(pipeline), base, steps, last_line, straight, **usage)
                 report = render_report(self.output.path, record, config.validation_prompts, straight)
                 self.output.publish(pipeline, record, {"README.md": str(card), REPORT: report}, adapter)

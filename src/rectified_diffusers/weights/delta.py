@@ -20,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from rectified_diffusers.checks import require_plain_weights, require_type
+from rectified_diffusers.checks import require_one_of, require_plain_weights, require_type
 from rectified_diffusers.loading.lora_checks import refuse_lora
 from rectified_diffusers.loading.lora_file import part_of
 from rectified_diffusers.weights.lycoris import open_lycoris
@@ -78,8 +78,7 @@ def compute_weight_delta(
     output = Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"A delta is saved as *.safetensors, got {output.name!r}. Change the suffix.")
-    if dtype not in get_args(StorageDtype):
-        raise ValueError(f"dtype must be one of {', '.join(get_args(StorageDtype))}, got {dtype!r}.")
+    require_one_of("dtype", dtype, get_args(StorageDtype))
     tuned, origin = open_weights(fine_tune), open_weights(base)
     check_same_shapes(tuned.shapes, origin.shapes, f"the fine-tune ({tuned.name})", f"the base ({origin.name})")
     stored = getattr(torch, dtype)
@@ -145,6 +144,7 @@ class _Term:
     difference: Callable[[str, Tensor], Tensor]
 
 
+@dataclass(eq=False, repr=False)
 class AppliedDelta:
     """Record of what `apply_weight_delta` did to a U-Net or a pipeline, used to undo it.
 
@@ -156,12 +156,9 @@ class AppliedDelta:
         ```
     """
 
-    def __init__(
-        self, models: Mapping[str, nn.Module], terms: Sequence[_Term], undo: dict[str, Tensor] | None
-    ) -> None:
-        self._models = models
-        self._terms = terms
-        self._undo = undo
+    _models: Mapping[str, nn.Module]
+    _terms: Sequence[_Term]
+    _undo: dict[str, Tensor] | None
 
     @torch.no_grad()
     def take_back(self) -> None:

@@ -29,6 +29,7 @@ WeightSource = str | Path | Mapping[str, Tensor]
 _WEIGHTS_NAME = "diffusion_pytorch_model"  # of every diffusers model
 # Names of the dtypes in the header of a safetensors file.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALPHAS = {**_DTYPES, "I64": torch.int64, "I32": torch.int32}  # of LoRA files
 _CODES = {str(dtype).removeprefix("torch."): code for code, dtype in _DTYPES.items()}
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _CONVERT_FOLDER = (
@@ -128,7 +129,7 @@ def _open_state_dict(tensors: Mapping[str, Tensor], variant: str | None) -> Stor
     if variant is not None:
         raise ValueError(f"variant={variant!r} names a file in a folder, but a state dict was given. Leave it out.")
     for key, tensor in sorted(tensors.items()):
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not key.endswith(".alpha"):
             raise _no_floats("the state dict", key, str(tensor.dtype))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return StoredWeights("the state dict", shapes, {}, lambda key: tensors[key].detach().to("cpu"))
@@ -157,10 +158,11 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
             ) from error
         metadata = header.pop("__metadata__", None) or {}  # null is valid and means none
         for key, entry in header.items():
-            if entry["dtype"] not in _DTYPES:
+            dtypes = _ALPHAS if key.endswith(".alpha") else _DTYPES
+            if entry["dtype"] not in dtypes:
                 raise _no_floats(name, key, entry["dtype"])
             offset = start + entry["data_offsets"][0]
-            places[key] = _Place(path, offset, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            places[key] = _Place(path, offset, dtypes[entry["dtype"]], tuple(entry["shape"]))
     shapes = {key: place.shape for key, place in places.items()}
     return StoredWeights(name, shapes, metadata if len(files) == 1 else {}, lambda key: _read(places[key]))
 
