@@ -82,28 +82,46 @@ def _image_size(pipeline: Any) -> int:
     """Return the side length in pixels of a model's default image size."""
     from rectified_diffusers.models.latents import latent_shape
 
-    _, height, width = latent_shape(pipeline)
+    try:
+        _, height, width = latent_shape(pipeline)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CommandError(
+            f"the size of the images of {type(pipeline).__name__} is not known; evaluate it with --triplets"
+        ) from error
     if height != width:
         raise CommandError(f"the model generates {height}x{width} latents; {PROG} evaluate needs square images")
     return height * pipeline.vae_scale_factor
 
 
 def _images_of_triplets(folder: Path, pipeline: Any, config: EvaluationConfig) -> RealPictures:
-    """Return a teacher's data, decoded by the model's own VAE, as the real images."""
+    """Return a teacher's data, decoded by the model's own pipeline or VAE, as the real images."""
     import torch
 
     from rectified_diffusers.data.dataset import TripletDataset
     from rectified_diffusers.data.real_images import RealPictures
     from rectified_diffusers.digests import digest_of
+    from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+    from rectified_diffusers.models.denoiser import Denoiser
     from rectified_diffusers.models.latents import unscale
 
     dataset, vae = TripletDataset(folder), pipeline.vae
+    manifest = dataset.manifest
+    denoiser = Denoiser.of(pipeline) if "call_options" in manifest.settings else None
+    generic = denoiser if isinstance(denoiser, PipelineDenoiser) else None
+    if generic is not None and generic.latent_shape != manifest.latent_shape:
+        raise CommandError(
+            f"the triplets have latents {manifest.latent_shape}, images of the default size of "
+            f"{type(pipeline).__name__}, which evaluate generates, {generic.latent_shape}; make triplets of that size"
+        )
 
     @torch.no_grad()
     def read(numbers: Any) -> Any:
         parts = []
         for latents in dataset.rows(numbers).data.split(config.batch_size):
-            images = vae.decode(unscale(vae, latents.to(vae.device, vae.dtype))).sample
+            if generic is not None:
+                images = generic.decode_pixels(latents.to(generic.network.device))
+            else:
+                images = vae.decode(unscale(vae, latents.to(vae.device, vae.dtype))).sample
             parts.append(((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8))
         return torch.cat(parts)
 

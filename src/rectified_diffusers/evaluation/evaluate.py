@@ -15,7 +15,14 @@ from rectified_diffusers.checks import require_pipeline, require_type
 from rectified_diffusers.data.real_images import Choice, RealPictures, choose, words_of
 from rectified_diffusers.digests import digest_of
 from rectified_diffusers.evaluation.config import EvaluationConfig
-from rectified_diffusers.evaluation.gallery import Gallery, Sampler, cached, for_evaluation, pipeline_digest
+from rectified_diffusers.evaluation.gallery import (
+    Gallery,
+    Sampler,
+    cached,
+    for_evaluation,
+    pipeline_digest,
+    require_images,
+)
 from rectified_diffusers.evaluation.intervals import GROUPS, Interval, interval_of, merged
 from rectified_diffusers.evaluation.metrics import (
     diversity_interval,
@@ -26,6 +33,7 @@ from rectified_diffusers.evaluation.metrics import (
 from rectified_diffusers.evaluation.report import Evaluation, Row, provenance
 from rectified_diffusers.evaluation.scorers import Scorers
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness, trajectories
+from rectified_diffusers.models.velocity import PipelineVelocity
 
 CACHE = "cache"
 SHOWN_PROMPTS = 8
@@ -72,7 +80,10 @@ def evaluate(
     require_type("pictures", pictures, RealPictures, "Open a folder: read_pictures(folder, size).")
     require_type("config", config, EvaluationConfig, "Create one: EvaluationConfig(steps=(1,)).")
     require_type("name", name, str, "Give the name of the model for the table.")
+    require_images(pipeline)
     folder, adapted = Path(output_dir), for_evaluation(pipeline)
+    if max(config.steps) > 1 and config.straightness_prompts:
+        PipelineVelocity.of(adapted, ["a"], config.guidance_scale)  # raises where straightness would, later
     scorers = Scorers(config, pictures.captions, folder / CACHE, pipeline.device, progress)
     settings = {option: getattr(config, option) for option in _COMPARED}
     settings |= {"pictures": pictures.identity, **scorers.names()}

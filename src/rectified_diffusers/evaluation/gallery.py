@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import json
 import statistics
 import time
@@ -37,6 +38,17 @@ def for_evaluation(pipeline: Any) -> Any:
         adapted.safety_checker = None
     adapted.set_progress_bar_config(disable=True)
     return adapted
+
+
+def require_images(pipeline: Any) -> None:
+    """Raise for a pipeline that generates videos, or whose call lacks an argument that `Sampler` passes."""
+    kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
+    if "num_frames" in parameters:
+        raise TypeError(f"evaluate compares images, and {kind} generates videos.")
+    needed = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
+    missing = [name for name in needed if name not in parameters]
+    if missing:
+        raise TypeError(f"evaluate passes {missing[0]} to a pipeline, which the call of {kind} does not take.")
 
 
 def pipeline_digest(pipeline: Any) -> str:
@@ -75,7 +87,7 @@ class Sampler:
                 output_type="pt",
             ).images
             parts.append((images.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8))
-        return torch.cat(parts)
+        return torch.cat(parts).contiguous()
 
     def seconds_per_image(self, prompts: Sequence[str]) -> float:
         """Return the median time in seconds of a single image from prompt to pixels, after one warm-up image."""
