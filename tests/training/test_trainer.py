@@ -68,7 +68,7 @@ def test_gradient_checkpointing_changes_nothing(dataset: TripletDataset, tmp_pat
     torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_a_compiled_network_changes_only_rounding(dataset: TripletDataset, tmp_path: Path) -> None:
     plain, compiled = (make_trainer("reflow", dataset, tmp_path, compile=on) for on in (False, True))
     expected, found = losses_and_weights(plain), losses_and_weights(compiled)
