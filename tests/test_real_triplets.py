@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,21 @@ def test_other_settings_are_another_folder(reference, pictures, tmp_path, option
     with pytest.raises(ValueError, match=f"expected .*{next(iter(options))}|expected num_prompts") as raised:
         generate(pictures, tmp_path, **options)
     assert str(raised.value).endswith("There are no triplets yet: to start again, remove that file.")
+
+
+def test_a_replaced_picture_of_equal_size_is_another_folder(reference, pictures, tmp_path):
+    other, folder = tmp_path / "pictures", tmp_path / "triplets"
+    shutil.copytree(pictures, other)
+    shutil.copytree(reference, folder)
+    (folder / "shard-00001.safetensors").unlink()  # a run that was stopped
+    before = contents(folder)
+    content = (other / "1.png").read_bytes()
+    Image.new("RGB", (40, 32), "red").save(other / "1.png")
+    with (other / "1.png").open("ab") as file:
+        file.truncate(len(content))  # zeros after the end of the image
+    with pytest.raises(ValueError, match="expected pictures = "):
+        generate(other, folder)
+    assert contents(folder) == before
 
 
 def test_another_vae_is_another_folder(reference, pictures, tmp_path):

@@ -12,6 +12,7 @@ from rectified_diffusers import (
     RectifiedFlowImg2ImgPipeline,
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
+    invert,
     optimize,
 )
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
@@ -53,6 +54,27 @@ def test_threads_get_the_images_of_calls_one_by_one(pipeline, kind):
     with ThreadPoolExecutor(4) as threads:
         images = list(threads.map(lambda number: call(pipelines, number), range(24)))
     assert all(map(torch.equal, images, expected))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_threads_may_invert_encode_and_call(pipeline, fast):
+    """Tokenizers hold the padding of the last call: encoded at once, prompts had other lengths."""
+    if fast:
+        optimize(pipeline, lossless=True)
+    other = RectifiedFlowPipeline(
+        **{**pipeline.components, "unet": make_tiny_pipeline("flow", seed=5).unet}, requires_safety_checker=False
+    )
+    other.set_progress_bar_config(disable=True)
+    jobs = [
+        lambda i: invert(pipeline, IMAGE, f"a {i}", 1),
+        lambda i: sample(pipeline, i, 1 + i % 3),
+        lambda i: sample(other, i, 1),
+        lambda i: pipeline.encode_prompt(f"b {i}", "cpu", 1, True)[0],
+    ]
+    expected = [jobs[i % 4](i) for i in range(80)]
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(lambda i: jobs[i % 4](i), range(80)))
+    assert all(map(torch.equal, results, expected))
 
 
 SIBLINGS = {

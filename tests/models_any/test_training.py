@@ -24,8 +24,10 @@ from rectified_diffusers.training.lora import WEIGHTS, Adapter, fuse_lora, has_l
 from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reflow import ReflowTrainer
+from rectified_diffusers.training.student import require_steps
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
+from tests.models_any.variants import TwoAtLeast
 
 pytestmark = pytest.mark.usefixtures("plain_charts")
 PROMPTS = ["a red apple", "two dogs at night"]
@@ -266,6 +268,14 @@ def test_a_folder_is_held_to_its_call_options(tmp_path: Path) -> None:
         make_triplets(build("sd")[0], tmp_path / "other", {"height": 32})
     with pytest.raises(ValueError, match="call_options must be a JSON object of arguments by name"):
         TripletConfig(num_triplets=1, call_options="[1]")
+
+
+def test_steps_that_the_stock_pipeline_cannot_take_are_refused() -> None:
+    """As one step of Mochi, whose schedule divides by zero."""
+    denoiser = PipelineDenoiser(TwoAtLeast.make())
+    require_steps(denoiser, 2)
+    with pytest.raises(TypeError, match=r"cannot generate in 1 steps: .*ZeroDivisionError.*another student_steps"):
+        require_steps(denoiser, 1)
 
 
 @pytest.mark.parametrize("name", ["sd3", "z_image", "flux2_klein"])

@@ -476,6 +476,13 @@ WORKING: dict[str, type[Variant]] = {
 }
 
 
+class TwoAtLeast(Variant):
+    """Takes no single step."""
+
+    def set_timesteps(self, steps: int) -> None:
+        self.scheduler.set_timesteps(sigmas=[1 - i / (steps - 1) * (1 - 1 / steps) for i in range(steps)])
+
+
 # Pipelines that cannot be adapted
 
 

@@ -26,6 +26,7 @@ from rectified_diffusers.flow.ode import euler, heun
 from rectified_diffusers.images import as_images, batched, require_size
 from rectified_diffusers.models.latents import decode_to_images, encode_pixels
 from rectified_diffusers.models.velocity import PipelineVelocity
+from rectified_diffusers.pipelines.calls import only_thread
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 Solver = Literal["euler", "heun"]
@@ -147,9 +148,9 @@ def _solve(
     prompts = [prompts] * len(state) if isinstance(prompts, str) else list(prompts)
     if len(prompts) != len(state):
         raise ValueError(f"pass one prompt, or one per image: got {len(prompts)} for {len(state)} images.")
-    velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
     solve, evaluations = _SOLVERS[solver]
-    with pipeline.progress_bar(total=steps * evaluations) as bar:
+    with only_thread(pipeline.unet), pipeline.progress_bar(total=steps * evaluations) as bar:
+        velocity = PipelineVelocity.of(pipeline, prompts, guidance_scale)
 
         def counted(x: Tensor, t: Tensor) -> Tensor:
             bar.update()

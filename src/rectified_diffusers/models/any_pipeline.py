@@ -21,7 +21,7 @@ from rectified_diffusers.models.conditioning import PromptConditioning, equal, f
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
 from rectified_diffusers.models.finding import blank_network
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
-from rectified_diffusers.models.stock_call import StockCall, device_of, evaluate, stop
+from rectified_diffusers.models.stock_call import StockCall, device_of, stop_at
 from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError, first_sample, images_of, with_sample
 from rectified_diffusers.pipelines.scheduler import VelocityDirection
 
@@ -169,11 +169,10 @@ class PipelineDenoiser(Denoiser):
         return map_leaves(unconditional(self.call, self.calibration, guided), self._intern)
 
     def _encoding(self, prompts: Sequence[str]) -> dict[str, Any]:
-        trace = self.call.run(prompts, STEPS, {**self.calibration.off, **self.scale}, on_network=self._stop)
+        trace = self.call.run(
+            prompts, STEPS, {**self.calibration.off, **self.scale}, on_network=stop_at(self.component)
+        )
         return self.calibration.conditioning_of(trace.calls[-1])
-
-    def _stop(self, network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (stop if component == self.component else evaluate)(network, component, args, kwargs)
 
     def _intern(self, leaf: Any) -> Any:
         """Return the same object for equal tensors, so that what prompts share is stored and compared once."""

@@ -43,7 +43,17 @@ from rectified_diffusers.models.watching import (
 
 _OTHER_STEPS = 20  # steps of a grid that is read without evaluating the network
 UNEQUAL = "answers equal inputs differently: it is random, or it depends on earlier calls"
-CALL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, LookupError, AssertionError, ImportError, OSError)
+CALL_ERRORS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
 
 
 def calibrate(call: StockCall, is_flow: bool) -> Calibration:
@@ -73,7 +83,7 @@ def calibrate(call: StockCall, is_flow: bool) -> Calibration:
             raise UnsupportedPipelineError(
                 f"the first step of {type(call.scheduler).__name__} is not an Euler step of a straight flow"
             )
-        flow = find_flow(call, off, steps, measured)
+        flow = find_flow(call, off, component, steps, measured)
     names = [name for name in varying if name != sample.name]
     by_order = positional(call.networks[component], list(calls[-1].arguments))
     latent_shape = tuple(steps[0].sample.shape[1:])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rectified_diffusers.models.conditioning import equal, map_leaves
 from rectified_diffusers.models.forms import AnswerForm, Flow, SampleForm, TimeForm, predictions_in, read, rows_of
-from rectified_diffusers.models.stock_call import PROMPTS, STEPS, OnNetwork, StockCall, stop
+from rectified_diffusers.models.stock_call import PROMPTS, STEPS, OnNetwork, StockCall, stop_at
 from rectified_diffusers.models.watching import NetworkCall, NoisePlace, Step, Stop, Trace, UnsupportedPipelineError
 
 _FINEST = 1000  # steps of the grid that is read when timesteps are no line in sigma
@@ -245,7 +245,7 @@ def step_factor(steps: Sequence[Step]) -> float:
     return 0.0
 
 
-def find_flow(call: StockCall, off: Mapping[str, Any], steps: Sequence[Step], measured: bool) -> Flow:
+def find_flow(call: StockCall, off: Mapping[str, Any], component: str, steps: Sequence[Step], measured: bool) -> Flow:
     """Find sign, direction and timesteps of a flow; its first step is an Euler step along sigma.
 
     Args:
@@ -266,7 +266,7 @@ def find_flow(call: StockCall, off: Mapping[str, Any], steps: Sequence[Step], me
             return Flow(sign, ascending, scale, reverse=reverse)
         if scale > 1 and max(errors) < 1 and all(step.timestep == int(step.timestep) for step in steps):
             return Flow(sign, ascending, scale, rounded=True, reverse=reverse)
-    grid = call.run(PROMPTS[:1], _FINEST, off, on_network=stop).scheduler
+    grid = call.run(PROMPTS[:1], _FINEST, off, on_network=stop_at(component)).scheduler
     if measured or len(grid.timesteps) < _FINEST:
         raise UnsupportedPipelineError(f"the timesteps of {scheduler} are no function of its sigmas")
     along, order = grid.sigmas[: len(grid.timesteps)].double().cpu().sort()

@@ -16,7 +16,7 @@ from rectified_diffusers.models.calibration import CALL_ERRORS
 from rectified_diffusers.models.conditioning import equal, find_axes, split_rows
 from rectified_diffusers.models.finding import blank_network
 from rectified_diffusers.models.forms import Calibration, rows_of
-from rectified_diffusers.models.stock_call import PROMPTS, STEPS, StockCall, is_guider, stop
+from rectified_diffusers.models.stock_call import PROMPTS, STEPS, StockCall, is_guider, stop_at
 from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError
 
 _SCALE = 3.0
@@ -78,7 +78,9 @@ class Guidance:
 def find_guidance(call: StockCall, calibration: Calibration) -> Guidance:
     """Classify the guidance of a stock call from a few guided steps."""
     off, unknown = {name: value for name, value in calibration.off.items() if name not in call.switches}, {}
-    inputs = tuple(name for name in call.scales if name not in off and _reaches_network(call, off, name))
+    inputs = tuple(
+        name for name in call.scales if name not in off and _reaches_network(call, calibration.component, off, name)
+    )
     for name in (*(name for name in call.scales if name not in inputs), *_guiders(call)):
         is_guider = name not in call.scales
         guider = call.pipeline.components[name] if is_guider else None
@@ -104,9 +106,11 @@ def _guiders(call: StockCall) -> list[str]:
     return [name for name, part in call.pipeline.components.items() if is_guider(part)]
 
 
-def _reaches_network(call: StockCall, off: dict[str, Any], name: str) -> bool:
+def _reaches_network(call: StockCall, component: str, off: dict[str, Any], name: str) -> bool:
     """Return whether an argument of the stock call changes an argument of the network."""
-    traces = [call.run(PROMPTS[:1], STEPS, {**off, name: scale}, on_network=stop) for scale in (2.0, 3.0)]
+    traces = [
+        call.run(PROMPTS[:1], STEPS, {**off, name: scale}, on_network=stop_at(component)) for scale in (2.0, 3.0)
+    ]
     one, two = (trace.calls[-1].arguments if trace.calls else {} for trace in traces)
     return not equal(one, two)
 

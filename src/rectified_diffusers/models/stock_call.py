@@ -48,9 +48,15 @@ def evaluate(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[s
     return network(*args, **kwargs)
 
 
-def stop(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """End the stock call in place of a network's first call."""
-    raise Stop
+def stop_at(component: str) -> OnNetwork:
+    """Return what ends the stock call in place of a network's first call. Others are evaluated."""
+
+    def stop(network: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name == component:
+            raise Stop
+        return network(*args, **kwargs)
+
+    return stop
 
 
 def device_of(network: Any) -> torch.device:

@@ -69,7 +69,27 @@ def one_step_by_default(call: Callable[P, R]) -> Callable[P, R]:
 
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()  # of the denoising networks
+_ENCODING = threading.RLock()
 _RUNNING: WeakSet[SchedulerMixin] = WeakSet()
+
+
+def only_thread(network: nn.Module) -> threading.RLock:
+    """Return the lock of a network, for calls of it and for functions that run it themselves."""
+    return _LOCKS.setdefault(network, threading.RLock())
+
+
+def one_encoding_at_a_time(encode_prompt: Callable[P, R]) -> Callable[P, R]:
+    """Return `encode_prompt` with a lock: tokenizers hold the padding, text encoders hooks and the scale of a LoRA.
+
+    Pipelines with other networks can share both, so there is one lock for all.
+    """
+
+    @functools.wraps(encode_prompt)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _ENCODING:
+            return encode_prompt(*args, **kwargs)
+
+    return locked
 
 
 @contextmanager
@@ -78,7 +98,7 @@ def _one_call_at_a_time(pipeline: Any) -> Iterator[None]:
 
     Pipelines that share a network share its lock. A call from within a call, in a callback, needs another scheduler.
     """
-    with _LOCKS.setdefault(pipeline.unet, threading.RLock()):
+    with only_thread(pipeline.unet):
         scheduler = pipeline.scheduler
         if scheduler in _RUNNING:
             raise RuntimeError(

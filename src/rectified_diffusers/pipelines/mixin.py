@@ -19,7 +19,7 @@ from rectified_diffusers.loading.lora_checks import refuse_any_lora
 from rectified_diffusers.loading.mixin import SafetensorsLoaders
 from rectified_diffusers.loading.safety import refuse_foreign_code, safetensors_only
 from rectified_diffusers.loading.saving import finish_saving
-from rectified_diffusers.pipelines.calls import FiniteImageProcessor
+from rectified_diffusers.pipelines.calls import FiniteImageProcessor, one_encoding_at_a_time
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,12 @@ class RectifiedFlowMixin(SafetensorsLoaders):
     comes from another pipeline through `from_pipe` is replaced with ours, with a message at info level. A scheduler
     that the caller passes or assigns must be ours; `None` selects the default.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        encode_prompt: Any = getattr(cls, "encode_prompt", None)
+        if encode_prompt is not None:
+            cls.encode_prompt = one_encoding_at_a_time(encode_prompt)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:

@@ -9,6 +9,7 @@ from rectified_diffusers.flow.time_density import Grid
 from rectified_diffusers.models.plain_unet import plain_unet
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.losses import FlowLoss
+from rectified_diffusers.training.student import require_steps
 from rectified_diffusers.training.trainer import Trainer
 
 
@@ -32,6 +33,7 @@ class DistillTrainer(Trainer[DistillConfig]):
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: DistillConfig) -> None:
         super().__init__(pipeline, dataset, config)
         self.student_steps = config.student_steps
+        require_steps(self.denoiser, config.student_steps)
         self.validation_steps = (config.student_steps,)
         self.time_density = Grid(config.student_steps)
         self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)

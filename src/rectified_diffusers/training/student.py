@@ -3,16 +3,17 @@
 import copy
 from typing import Any, Literal
 
+import torch
 from diffusers import StableDiffusionXLPipeline
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.models.calibration import PROMPTS
+from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
-from rectified_diffusers.models.stock_call import stop
+from rectified_diffusers.models.stock_call import stop_at
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
@@ -124,7 +125,23 @@ def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
     return RectifiedFlowPipeline(**parts, requires_safety_checker=config.get("requires_safety_checker", True))
 
 
-_SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+_SPACINGS = "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting"
+_SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "shift_terminal": None, **dict.fromkeys(_SPACINGS, False)}
+
+
+def require_steps(denoiser: Denoiser, steps: int) -> None:
+    """Raise if the stock pipeline cannot take the steps of a student: Mochi, for example, takes at least two."""
+    if not isinstance(denoiser, PipelineDenoiser):
+        return
+    try:
+        denoiser.call.run(PROMPTS[:1], steps, denoiser.calibration.off, on_network=stop_at(denoiser.component))
+    except torch.OutOfMemoryError:
+        raise
+    except CALL_ERRORS as error:
+        raise UnsupportedPipelineError(
+            f"{type(denoiser.pipeline).__name__} cannot generate in {steps} steps: its call fails with "
+            f"{type(error).__name__}: {error}. Choose another student_steps."
+        ) from error
 
 
 def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
@@ -132,12 +149,14 @@ def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
     scheduler, flow = denoiser.pipeline.scheduler, denoiser.calibration.flow
     if flow is None or flow.table is not None:
         return copy.deepcopy(scheduler)
-    changes = {name: value for name, value in _SHIFTS.items() if name in scheduler.config}
+    euler = {"solver_order": 1, "disable_corrector": list(range(steps))}  # of a multistep solver
+    plain_grid = {**_SHIFTS, **(euler if steps > 1 else {})}
+    changes = {name: value for name, value in plain_grid.items() if name in scheduler.config}
     plain = type(scheduler).from_config(scheduler.config, **changes)
     if steps == 1 or "shift_terminal" not in scheduler.config:
         return plain
     call, off = denoiser.call, denoiser.calibration.off
-    grid = call.run(PROMPTS[:1], steps, off, on_network=stop, scheduler=plain).scheduler.sigmas
+    grid = call.run(PROMPTS[:1], steps, off, on_network=stop_at(denoiser.component), scheduler=plain).scheduler.sigmas
     if abs(float(grid[steps - 1]) - 1 / steps) < 1e-3:
         return plain
     return type(scheduler).from_config(scheduler.config, **{**changes, "shift_terminal": 1 / steps})
