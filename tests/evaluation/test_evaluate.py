@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from rectified_diffusers import cli
 from rectified_diffusers.cli.evaluate import _image_size
@@ -104,6 +105,23 @@ def test_a_killed_run_goes_on_and_ends_alike(data, pooled, draws, monkeypatch, t
     assert (len(draws), pooled.seen) == (2 * drawn, seen)
     shutil.rmtree(tmp_path / "cut" / CACHE)
     assert run(data, tmp_path / "cut", steps=(1, 2)).rows == whole.rows
+
+
+def test_replaced_pictures_of_equal_size_are_measured_anew(data, pooled, draws, tmp_path):
+    """Their statistics are in the cache; the folder's table is for other pictures, and is refused."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(data, pictures)
+    run(pictures, tmp_path / "out")
+    for path in pictures.rglob("*.png"):
+        size = path.stat().st_size
+        Image.new("RGB", Image.open(path).size, "red").save(path)
+        with path.open("ab") as file:
+            file.truncate(size)  # zeros after the end of the image
+    with pytest.raises(ValueError, match="pictures"):
+        run(pictures, tmp_path / "out")
+    (tmp_path / "out" / "evaluation.json").unlink()
+    again, fresh = run(pictures, tmp_path / "out"), run(pictures, tmp_path / "fresh")
+    assert (again.rows, again.real) == (fresh.rows, fresh.real)
 
 
 def test_a_second_model_joins_the_table_and_other_settings_do_not(data, pooled, draws, tmp_path):

@@ -98,6 +98,13 @@ def test_presets_are_what_the_papers_say() -> None:
     assert (reflow.initialisation, distill.initialisation) == ("snr_matching", "weights")
 
 
+@pytest.mark.parametrize("kind", [ReflowConfig, DistillConfig, ProgressiveConfig, DistributionMatchingConfig])
+def test_a_lora_of_a_network_that_no_one_has_is_refused(kind: Any, tmp_path: Path) -> None:
+    """Its base would be the network that snr_matching makes, and the card names the model before that."""
+    with pytest.raises(ValueError, match=r"lora_rank=4 would only fit the network that initialisation='snr_matching'"):
+        kind(output_dir=tmp_path, lora_rank=4, initialisation="snr_matching")
+
+
 @pytest.mark.parametrize(
     "options", [{"initialisation": "snr_matching"}, {"loss": "lpips_huber"}, {"lora_rank": 4}], ids=str
 )

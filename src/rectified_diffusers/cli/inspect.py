@@ -89,7 +89,7 @@ def _memory_lines(found: Inspection, lora_rank: int) -> dict[str, str]:
     return {
         "memory": "weights and optimizer of training, without activations",
         "  full": size(memory.full),
-        "  LoRA": f"{size(memory.lora)} (rank {lora_rank}, base in bfloat16)",
-        "  QLoRA": f"{size(memory.quantized_lora)} (rank {lora_rank}, base in NF4)",
+        "  LoRA": f"{size(memory.lora)} (rank {lora_rank}, base in float32)",
+        "  QLoRA": f"{size(memory.quantized_lora)} (rank {lora_rank}, base in NF4; not supported yet)",
         "  frozen": f"{size(memory.frozen)} more for VAE and text encoders in bfloat16",
     }

@@ -118,7 +118,8 @@ def run_training(options: Any, config: Any) -> None:
     }
     own: dict[str, Any] = {}
     if isinstance(options, DmdOptions):
-        own["teacher"] = load_pipeline(options.teacher, "cpu", "float32")
+        is_own = options.teacher == options.model  # is loaded once
+        own["teacher"] = pipeline if is_own else load_pipeline(options.teacher, "cpu", "float32")
         own["real_data"] = open_triplets(real) if real else None
     try:
         trainer = trainers[type(config)](pipeline, open_triplets(options.triplets), config, **own)

@@ -96,6 +96,10 @@ class PipelineDenoiser(Denoiser):
         return bool(self.guidance_found.inputs)
 
     @property
+    def has_guidance(self) -> bool:
+        return self.guidance_found.kind != "none"
+
+    @property
     def scale_argument(self) -> str | None:
         """Argument of the stock call for the guidance scale; None if it has none."""
         found = self.guidance_found
@@ -116,7 +120,11 @@ class PipelineDenoiser(Denoiser):
                     f"The network of {kind} takes guidance as an input, which is {own} here, got {scale}. Set the "
                     "guidance of the triplets."
                 )
-        elif scale > 1 and not self.guides_by_two_passes:
+        elif scale <= 1:
+            self.guidance = 1.0
+        elif not self.has_guidance:
+            raise UnsupportedPipelineError(f"{kind} has no guidance, got guidance {scale}. Set it to 1.")
+        elif not self.guides_by_two_passes:
             raise UnsupportedPipelineError(
                 f"{kind} guides in a way that two passes cannot repeat ({self.guidance_found.kind}), got guidance "
                 f"{scale}. Set it to 1."

@@ -94,6 +94,11 @@ class Denoiser(ABC):
         return False
 
     @property
+    def has_guidance(self) -> bool:
+        """Return whether the pipeline guides in any way."""
+        return True
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Return the shape of the latents of one image."""
         return latent_shape(self.pipeline, self.options.get("height"), self.options.get("width"))
@@ -109,7 +114,10 @@ class Denoiser(ABC):
         return self.guidance > 1 and self.guides_by_two_passes
 
     def guide(self, scale: float) -> None:
-        """Set the guidance of the two passes, as the pipeline's call takes it; raise if they cannot repeat it."""
+        """Set the guidance of the two passes, as the pipeline's call takes it; raise if they cannot repeat it.
+
+        A scale of 1 or less is no guidance.
+        """
         self.guidance = scale
 
     @property

@@ -12,6 +12,7 @@ from rectified_diffusers.models.self_test import self_test
 from rectified_diffusers.models.watching import UnsupportedPipelineError
 
 _TRAINED = 4 + 4 + 8 + 4  # bytes per weight in float32: the weight, its gradient, two moments of AdamW, its average
+_BASE = 4  # a LoRA's base in float32, which teacher and pipeline share
 _FROZEN = 2  # bfloat16
 _NF4 = 0.5 + 4 / 64  # four bits, and a float32 scale for each block of 64
 
@@ -22,8 +23,8 @@ class Memory:
 
     Attributes:
         frozen: VAE and text encoders, in bfloat16.
-        lora: of the base in bfloat16; None if no layer has one of the names.
-        quantized_lora: of the base's linear layers in NF4.
+        lora: of the base in float32; None if no layer has one of the names.
+        quantized_lora: of the base's linear layers in NF4; for comparison, the trainers take no quantized base.
     """
 
     full: int
@@ -130,7 +131,7 @@ def count_memory(pipeline: Any, network: nn.Module, lora_rank: int, lora_layers:
     others = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part is not network]
     return Memory(
         full=_TRAINED * count,
-        lora=_FROZEN * count + added if adapted else None,
+        lora=_BASE * count + added if adapted else None,
         quantized_lora=round(_NF4 * quantized) + _FROZEN * (count - quantized) + added if adapted else None,
         frozen=_FROZEN * sum(weight.numel() for part in others for weight in part.parameters()),
     )

@@ -120,6 +120,11 @@ class TrainerConfig:
         rank, alpha = self.lora_rank, self.lora_alpha
         _require(self, "lora_rank", rank is None or rank >= 1, "at least 1")
         _require(self, "lora_alpha", alpha is None or 0 < alpha < math.inf, "greater than 0")
+        if rank is not None and self.initialisation == "snr_matching":
+            raise ValueError(
+                f"A LoRA of lora_rank={rank} would only fit the network that initialisation='snr_matching' makes, not "
+                "the model that it starts from. Train all weights, or use initialisation='weights'."
+            )
         if rank is None and alpha is not None:
             raise ValueError(f"lora_alpha is set to {alpha} but lora_rank is not: give lora_rank to train a LoRA.")
         if rank is not None and not self.lora_target_modules:
@@ -243,7 +248,9 @@ class ProgressiveConfig(TrainerConfig):
     student_steps: int = option(1, "Euler steps of the last student; teacher_steps halved once or more.")
     steps_per_round: int = option(10_000, "Number of optimizer steps of each round, which halves the steps once.")
     teacher_guidance_scale: float = option(
-        1.0, "Guidance scale of the first teacher, which is distilled into the students; 1 is no guidance."
+        1.0,
+        "Guidance scale of the first teacher, as its pipeline takes it, which is distilled into the students; 1 is "
+        "no guidance.",
     )
     pairs: Literal["independent", "coupled"] = option(
         "independent",
@@ -303,8 +310,11 @@ class DistributionMatchingConfig(TrainerConfig):
         "Euler steps of the student, the default of its pipeline; each update trains it at one of their times, "
         "sampled at random, on the state that its own steps lead to.",
     )
-    teacher_guidance_scale: float = option(
-        1.75, "Guidance scale of the teacher, which is distilled into the student; 1 is no guidance."
+    teacher_guidance_scale: float | None = option(
+        None,
+        "Guidance scale of the teacher, as its pipeline takes it, which is distilled into the student; 1 is no "
+        "guidance.",
+        shown="1.75; that of the triplets for a network that takes guidance as an input; 1 for a pipeline without it",
     )
     fake_updates: int = option(
         5, "Updates of the fake velocity, that of the student's own images, for each update of the student."
@@ -344,7 +354,8 @@ class DistributionMatchingConfig(TrainerConfig):
         _require(self, "max_t", self.min_t < self.max_t < 1, f"between min_t={self.min_t} and 1")
         weights = ("regression_weight", "adversarial_weight", "discriminator_weight")
         for name in ("teacher_guidance_scale", *weights):
-            _require(self, name, 0 <= getattr(self, name) < math.inf, "finite and not negative")
+            value = getattr(self, name)
+            _require(self, name, value is None or 0 <= value < math.inf, "finite and not negative")
 
 
 def _require(config: TrainerConfig, name: str, holds: bool, expected: str) -> None:

@@ -32,7 +32,6 @@ class DistillTrainer(Trainer[DistillConfig]):
 
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: DistillConfig) -> None:
         super().__init__(pipeline, dataset, config)
-        self.student_steps = config.student_steps
         require_steps(self.denoiser, config.student_steps)
         self.validation_steps = (config.student_steps,)
         self.time_density = Grid(config.student_steps)

@@ -25,7 +25,7 @@ from rectified_diffusers.training.guards import require_same_text
 from rectified_diffusers.training.lora import add_lora
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.prompts import PromptEncoder
-from rectified_diffusers.training.student import denoiser_for, initial_network
+from rectified_diffusers.training.student import denoiser_for, initial_network, share_weights
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.trainer import Trainer
 
@@ -114,15 +114,18 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
                 "mixed_precision='fp16'. Use bf16 or no."
             )
         super().__init__(pipeline, dataset, config)
-        self.student_steps = config.student_steps
         self.validation_steps = (config.student_steps,)
         kind = config.regression_loss if config.regression_weight else "l2"
         self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
-        self.teacher_denoiser = denoiser_for(teacher, dataset)
+        is_own = teacher is pipeline
+        self.teacher_denoiser = copy.copy(self.denoiser) if is_own else denoiser_for(teacher, dataset)
         require_straight(teacher.scheduler, "Distribution matching")
-        self.teacher_denoiser.guide(config.teacher_guidance_scale)
-        prompts = dataset.rows(range(min(4, len(dataset)))).prompts
-        require_same_text(self.prompt_encoder.encode(prompts), self.teacher_denoiser.encode(prompts, teacher.device))
+        self.teacher_guidance = self._teacher_guidance()
+        self.teacher_denoiser.guide(self.teacher_guidance)
+        if not is_own:
+            prompts = dataset.rows(range(min(4, len(dataset)))).prompts
+            encoded = self.teacher_denoiser.encode(prompts, teacher.device)
+            require_same_text(self.prompt_encoder.encode(prompts), encoded)
         self.real_data: Any = real_data
         self.discriminator: Any = None  # of the fake score network, if there are real images
         if real_data is not None:
@@ -142,18 +145,30 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
     def fits_pairs(self) -> bool:
         return self.config.regression_weight > 0
 
+    def _teacher_guidance(self) -> float:
+        """Return the guidance scale of the teacher: the option's, or what suits the teacher's kind of guidance."""
+        denoiser, given = self.teacher_denoiser, self.config.teacher_guidance_scale
+        if given is not None:
+            return given
+        if denoiser.takes_guidance:
+            return denoiser.guidance  # that of the triplets
+        return 1.75 if denoiser.has_guidance else 1.0
+
     def make_teacher(self) -> Any:
         """Return a float32 network that predicts the teacher's velocity; the pipeline's network is not changed."""
-        diffusion = self.teacher_denoiser.diffusion()
-        return initial_network(self.teacher_denoiser, "weights" if diffusion is None else "snr_matching")
+        initialisation = "weights" if self.teacher_denoiser.diffusion() is None else "snr_matching"
+        shared = None if self.config.lora_rank is None else self.device
+        return initial_network(self.teacher_denoiser, initialisation, shared)
 
     def make_fake(self) -> Any:
-        """Return the fake score network, a copy of the teacher's; with lora_rank, only a LoRA is trained.
+        """Return the fake score network, a copy of the teacher's; with lora_rank, a LoRA on the teacher's weights.
 
         With real images, all weights of the discriminator are trained in either case.
         """
-        network = copy.deepcopy(self.teacher).requires_grad_(True)
-        if self.config.lora_rank is not None:
+        if self.config.lora_rank is None:
+            network = copy.deepcopy(self.teacher).requires_grad_(True)
+        else:
+            network = share_weights(self.teacher)
             add_lora(network, self.config)
         if self.real_data is not None:
             self.discriminator = Discriminator(network, self.config.seed)
@@ -311,7 +326,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         own: dict[str, Any] = {"teacher_sha256": fingerprint({denoiser.component: denoiser.network})}
         if self.real_data is not None:
             own |= {"real_rows": len(self.real_data), "real_manifest": self.real_data.manifest.fingerprint}
-        return {**super().identity(), **own}
+        return {**super().identity(), "teacher_guidance_scale": self.teacher_guidance, **own}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint, without the teacher, which belongs to another pipeline."""

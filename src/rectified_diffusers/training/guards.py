@@ -64,6 +64,24 @@ def require_own_weights(pipeline: Any) -> None:
         )
 
 
+def require_full_precision(component: str, network: Any) -> None:
+    """Raise if the weights of a network are quantized: they have no gradient, and no exact conversion to float32."""
+    method = getattr(network.config, "quantization_config", None) if hasattr(network, "config") else None
+    if getattr(network, "hf_quantizer", None) is not None or method is not None:
+        raise ValueError(
+            f"The {component} is quantized, expected weights in floating point. Load the pipeline without a "
+            "quantization_config; a quantized base under a LoRA is not supported."
+        )
+
+
+def require_checkpointing(network: Any) -> None:
+    """Raise if a network cannot recompute its activations."""
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(network).__name__} does not support gradient checkpointing. Leave out gradient_checkpointing."
+        )
+
+
 def require_same_latents(vae: Any, manifest: Manifest) -> None:
     """Raise if the triplets' latents are scaled for a VAE other than the pipeline's."""
     config = getattr(vae, "config", {})

@@ -1,5 +1,6 @@
 """LoRA training (arXiv:2106.09685): a peft adapter on the student, saved in the format of diffusers."""
 
+import copy
 import inspect
 import json
 from collections.abc import Iterable
@@ -26,8 +27,10 @@ PEFT_FILES = "adapter_config.json", "adapter_model.safetensors"
 """Further files for a network that diffusers loads no LoRA into: `PeftModel.from_pretrained(network, folder)` does."""
 
 
-def add_lora(network: Any, config: TrainerConfig) -> None:
-    """Add a LoRA to a network and freeze the other weights. Its product is zero, so the output does not change.
+def add_lora(network: Any, config: TrainerConfig) -> Any:
+    """Add a LoRA to a network, freeze the other weights, and return the network.
+
+    The LoRA's product is zero, so the output does not change.
 
     Its first matrices are random, from the config's seed: equal configs start from equal adapters.
     """
@@ -47,19 +50,22 @@ def add_lora(network: Any, config: TrainerConfig) -> None:
             network.add_adapter(settings)
         else:  # not every network of diffusers has it
             inject_adapter_in_model(settings, network)
+    return network
 
 
-def fuse_lora(network: Any) -> None:
-    """Fuse the LoRA into the base weights and restore their plain names."""
+def fuse_lora(network: Any) -> Any:
+    """Return a copy of a network with the LoRA fused into the base weights, which other networks may share."""
+    network = copy.deepcopy(network)
     if hasattr(network, "fuse_lora"):
         network.fuse_lora()
         network.unload_lora()
-        return
+        return network
     for layer in network.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
     recurse_remove_peft_layers(network)
     del network.peft_config
+    return network
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,11 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     def __init__(self, pipeline: Any, dataset: TripletDataset, config: ProgressiveConfig) -> None:
         super().__init__(pipeline, dataset, config)
         require_straight(pipeline.scheduler, "Progressive distillation")
-        self.student_steps = config.student_steps
         self.validation_steps = (config.student_steps, 2 * config.student_steps, 4 * config.student_steps)
         self.prompt_dropout = config.prompt_dropout
         if config.teacher_guidance_scale > 1:
             self.denoiser.guide(config.teacher_guidance_scale)
+        self.guides_first_teacher = config.teacher_guidance_scale > 1 and self.denoiser.two_passes
         self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
         self.teacher = self.make_network().requires_grad_(False).eval()
         self.step = 1
@@ -117,7 +117,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     def predict_teacher(self, x_t: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
         """Return the teacher's velocity; the first teacher is guided, later teachers have learned the guidance."""
         velocity = self.predict_velocity(x_t, t, prompts, self.teacher)
-        if self.config.teacher_guidance_scale <= 1 or self.round_of(self.step) > 0:
+        if not self.guides_first_teacher or self.round_of(self.step) > 0:
             return velocity
         null = self.predict_velocity(x_t, t, [""] * len(prompts), self.teacher)
         return guide(null, velocity, self.denoiser.guidance)

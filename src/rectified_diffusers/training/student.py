@@ -4,13 +4,15 @@ import copy
 from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
+from torch import Tensor
 
 from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS
+from rectified_diffusers.models.conditioning import map_leaves
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
 from rectified_diffusers.models.stock_call import stop_at
@@ -76,15 +78,20 @@ def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
     denoiser.prepare()
 
 
-def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"]) -> Any:
-    """Return the network that training starts from, in float32; the pipeline's network is not changed.
+def initial_network(
+    denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"], shared: torch.device | None = None
+) -> Any:
+    """Return the network that training starts from, in float32; the weights of the pipeline's network are not changed.
 
     Args:
+        shared: for a LoRA, the device on which weights are shared with the pipeline's network, if in float32.
         initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
             converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
     """
     if initialisation == "weights":
-        return copy.deepcopy(denoiser.network).float()
+        if shared is None:
+            return copy.deepcopy(denoiser.network).float()
+        return share_weights(denoiser.network.to(shared))  # moved with its buffers, which are not shared later
     if denoiser.diffusion() is None:
         raise ValueError(
             f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "
@@ -93,30 +100,32 @@ def initial_network(denoiser: Denoiser, initialisation: Literal["weights", "snr_
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
 
 
-def student_pipeline(denoiser: Denoiser, network: Any, steps: int = 1) -> Any:
+def share_weights(network: Any) -> Any:
+    """Return a copy of a network's modules with the same weights, for a LoRA; float32 copies of other dtypes.
+
+    The weights are frozen in both, because a parameter has one flag for all modules that hold it.
+    """
+    if any(weight.dtype != torch.float32 for weight in network.parameters() if weight.is_floating_point()):
+        return copy.deepcopy(network).float().requires_grad_(False)
+    weights = [*network.requires_grad_(False).parameters(), *network.buffers()]
+    return copy.deepcopy(network, {id(weight): weight for weight in weights})
+
+
+def student_pipeline(denoiser: Denoiser, network: Any, scheduler: Any) -> Any:
     """Return the pipeline that samples a trained network, with all other components unchanged.
 
     It is a pipeline of this package for Stable Diffusion and SDXL. Others keep their own, which already samples a flow
-    and loads without this package; its scheduler has no shift. A shift, fixed or by image size, spends more steps
-    where the teacher's paths bend, and reflow leaves no such region. One step is the same under any shift. (The
-    pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable Diffusion 3 leaves it to the scheduler, whose
-    last step begins at sigma = 0.001: of N steps all but one count, except for N = 1.)
+    and loads without this package.
 
     Args:
-        steps: N of a student that was distilled to N steps. Its scheduler records N. For pipelines such as Stable
-            Diffusion 3 it also ends the grid at 1/N instead of 0.001, so that N steps are those of the training; a
-            single step is then not possible.
+        scheduler: as `student_scheduler` returns it; it is copied.
     """
-    pipeline = denoiser.pipeline
+    pipeline, scheduler = denoiser.pipeline, copy.deepcopy(scheduler)
     if isinstance(denoiser, PipelineDenoiser):
         student = copy.copy(pipeline)
-        scheduler = _without_shift(denoiser, steps)
-        record_student_steps(scheduler, steps)
         student.register_modules(**{denoiser.component: network, "scheduler": scheduler})
         return student
-    parts = {**pipeline.components, denoiser.component: network}
-    parts["scheduler"] = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
-    record_student_steps(parts["scheduler"], steps)
+    parts = {**pipeline.components, denoiser.component: network, "scheduler": scheduler}
     config = pipeline.config
     if isinstance(pipeline, StableDiffusionXLPipeline):
         zeros = config.get("force_zeros_for_empty_prompt", True)
@@ -144,19 +153,80 @@ def require_steps(denoiser: Denoiser, steps: int) -> None:
         ) from error
 
 
-def _without_shift(denoiser: PipelineDenoiser, steps: int) -> Any:
-    """Return a copy of the pipeline's scheduler without shift; with it, where the shift is in its timesteps."""
-    scheduler, flow = denoiser.pipeline.scheduler, denoiser.calibration.flow
-    if flow is None or flow.table is not None:
-        return copy.deepcopy(scheduler)
-    euler = {"solver_order": 1, "disable_corrector": list(range(steps))}  # of a multistep solver
-    plain_grid = {**_SHIFTS, **(euler if steps > 1 else {})}
-    changes = {name: value for name, value in plain_grid.items() if name in scheduler.config}
-    plain = type(scheduler).from_config(scheduler.config, **changes)
-    if steps == 1 or "shift_terminal" not in scheduler.config:
-        return plain
-    call, off = denoiser.call, denoiser.calibration.off
-    grid = call.run(PROMPTS[:1], steps, off, on_network=stop_at(denoiser.component), scheduler=plain).scheduler.sigmas
-    if abs(float(grid[steps - 1]) - 1 / steps) < 1e-3:
-        return plain
-    return type(scheduler).from_config(scheduler.config, **{**changes, "shift_terminal": 1 / steps})
+def student_scheduler(denoiser: Denoiser, steps: int) -> Any:
+    """Return the scheduler of a student of N steps, which records N.
+
+    It is ours for Stable Diffusion and SDXL. For others it is a stock scheduler with which N steps of the pipeline
+    are the Euler steps of training, at t = 0, 1/N, ...: the pipeline's own without a shift, ending at 1/N if
+    necessary, or `FlowMatchEulerDiscreteScheduler` in place of multistep solvers such as those of Sana and Wan. A
+    shift, fixed or by image size, spends more steps where the teacher's paths bend, and reflow leaves no such region.
+    One step is the same under any shift. (The pipeline of Flux uses the grid 1, 1 - 1/N, ..., 1/N. That of Stable
+    Diffusion 3 leaves it to the scheduler, whose last step begins at sigma = 0.001: of N steps all but one count,
+    except for N = 1. Ending at 1/N makes them N; a single step is then not possible.)
+
+    Raises:
+        UnsupportedPipelineError: the pipeline takes other steps with each of them.
+    """
+    if isinstance(denoiser, PipelineDenoiser):
+        scheduler = _stock_scheduler(denoiser, steps)
+    else:
+        scheduler = RectifiedFlowEulerScheduler(denoiser.num_train_timesteps, denoiser.direction)
+    record_student_steps(scheduler, steps)
+    return scheduler
+
+
+def _stock_scheduler(denoiser: PipelineDenoiser, steps: int) -> Any:
+    own: Any = denoiser.pipeline.scheduler
+    if denoiser.calibration.flow is not None and denoiser.calibration.flow.table is not None:
+        first = copy.deepcopy(own)  # the shift is in its timesteps
+    else:
+        first = type(own).from_config(own.config, **{name: _SHIFTS[name] for name in _SHIFTS if name in own.config})
+    for scheduler in (first, FlowMatchEulerDiscreteScheduler(num_train_timesteps=denoiser.num_train_timesteps)):
+        if _takes_training_steps(denoiser, scheduler, steps):
+            return scheduler
+        if steps > 1 and "shift_terminal" in scheduler.config:
+            ending = type(scheduler).from_config(scheduler.config, shift_terminal=1 / steps)
+            if _takes_training_steps(denoiser, ending, steps):
+                return ending
+    if steps == 1:
+        return first
+    raise UnsupportedPipelineError(
+        f"{type(denoiser.pipeline).__name__} does not take {steps} equal steps with any stock scheduler: its call "
+        f"sets timesteps of its own. Set student_steps=1, got {steps}."
+    )
+
+
+def _takes_training_steps(denoiser: PipelineDenoiser, scheduler: Any, steps: int) -> bool:
+    """Return whether the stock call takes N equal Euler steps, at the timesteps of training, with this scheduler.
+
+    Random answers take the place of the network's.
+    """
+    calibration, flow = denoiser.calibration, denoiser.calibration.flow
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(leaf: Any) -> Any:
+        return torch.randn(leaf.shape, generator=generator).to(leaf) if isinstance(leaf, Tensor) else leaf
+
+    def answer(network: Any, component: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if component != calibration.component:
+            return network(*args, **kwargs)
+        return map_leaves(calibration.answer.blank, sample)
+
+    options, encoded = {**calibration.off, **denoiser.call.latents_only}, calibration.trace.encoded or None
+    try:
+        trace = denoiser.call.run(PROMPTS[:1], steps, options, on_network=answer, scheduler=scheduler, encoded=encoded)
+    except CALL_ERRORS:
+        return False
+    return (
+        flow is not None
+        and len(trace.steps) == steps
+        and all(
+            abs(flow.timestep_of(step) - float(flow.timestep_at(torch.tensor([i / steps])))) < 1e-2
+            and torch.allclose(
+                step.sample.float() + flow.sign / steps * step.answer.float(),
+                step.result.float(),
+                atol=1e-4 + 32 * torch.finfo(step.result.dtype).eps,
+            )
+            for i, step in enumerate(trace.steps)
+        )
+    )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.guards import require_finite
+from rectified_diffusers.training.guards import require_checkpointing, require_finite
 from rectified_diffusers.training.parts import Place
 from rectified_diffusers.training.sharding import trainable
 from rectified_diffusers.training.writer import CheckpointWriter
@@ -99,6 +99,7 @@ class Trained:
         self.writer, self.averaged = writer, averaged
         self.weights_file, self.optimizer_file = f"{name}.safetensors", f"{prefix}optimizer.safetensors"
         if config.gradient_checkpointing:
+            require_checkpointing(network)
             network.enable_gradient_checkpointing()
         if config.compile:
             network.compile()  # in place, so that its weights keep their names

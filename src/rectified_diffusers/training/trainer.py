@@ -39,7 +39,7 @@ from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
-from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline
+from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline, student_scheduler
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.watchdog import Watchdog
@@ -55,7 +55,7 @@ class Trainer(ABC, Generic[Config]):
     or killed continues from its newest checkpoint exactly as if it had not been interrupted, and the number of
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
     text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
-    or a transformer, is not changed.
+    or a transformer, is not changed; if a LoRA is trained, the LoRA's base shares its weights, which are frozen.
 
     Example:
         ```python
@@ -72,8 +72,6 @@ class Trainer(ABC, Generic[Config]):
     interpolation: Interpolation = Straight()
     prompt_dropout: float = 0.0
     validation_steps: tuple[int, ...]
-    student_steps: int = 1
-    """Number of steps that the finished pipeline takes by default."""
     metrics: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     """Names in the log for the values that `train_step` returns."""
     needs_flow: ClassVar[bool] = False
@@ -83,6 +81,9 @@ class Trainer(ABC, Generic[Config]):
         guards.require_config(type(self), config)
         guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
+        guards.require_full_precision(self.denoiser.component, self.denoiser.network)
+        self.student_steps: int = getattr(config, "student_steps", 1)
+        self.scheduler = student_scheduler(self.denoiser, self.student_steps)  # before any part of the pipeline moves
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
         if self.fits_pairs:
             guards.require_pairs(dataset.manifest)
@@ -117,10 +118,9 @@ class Trainer(ABC, Generic[Config]):
 
     def make_network(self) -> Any:
         """Return the network that training starts from, in float32; its trainable weights require a gradient."""
-        network = initial_network(self.denoiser, self.config.initialisation).to(self.device).requires_grad_(True)
-        if self.config.lora_rank is not None:
-            add_lora(network, self.config)
-        return network
+        shared = self.device if self.config.lora_rank is not None and not self.sharded else None
+        network = initial_network(self.denoiser, self.config.initialisation, shared).to(self.device)
+        return network.requires_grad_(True) if self.config.lora_rank is None else add_lora(network, self.config)
 
     @abstractmethod
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
@@ -364,7 +364,7 @@ class Trainer(ABC, Generic[Config]):
 
     def make_pipeline(self, network: Any) -> Any:
         """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""
-        return student_pipeline(self.denoiser, network, self.student_steps)
+        return student_pipeline(self.denoiser, network, self.scheduler)
 
     def finish(self) -> Any:
         """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.
@@ -376,7 +376,7 @@ class Trainer(ABC, Generic[Config]):
         network = self.averaged()
         if config.lora_rank is not None:
             adapter = Adapter.of(network, self.denoiser.component)
-            fuse_lora(network)
+            network = fuse_lora(network)
         if self.accelerator.is_main_process:
             record = {"steps": config.max_steps, **self.identity()}
             if not self.output.contains(record):
