@@ -16,9 +16,9 @@ from rectified_diffusers import export_unet, save_portable
 from rectified_diffusers.cli import main
 from rectified_diffusers.files import flush, lock, remove_leftovers, require_space, write_atomically
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.training.checkpoint import Checkpoint, write_checkpoint
 from rectified_diffusers.weights.weight_files import write_weights
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import Checkpoint, write_checkpoint
 
 
 def write(path: Path, content: bytes) -> None:

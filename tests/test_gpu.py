@@ -25,9 +25,9 @@ from rectified_diffusers import (
     generate_triplets,
     optimize,
 )
-from rectified_diffusers.training.checkpoint import read_checkpoint
 from tests.test_lora import Lora
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline, sample
+from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import make_dataset, make_trainer
 from tests.training.test_processes import CONFIGS, launch, tensors
 

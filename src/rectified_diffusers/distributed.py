@@ -2,14 +2,16 @@
 
 import logging
 import os
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
 
 _PATIENCE = timedelta(days=30)  # how long finished processes wait for the slowest
 _TRAINING_PATIENCE = timedelta(hours=2)  # for one that writes 192 GB, the checkpoint of a model of 12B, or validates
@@ -51,3 +53,34 @@ def training_accelerator(mixed_precision: str, **arguments: Any) -> Accelerator:
     precision = "fp16" if mixed_precision == "fp16" else "no"
     group = InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)  # ten minutes by default
     return Accelerator(cpu=several_on_cpu(), mixed_precision=precision, kwargs_handlers=[group], **arguments)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a training. Their messages do not mix with those of the steps, so a thread may exchange them.
+
+    Attributes:
+        process: number of this process, from 0.
+        count: number of processes.
+        group: process group for the messages.
+    """
+
+    process: int = 0
+    count: int = 1
+    group: Any = None
+
+    @classmethod
+    def connect(cls) -> "Peers":
+        """Connect the processes of the default process group, if there is one; each must call this."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return cls()
+        group = torch.distributed.new_group(backend="gloo", timeout=_TRAINING_PATIENCE)  # NCCL passes no objects
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), group)
+
+    def exchange(self, value: Value) -> list[Value]:
+        """Return the values of all processes; each must call this."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values

@@ -35,14 +35,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import MANIFEST_NAME
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
-from rectified_diffusers.training.checkpoint import (
-    STATE,
-    Checkpoint,
-    read_checkpoint,
-    sealed,
-    unsealed,
-    write_checkpoint,
-)
+from rectified_diffusers.training.checkpoint import STATE, sealed, unsealed
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 from tests.faults import kept
 from tests.faults.kept import Found
@@ -150,6 +143,7 @@ class Target:
 
 def make_targets(folder: Path) -> dict[str, Target]:
     """Write valid files below a folder and return the targets that take damaged copies of them."""
+    from tests.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
     from tests.training.helpers import make_dataset, make_trainer
 
     triplets = folder / "triplets"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import fuzz, run
+from tests.faults import fuzz, run, saving
 from tests.faults.campaign import FAULTS, NEEDS_MOUNT, Reference, Verdict
 from tests.faults.run import WORKLOADS, Row, run_campaign
 from tests.faults.workloads import Workload
@@ -33,6 +33,13 @@ def test_nothing_is_lost(workloads: list[str], tmp_path: Path) -> None:
 @pytest.mark.very_slow
 def test_nothing_is_lost_in_the_other_commands(tmp_path: Path) -> None:
     assert failures([name for name in WORKLOADS if name not in ("triplets", "reflow")], 2, tmp_path) == []
+
+
+@pytest.mark.very_slow
+def test_a_kill_in_a_save_changes_nothing(tmp_path: Path) -> None:
+    halves, failures = saving.run(4, tmp_path)
+    assert halves > 0
+    assert failures == []
 
 
 def test_a_try_is_kept_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

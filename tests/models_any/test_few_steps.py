@@ -146,9 +146,11 @@ def recomputed_in_a_step(name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     return count, *found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "sana" else pytest.mark.slow) for name in LAST]
-)
+NO_MASK = pytest.mark.xfail(strict=True, reason="diffusers 0.42 drops the mask in Chroma's checkpointed single blocks")
+MARKS: dict[str, Any] = {"sana": (), "chroma": (pytest.mark.slow, NO_MASK)}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, pytest.mark.slow)) for name in LAST])
 def test_gradient_checkpointing_changes_no_gradient(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

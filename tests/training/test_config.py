@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from rectified_diffusers.training.checkpoint import config_to_json, recorded_options, require_same_run
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -16,6 +15,7 @@ from rectified_diffusers.training.config import (
     ReflowConfig,
     TrainerConfig,
 )
+from rectified_diffusers.training.identity import config_to_json, recorded_options, require_same_run
 
 
 @pytest.mark.parametrize(

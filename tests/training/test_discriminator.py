@@ -10,10 +10,10 @@ from torch.nn.functional import softplus
 
 from rectified_diffusers import cli
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.dmd import Discriminator, DistributionMatchingTrainer, MatchingBatch
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import newest_checkpoint
 from tests.training.helpers import SHORT, digests, make_matching_teacher, make_trainer, write_dataset
 
 

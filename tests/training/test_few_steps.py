@@ -19,10 +19,10 @@ from rectified_diffusers.export.portable import save_portable
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
 from rectified_diffusers.training import checkpoint
-from rectified_diffusers.training.checkpoint import read_checkpoint
 from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig
 from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import (
     PROMPTS,
     SHORT,

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.lora import WEIGHTS
 from tests.tiny import make_tiny_pipeline, sample
+from tests.training.checkpoints import newest_checkpoint
 from tests.training.helpers import SHORT, TRAINERS, digests, make_trainer
 
 LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 1.0, "warmup_steps": 0}
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_reaches_the_adapter(dataset: TripletDataset, tmp
 
 def test_other_layers_may_be_chosen(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, lora_target_modules=("conv1", "attn2.to_k"), **LORA)
-    layers = {name.split(".lora_")[0] for name in trainer.student.named(trainer.student.parameters)}
+    layers = {name.split(".lora_")[0] for name in trainer.student.names}
     assert layers
     assert all(layer.endswith((".conv1", ".attn2.to_k")) for layer in layers)
 

@@ -14,10 +14,10 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.latents import pack
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training.checkpoint import newest_checkpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.dmd import DistributionMatchingTrainer, MatchingBatch, matching_gradient
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import newest_checkpoint
 from tests.training.helpers import (
     PROMPTS,
     SHORT,
@@ -387,14 +387,6 @@ def test_a_teacher_of_the_wrong_sign_is_found_at_the_start(dataset: TripletDatas
     trainer.teacher.register_forward_hook(lambda module, args, output: (output[0] + args[0],))
     with pytest.raises(ValueError, match=r"points away from the data"):
         trainer.train()
-
-
-def test_sharded_weights_are_refused(
-    dataset: TripletDataset, output_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rectified_diffusers.training.trainer.is_sharded", lambda accelerator: True)
-    with pytest.raises(ValueError, match=r"two networks in turn, which FSDP does not support"):
-        make_matching(dataset, output_dir)
 
 
 @pytest.mark.parametrize(

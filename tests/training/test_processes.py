@@ -20,9 +20,9 @@ from rectified_diffusers.cli import main
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training.checkpoint import read_checkpoint
 from rectified_diffusers.training.sharding import full, is_sharded, shard_like
 from tests.tiny import make_tiny_pipeline
+from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import SHORT, digests, make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +46,19 @@ def launch(words: list[str], timeout: int = 1200, **environment: str) -> str:
     done = subprocess.run(words, cwd=ROOT, env=known, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return done.stdout
+
+
+def launch_fsdp(dataset: TripletDataset, output: Path, runs: list[str]) -> None:
+    """Run trainings of `tests.training.processes` on two processes that share the weights out."""
+    fsdp = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in fsdp.items()}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
+    launch(
+        [*torchrun, "-m", "tests.training.processes", str(dataset.folder), str(output), *runs],
+        ACCELERATE_USE_CPU="true",
+        ACCELERATE_USE_FSDP="true",
+        **environment,
+    )
 
 
 def tensors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
@@ -128,15 +141,7 @@ def test_weights_shared_out_by_fsdp_are_those_of_one_process(
     runs = {"straight": [whole_run], "parts": [{**whole_run, "max_steps": 2}, whole_run], "from_one": [{}]}
     runs |= {"lora": [{"lora_rank": 2, "max_steps": 2}]}
     words = [f"{name}={json.dumps({'max_steps': STEPS, **part})}" for name, parts in runs.items() for part in parts]
-    fsdp = yaml.safe_load((CONFIGS / "fsdp.yaml").read_text())["fsdp_config"]
-    environment = {name.upper(): str(value) for name, value in fsdp.items()}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"]
-    launch(
-        [*torchrun, "-m", "tests.training.processes", str(dataset.folder), str(tmp_path), *words],
-        ACCELERATE_USE_CPU="true",
-        ACCELERATE_USE_FSDP="true",
-        **environment,
-    )
+    launch_fsdp(dataset, tmp_path, words)
     records = [json.loads((tmp_path / f"straight-{i}.json").read_text()) for i in range(2)]
     size = sum(weight.numel() for weight in make_tiny_pipeline().unet.parameters())
     for record in records:
@@ -156,6 +161,22 @@ def test_weights_shared_out_by_fsdp_are_those_of_one_process(
     check_that_they_agree(found, expected)
     make_trainer("reflow", dataset, tmp_path / "lora_alone", max_steps=2, lora_rank=2).train()
     check_that_they_agree(tensors(tmp_path / "lora", 2), tensors(tmp_path / "lora_alone", 2))
+
+
+@pytest.mark.very_slow
+def test_distribution_matching_sharded_by_fsdp_is_that_of_one_process(dataset: TripletDataset, tmp_path: Path) -> None:
+    """Two sharded networks, and a discriminator with a gradient for the data alone; one run is resumed."""
+    options = {"max_steps": 2, "fake_updates": 2, "first_fake_updates": 1, "save_every_steps": 1}
+    make_trainer("dmd", dataset, tmp_path / "alone", real_data=dataset, **options).train()
+    words = [
+        f"{name}={json.dumps({'method': 'dmd', **options, 'max_steps': steps})}"
+        for name, steps in (("straight", 2), ("parts", 1), ("parts", 2))
+    ]
+    launch_fsdp(dataset, tmp_path, words)
+    assert json.loads((tmp_path / "straight-1.json").read_text())["sharded"]
+    straight, parts = (tensors(tmp_path / name, 2) for name in ("straight", "parts"))
+    check_that_they_agree(straight, tensors(tmp_path / "alone", 2))
+    assert all(torch.equal(parts[name], straight[name]) for name in straight)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -67,9 +67,7 @@ def test_a_round_begins_with_the_average_of_the_last(dataset: TripletDataset, ou
     for step in (1, 2):
         trainer.train_step(step)
     assert all(torch.equal(weight, first[name]) for name, weight in trainer.teacher.named_parameters())
-    average = {
-        name: weight.clone() for name, weight in trainer.student.named(trainer.student.ema.shadow_params).items()
-    }
+    average = {name: weight.clone() for name, weight in trainer.tensors()["ema.safetensors"].items()}
     trainer.step = 3
     trainer.begin_round()
     for network in (trainer.teacher, trainer.student.network):

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from rectified_diffusers import files as files_module
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.training import checkpoint
+from rectified_diffusers.training import writer
 from rectified_diffusers.training.trainer import Trainer
 from tests.forks import call_in_fork
+from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import (
     KILLED_RUN,
     TRAINERS,
@@ -37,10 +37,10 @@ def stop() -> None:
 # checkpoint after the third step, the first one of the second round, with its teacher. A checkpoint of distribution
 # matching has five files.
 KILLS = {
-    "reflow": ("save_file", 5),
+    "reflow": ("write_file", 5),
     "distill": ("replace", 9),
-    "progressive": ("save_file", 7),
-    "dmd": ("save_file", 9),
+    "progressive": ("write_file", 7),
+    "dmd": ("write_file", 9),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: Triplet
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Trainer, "train_step", 4), (checkpoint, "save_file", 3), (files_module, "flush", 3), (Path, "replace", 3)]
+    [(Trainer, "train_step", 4), (writer, "write_file", 3), (writer, "flush", 3), (Path, "replace", 3)]
     + [(Path, "replace", call) for call in (4, 6, 9)],
 )
 def test_a_run_stopped_anywhere_equals_one(
@@ -120,7 +120,7 @@ def test_a_finished_run_is_not_repeated(whole: Path, dataset: TripletDataset, mo
     unet = again.train()
     changed = [path for path in whole.rglob("*") if path.stat().st_mtime_ns != before[path]]
     assert [path for path in changed if path.is_file() and path.name != "log.jsonl"] == []
-    ema = checkpoint.read_checkpoint(whole / "checkpoints" / "step-00000006").tensors["ema.safetensors"]
+    ema = read_checkpoint(whole / "checkpoints" / "step-00000006").tensors["ema.safetensors"]
     assert all(torch.equal(weight, ema[name]) for name, weight in unet.named_parameters())
 
 

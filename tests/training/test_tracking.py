@@ -9,8 +9,8 @@ import pytest
 from accelerate.tracking import WandBTracker
 
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.training import trainer as trainer_module
 from rectified_diffusers.training.tracking import PROJECT
+from rectified_diffusers.training.writer import CheckpointWriter
 from tests.training.helpers import digests, make_trainer
 
 WATCHED: dict[str, Any] = {
@@ -28,14 +28,14 @@ class Killed(BaseException):
 def train_in_two_parts(dataset: TripletDataset, output_dir: Path, **options: Any) -> None:
     """Train 6 steps, killed in the fourth after step 3 was logged but not saved, and gone on with from step 2."""
     with pytest.MonkeyPatch.context() as patch:
-        save = trainer_module.write_checkpoint
+        save = CheckpointWriter.save
 
-        def stop(folder: Path, checkpoint: Any, keep: int) -> Any:
-            if checkpoint.step == 4:
+        def stop(self: CheckpointWriter, step: int, *arguments: Any) -> None:
+            if step == 4:
                 raise Killed
-            return save(folder, checkpoint, keep)
+            save(self, step, *arguments)
 
-        patch.setattr(trainer_module, "write_checkpoint", stop)
+        patch.setattr(CheckpointWriter, "save", stop)
         with pytest.raises(Killed):
             make_trainer("distill", dataset, output_dir, **WATCHED, **options).train()
     make_trainer("distill", dataset, output_dir, **WATCHED, **options).train()

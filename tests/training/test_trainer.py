@@ -68,6 +68,18 @@ def test_gradient_checkpointing_changes_nothing(dataset: TripletDataset, tmp_pat
     torch.testing.assert_close(recomputed, plain, rtol=0, atol=0)
 
 
+@pytest.mark.very_slow
+def test_a_compiled_network_changes_only_rounding(dataset: TripletDataset, tmp_path: Path) -> None:
+    plain, compiled = (make_trainer("reflow", dataset, tmp_path, compile=on) for on in (False, True))
+    expected, found = losses_and_weights(plain), losses_and_weights(compiled)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-6)
+    assert (found[1] - expected[1]).abs().mean() < 1e-6
+    assert compiled.student.network._compiled_call_impl is not None
+    assert compiled.tensors().keys() == plain.tensors().keys()
+    for file, named in plain.tensors().items():
+        assert compiled.tensors()[file].keys() == named.keys()
+
+
 def test_what_a_step_sees_is_a_function_of_seed_and_step(dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer("reflow", dataset, output_dir, batch_size=64)
     first = trainer.sample_inputs(1)

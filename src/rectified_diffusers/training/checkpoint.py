@@ -4,110 +4,34 @@ A checkpoint is written under a temporary name, flushed to disk and renamed. `st
 every file and ends with its own digest, so a damaged checkpoint is detected and the previous one is used. No pickle.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from rectified_diffusers.digests import hash_file
-from rectified_diffusers.files import is_full, no_space, require_space, write_atomically
-from rectified_diffusers.training.config import ProgressiveConfig, TrainerConfig
+from rectified_diffusers.distributed import Peers
+from rectified_diffusers.training.parts import Place, file_of, is_distributed, part_of, places_in, read_file
 
 logger = logging.getLogger(__name__)
 
-FREE_OPTIONS = frozenset(
-    {
-        "output_dir",
-        "max_steps",
-        "micro_batch_size",
-        "num_workers",
-        "gradient_checkpointing",
-        "lpips_weights",
-        "save_every_steps",
-        "keep_checkpoints",
-        "validate_every_steps",
-        "validation_prompts",
-        "validation_guidance_scale",
-        "log_every_steps",
-        "report_to",
-        "push_to_hub",
-        "hub_model_id",
-        "straightness_paths",
-    }
-)
-"""Options that may change when a run is resumed: they affect neither the loss nor the trajectory of the weights."""
-
 STATE = "state.json"
 SEAL = "blake2b"
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """State after `step` optimizer steps; `tensors` is indexed by file name, then by parameter name."""
-
-    step: int
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
+class DamagedError(ValueError):
+    """A checkpoint is not as it was written."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint, then remove all but the `keep` newest.
-
-    Checkpoints of later steps are removed too: they were damaged or skipped.
-    """
-    path = checkpoint_path(folder, checkpoint.step)
-
-    def write(temporary: Path) -> None:
-        temporary.mkdir()
-        for name, tensors in checkpoint.tensors.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / name)
-        files = {name: file_digest(temporary / name) for name in sorted(checkpoint.tensors)}
-        state = {"step": checkpoint.step, **checkpoint.state, "files": files}
-        (temporary / STATE).write_text(sealed(state))
-
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        needed = sum(tensor.nbytes for tensors in checkpoint.tensors.values() for tensor in tensors.values())
-        raise no_space(folder, f"the checkpoint of step {checkpoint.step}", needed, _way_on(folder)) from error
-    older = [step for step in checkpoint_steps(folder) if step < checkpoint.step]
-    newer = [step for step in checkpoint_steps(folder) if step > checkpoint.step]
-    for step in [*newer, *(older[: -(keep - 1)] if keep > 1 else older)]:
-        shutil.rmtree(checkpoint_path(folder, step))
-    return path
-
-
-def require_room(folder: Path, size: int, keep: int) -> None:
-    """Raise if the disk has no room for all checkpoints that exist at the same time: the `keep` newest and a new one.
-
-    Args:
-        size: size of one checkpoint in bytes. Existing checkpoints need no more space.
-    """
-    needed = size * max(1, keep + 1 - len(checkpoint_steps(folder)))
-    require_space(folder, needed, f"the {keep} checkpoints to keep and the one being written", _way_on(folder))
-
-
-def _way_on(folder: Path) -> str:
-    """Return the end of the error for a full disk: the last good checkpoint and how to continue."""
-    steps = checkpoint_steps(folder)
-    last = f"{checkpoint_path(folder, steps[-1])} is complete" if steps else "there is none yet"
-    return (
-        f"Last good checkpoint: {last}. Make room or lower keep_checkpoints, and run the same again to go on from it."
-    )
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -116,73 +40,141 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raise a `ValueError` that describes the damage if it is damaged."""
-    try:
-        state = unsealed((path / STATE).read_text())
-        files, step = state.pop("files"), state.pop("step")
-        for name, expected in files.items():
-            found = file_digest(path / name)
-            if found != expected:
-                raise ValueError(f"{name} should be {expected} and is {found}")
-        return Checkpoint(step, {name: load_file(path / name) for name in files}, state)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"The checkpoint {path} is damaged ({type(error).__name__}: {error}). "
-            "Remove its folder to go on from the checkpoint before it."
-        ) from error
+class StoredCheckpoint:
+    """A checkpoint on the disk, of which each process reads the part that it needs.
+
+    Args:
+        path: folder of a checkpoint, of this or another number of processes, or of an earlier release.
+    """
+
+    def __init__(self, path: Path, peers: Peers) -> None:
+        self.path, self.peers = path, peers
+        self.state, self.parts = self._checked(self._open)
+        self.files: dict[str, Any] = self.state.pop("files")
+        self.step: int = self.state.pop("step")
+
+    def _open(self) -> tuple[dict[str, Any], dict[str, dict[str, Place]]]:
+        state = unsealed((self.path / STATE).read_text())
+        if not isinstance(state.get("step"), int):
+            raise ValueError(f"{STATE} names no step")
+        parts = {name: places_in(self.path / name) for name in sorted(state["files"])}
+        require_full(parts)
+        return state, parts
+
+    def tensors(self, file: str) -> dict[str, Place]:
+        """Return the tensors of `unet.safetensors`, for example, as their first parts; empty if there are none."""
+        parts = [places for part, places in self.parts.items() if file_of(part) == file]
+        return {name: place for places in reversed(parts) for name, place in places.items()}
+
+    def empty(self) -> dict[str, dict[str, Tensor]]:
+        """Return full tensors, not initialized, for everything in the checkpoint."""
+        files = {file: self.tensors(file) for file in map(file_of, self.parts)}
+        return {
+            file: {name: torch.empty(place.shape, dtype=place.dtype) for name, place in places.items()}
+            for file, places in files.items()
+        }
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy the checkpoint into tensors, by file and name; of one that is sharded, the part of this process.
+
+        Every process must call this with the same names. One process reads each file and checks its digest; it sends
+        to the others what they need in full. Of a sharded tensor, a process also reads its rows in files of others. If
+        the checkpoint is damaged, the tensors have partly changed.
+        """
+        targets = {(file, name): part_of(tensor) for file, named in tensors.items() for name, tensor in named.items()}
+        flat = {key: part.values.contiguous().view(-1) for key, part in targets.items()}
+        sharded = {(file, name) for file, name in targets if is_distributed(tensors[file][name])}
+        owners = {part: number % self.peers.count for number, part in enumerate(self.parts)}
+        own = [part for part, owner in owners.items() if owner == self.peers.process]
+
+        def copy(key: tuple[str, str], place: Place, values: Tensor | None) -> None:
+            """Copy the elements of a place, read now unless given, that lie in this process's part of a tensor."""
+            part = targets[key]
+            begin, end = max(part.first, place.first), min(part.first + len(flat[key]), place.first + place.count)
+            if begin < end:
+                found = place.read(begin, end) if values is None else values[begin - place.first : end - place.first]
+                flat[key][begin - part.first : end - part.first].copy_(found)
+
+        def read_own() -> None:
+            for file, named in tensors.items():
+                stored = self.tensors(file)
+                for name, tensor in named.items():
+                    if stored[name].shape != tensor.shape:
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, in {file} {stored[name].shape}")
+            for part in own:
+                file = file_of(part)
+
+                def receive(name: str, place: Place, values: Tensor, file: str = file) -> None:
+                    if (file, name) in targets:
+                        copy((file, name), place, values)
+
+                found = read_file(self.path / part, self.parts[part], receive)
+                if found != self.files[part]:
+                    raise ValueError(f"{part} should be {self.files[part]} and is {found}")
+
+        def read_others() -> None:
+            for part in self.parts.keys() - set(own):
+                for name, place in self.parts[part].items():
+                    if (file_of(part), name) in sharded:
+                        copy((file_of(part), name), place, None)
+
+        self._checked(read_own)
+        self._checked(read_others)
+        for part, places in self.parts.items() if self.peers.count > 1 else ():
+            for name, place in places.items():
+                key = (file_of(part), name)
+                if key in targets and key not in sharded:
+                    torch.distributed.broadcast(flat[key][place.first : place.first + place.count], owners[part])
+        with torch.no_grad():
+            for key, part in targets.items():
+                if flat[key].data_ptr() != part.values.data_ptr():  # it was not contiguous
+                    part.values.copy_(flat[key].view(part.values.shape))
+
+    def _checked(self, work: Callable[[], Result]) -> Result:
+        """Return the result of this process's work. Raise on all processes if any finds the checkpoint damaged."""
+        result: Any = None
+        damage = None
+        try:
+            result = work()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            damage = f"{type(error).__name__}: {error}"
+        for found in self.peers.exchange(damage):
+            if found:
+                raise DamagedError(
+                    f"The checkpoint {self.path} is damaged ({found}). "
+                    "Remove its folder to go on from the checkpoint before it."
+                )
+        return result
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Read the newest intact checkpoint. Return None if there is no checkpoint; raise if all are damaged."""
-    steps = checkpoint_steps(folder)
+def require_full(parts: Mapping[str, Mapping[str, Place]]) -> None:
+    """Raise unless the parts of each tensor are one after the other, from its first element to its last."""
+    ends: dict[tuple[str, str], int] = {}
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    for part, places in parts.items():
+        for name, place in places.items():
+            key = (file_of(part), name)
+            if ends.get(key, 0) != place.first or shapes.setdefault(key, place.shape) != place.shape:
+                raise ValueError(f"{part} does not hold the next part of {name}")
+            ends[key] = place.first + place.count
+    for (file, name), end in ends.items():
+        if end != math.prod(shapes[file, name]):
+            raise ValueError(f"the last part of {name} in {file} is missing")
+
+
+def load_newest(folder: Path, load: Callable[[StoredCheckpoint], Result], peers: Peers) -> Result | None:
+    """Return `load` of the newest intact checkpoint, or None if there is no checkpoint; raise if all are damaged."""
+    steps = peers.exchange(checkpoint_steps(folder))[0]
     for step in reversed(steps):
         try:
-            return read_checkpoint(checkpoint_path(folder, step))
-        except ValueError as error:
+            return load(StoredCheckpoint(checkpoint_path(folder, step), peers))
+        except DamagedError as error:
             logger.warning("%s Trying the one before it.", error)
     if steps:
         raise ValueError(
             f"None of the {len(steps)} checkpoints in {folder} is whole. Remove that folder to start from step 0."
         )
     return None
-
-
-def config_to_json(config: TrainerConfig) -> dict[str, Any]:
-    """Return the options that a checkpoint records: all except those for the machine and for monitoring the run."""
-    options = {name: value for name, value in asdict(config).items() if name not in FREE_OPTIONS}
-    if isinstance(config, ProgressiveConfig):
-        del options["student_steps"]  # the number of rounds, which is as free as max_steps
-    elif config.lr_schedule != "constant_with_warmup":
-        options["max_steps"] = config.max_steps  # linear and cosine schedules reach 0 there
-    return json.loads(json.dumps(options))
-
-
-def recorded_options(run: Mapping[str, Any], config: TrainerConfig) -> dict[str, Any]:
-    """Return a recorded run with default values for missing options, such as those of a run by an earlier release."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    known = {name: value for name, value in defaults.items() if name in config_to_json(config)}
-    return {**json.loads(json.dumps(known, default=str)), **run}
-
-
-def require_same_run(expected: Mapping[str, Any], found: Mapping[str, Any], output_dir: Path) -> None:
-    """Raise a `ValueError` that names the first entry in which a run differs from the run to resume."""
-    for name in [*expected, *(name for name in found if name not in expected)]:
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{output_dir} holds a run with {name}={expected.get(name)!r}, got {name}={found.get(name)!r}. "
-                "Give the same value to resume that run, or another output_dir to start a new one."
-            )
-
-
-def require_same_model(expected: Mapping[str, str], found: Mapping[str, str], output_dir: Path) -> None:
-    """Raise a `ValueError` that names the part in which the starting model differs from that of the run to resume."""
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ValueError(
-                f"{output_dir} holds a run that started from a model with another {name}. Give that model to resume "
-                "the run, or another output_dir to start a new one."
-            )
 
 
 def sealed(state: Mapping[str, Any]) -> str:
@@ -202,9 +194,3 @@ def unsealed(text: str) -> dict[str, Any]:
     if not isinstance(state.get("files"), dict):
         raise ValueError(f"{STATE} does not list its files")
     return state
-
-
-def file_digest(path: Path) -> dict[str, Any]:
-    """Return the size in bytes and the BLAKE2b digest of a file."""
-    digest = hash_file(path, hashlib.blake2b(digest_size=16))
-    return {"bytes": path.stat().st_size, "blake2b": digest.hexdigest()}

@@ -77,6 +77,10 @@ class TrainerConfig:
         "bf16", "Precision of the forward and backward passes; the weights are float32."
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, more time.")
+    compile: bool = option(
+        False,
+        "Compile the trained networks with torch.compile: a slow first step, then faster ones; rounding differs.",
+    )
     seed: int = option(0, "Seed of all random numbers of the training and the validation images.")
     save_every_steps: int = option(1000, "Steps between checkpoints; the last step always has one.")
     keep_checkpoints: int = option(2, "Number of newest checkpoints that are kept.")

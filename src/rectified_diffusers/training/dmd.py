@@ -19,7 +19,7 @@ from rectified_diffusers.models.conditioning import concat
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.models.velocity import guided
 from rectified_diffusers.pipelines.scheduler import require_straight
-from rectified_diffusers.training.checkpoint import Checkpoint
+from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import require_same_text
 from rectified_diffusers.training.lora import add_lora
@@ -115,11 +115,6 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
             )
         super().__init__(pipeline, dataset, config)
         self.validation_steps = (config.student_steps,)
-        if self.sharded:
-            raise ValueError(
-                "Distribution matching trains two networks in turn, which FSDP does not support here. Launch it "
-                "without FSDP, and with lora_rank if memory is short."
-            )
         kind = config.regression_loss if config.regression_weight else "l2"
         self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
         is_own = teacher is pipeline
@@ -143,8 +138,8 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
                 )
             self.real_prompt_encoder = PromptEncoder(self.denoiser, self.device)
         self.teacher = self.make_teacher().to(self.device).requires_grad_(False).eval()
-        folder = self.output.checkpoints
-        self.fake_score = Trained(self.make_fake(), self.accelerator, config, folder, "fake", "fake_", averaged=False)
+        fake, writer = self.make_fake(), self.writer
+        self.fake_score = Trained(fake, self.accelerator, config, writer, "fake", "fake_", averaged=False)
 
     @property
     def fits_pairs(self) -> bool:
@@ -337,9 +332,12 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         """Return the tensors of a checkpoint, without the teacher, which belongs to another pipeline."""
         return {**super().tensors(), **self.fake_score.tensors()}
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        super().load(checkpoint)
-        self.fake_score.load(checkpoint.tensors)
+    def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
+        return {**super().targets(checkpoint), **self.fake_score.targets(checkpoint)}
+
+    def restore(self, checkpoint: StoredCheckpoint, tensors: dict[str, dict[str, Tensor]]) -> None:
+        super().restore(checkpoint, tensors)
+        self.fake_score.restore(tensors)
 
 
 class Discriminator(nn.Module):

@@ -141,17 +141,18 @@ def require_direction(predict_velocity: Callable[[Tensor, Tensor, list[str]], Te
         )
 
 
-def require_finite(step: int, loss: float, grad_norm: float, scaler: Any, checkpoints: Path) -> None:
+def require_finite(step: int, loss: float, grad_norm: float, scaler: Any, settle: Callable[[], Path]) -> None:
     """Raise if the loss or gradient of a step is not finite, before it changes the weights.
 
     Args:
         scaler: gradient scaler of fp16; None in other precisions. fp16 overflows at first by design: the step is
             skipped and the scale halved, until there is no scale left.
-        checkpoints: folder of the run's checkpoints, for the error message.
+        settle: returns the folder of the run's checkpoints, for the error message, when none is being written.
     """
     overflow = scaler is not None and scaler.get_scale() > 1
     if math.isfinite(loss) and (math.isfinite(grad_norm) or overflow):
         return
+    checkpoints = settle()
     steps = checkpoint_steps(checkpoints)
     last = checkpoint_path(checkpoints, steps[-1]) if steps else "none yet"
     raise FloatingPointError(

@@ -13,8 +13,8 @@ from rectified_diffusers.evaluation.straightness import Straightness, pipeline_s
 from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Denoiser
+from rectified_diffusers.training.identity import STARTING_MODEL
 from rectified_diffusers.training.lora import PEFT_FILES, WEIGHTS, has_loader
-from rectified_diffusers.training.run_folder import STARTING_MODEL
 from rectified_diffusers.training.tracking import FOLDER
 
 METHODS = {

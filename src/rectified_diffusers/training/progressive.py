@@ -11,10 +11,13 @@ from rectified_diffusers.flow.time_density import Grid
 from rectified_diffusers.models.velocity import guide
 from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.seeds import generator_of
-from rectified_diffusers.training.checkpoint import Checkpoint
+from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.losses import FlowLoss
+from rectified_diffusers.training.sharding import copy_weights
 from rectified_diffusers.training.trainer import Trainer
+
+TEACHER = "teacher.safetensors"
 
 
 class ProgressiveTrainer(Trainer[ProgressiveConfig]):
@@ -85,14 +88,8 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
     def begin_round(self) -> None:
         """Set teacher and student to the averaged weights of the student, and reset the optimizer and the average."""
         self.student.restart()
-        self.load_teacher(self.student.named(self.student.parameters))
-
-    def load_teacher(self, weights: dict[str, Tensor]) -> None:
-        """Copy weights by name into the teacher; only those of the LoRA, if a LoRA is trained."""
-        with torch.no_grad():
-            for name, weight in self.teacher.named_parameters():
-                if name in weights:
-                    weight.copy_(weights[name])
+        teacher = dict(self.teacher.named_parameters())
+        copy_weights(self.student.parameters, [teacher[name] for name in self.student.names])
 
     def read(self, rows: Tensor, dropped: Tensor) -> Triplets:
         """Read triplets; with independent pairs, the noise of a row is sampled from (seed, step, row)."""
@@ -129,13 +126,13 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         """Return the tensors of a checkpoint, without the first teacher, which is the pipeline's own network."""
         if self.round_of(self.step) == 0:
             return super().tensors()
-        tensors = super().tensors()
-        names = tensors[self.student.weights_file]
-        teacher = {name: weight for name, weight in self.teacher.named_parameters() if name in names}
-        return {**tensors, "teacher.safetensors": teacher}
+        names, teacher = self.student.names, dict(self.teacher.named_parameters())
+        return {**super().tensors(), TEACHER: {name: teacher[name] for name in names}}
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        super().load(checkpoint)
+    def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
+        teacher = dict(self.teacher.named_parameters())
+        return {**super().targets(checkpoint), TEACHER: {name: teacher[name] for name in checkpoint.tensors(TEACHER)}}
+
+    def restore(self, checkpoint: StoredCheckpoint, tensors: dict[str, dict[str, Tensor]]) -> None:
+        super().restore(checkpoint, tensors)
         self.step = checkpoint.step
-        if "teacher.safetensors" in checkpoint.tensors:
-            self.load_teacher(checkpoint.tensors["teacher.safetensors"])

@@ -16,7 +16,8 @@ from PIL import Image
 from rectified_diffusers.evaluation.plots import new_figure, plot_straightness
 from rectified_diffusers.evaluation.straightness import Straightness
 from rectified_diffusers.files import write_atomically
-from rectified_diffusers.training.run_folder import RECORD, STARTING_MODEL, read_log
+from rectified_diffusers.training.identity import STARTING_MODEL
+from rectified_diffusers.training.run_folder import RECORD, read_log
 
 REPORT = "report.html"
 MAX_SHEETS, MAX_WIDTH = 24, 1280

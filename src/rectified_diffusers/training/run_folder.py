@@ -21,16 +21,15 @@ from rectified_diffusers.files import (
 )
 from rectified_diffusers.loading.errors import damaged_files
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.training.checkpoint import file_digest
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.identity import STARTING_MODEL
 from rectified_diffusers.training.lora import Adapter
+from rectified_diffusers.training.parts import file_digest
 
 logger = logging.getLogger(__name__)
 
 INDEX = "model_index.json"
 RECORD = "training.json"
-STARTING_MODEL = "starting_model"
-"""Entry of the record: digests of the parts of the starting model."""
 FILES = "files.json"
 """Size and digest of each file of the finished pipeline. Not in the record, which is equal wherever the model lay."""
 

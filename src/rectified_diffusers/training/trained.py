@@ -1,26 +1,22 @@
 """A network in training, with its optimizer, average, updates and checkpoint tensors."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
+from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.guards import require_checkpointing, require_finite
-from rectified_diffusers.training.sharding import copy_weights, full, trainable
+from rectified_diffusers.training.parts import Place
+from rectified_diffusers.training.sharding import trainable
+from rectified_diffusers.training.writer import CheckpointWriter
 
-_FULL_STATE = StateDictOptions(full_state_dict=True)
 AVERAGE = "ema.safetensors"
 _NESTED = "/"  # bitsandbytes keeps a dictionary of tensors in a parameter's state
 
@@ -40,29 +36,30 @@ def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainerConfig, de
     return AdamW8bit(parameters, **settings)
 
 
-def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the state of an optimizer as tensors named `<parameter>.<entry>`, on the CPU of the main process.
+def optimizer_tensors(names: Sequence[str], optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the state of an optimizer as tensors named `<parameter>.<entry>`.
 
-    An integer, such as the step count of bitsandbytes, becomes an int64 tensor without dimensions. Every process must
-    call this; processes other than the main one may get nothing.
+    An integer, such as the step count of bitsandbytes, becomes an int64 tensor without dimensions.
+
+    Args:
+        names: names of the optimizer's parameters, in its order.
     """
-    on_cpu = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: Any = get_optimizer_state_dict(model, optimizer, options=on_cpu).get("state", {})
-    return {f"{name}.{entry}": value for name, entries in state.items() for entry, value in _flat(entries)}
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}.{entry}": value for i, entries in state.items() for entry, value in _flat(entries)}
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(names: Sequence[str], optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load the tensors of `optimizer_tensors`; settings of the optimizer, such as its learning rate, are kept."""
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_FULL_STATE)
-    state["state"] = {}
+    state: dict[int, Any] = {}
+    numbers = {name: number for number, name in enumerate(names)}
     for key, value in tensors.items():
         name, _, entry = key.rpartition(".")
-        entries = state["state"].setdefault(name, {})
+        entries = state.setdefault(numbers[name], {})
         *folders, entry = entry.split(_NESTED)
         for folder in folders:
             entries = entries.setdefault(folder, {})
         entries[entry] = int(value.item()) if value.dtype == torch.int64 and value.ndim == 0 else value
-    set_optimizer_state_dict(model, optimizer, state, options=_FULL_STATE)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -82,7 +79,7 @@ class Trained:
 
     Args:
         network: in float32, on the device; its weights that require a gradient are trained.
-        checkpoints: folder of the checkpoints, for error messages.
+        writer: writes its checkpoints; error messages name the last.
         name: name of its weights' file in a checkpoint, without the suffix.
         prefix: prefix of the name of its optimizer's file.
         averaged: whether to average its weights.
@@ -93,17 +90,19 @@ class Trained:
         network: Any,
         accelerator: Accelerator,
         config: TrainerConfig,
-        checkpoints: Path,
+        writer: CheckpointWriter,
         name: str,
         prefix: str = "",
         averaged: bool = True,
     ) -> None:
         self.network, self.accelerator, self.config = network.train(), accelerator, config
-        self.checkpoints, self.averaged = checkpoints, averaged
+        self.writer, self.averaged = writer, averaged
         self.weights_file, self.optimizer_file = f"{name}.safetensors", f"{prefix}optimizer.safetensors"
         if config.gradient_checkpointing:
             require_checkpointing(network)
             network.enable_gradient_checkpointing()
+        if config.compile:
+            network.compile()  # in place, so that its weights keep their names
         optimizer = make_optimizer(trainable(network), config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(network, optimizer)
         self.parameters = trainable(network)  # after prepare, which may shard them
@@ -133,7 +132,7 @@ class Trained:
         total: Any = self.accelerator.reduce(self.backward(inputs, losses_of, seed), "mean")
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         loss, grad_norm = total.item(), norm.item()
-        require_finite(step, loss, grad_norm, self.accelerator.scaler, self.checkpoints)
+        require_finite(step, loss, grad_norm, self.accelerator.scaler, self.writer.settle)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -183,24 +182,35 @@ class Trained:
         """Size in a checkpoint: the weights, the two moments of the optimizer and the average."""
         return (3 + self.averaged) * sum(weight.nbytes for weight in self.parameters)
 
-    def named(self, weights: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Return full tensors by parameter name; `weights` has the order of `parameters`."""
-        names = [name for name, weight in self.network.named_parameters() if weight.requires_grad]
-        return dict(zip(names, map(full, weights), strict=True))
+    @property
+    def names(self) -> list[str]:
+        """Names of `parameters`."""
+        return [name for name, weight in self.network.named_parameters() if weight.requires_grad]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of a checkpoint by file and name; every process must call this."""
+        """Return the tensors of a checkpoint by file and name. They are not copied, and sharded if the weights are."""
         return {
-            self.weights_file: self.named(self.parameters),
-            **({AVERAGE: self.named(self.ema.shadow_params)} if self.averaged else {}),
-            self.optimizer_file: optimizer_tensors(self.model, self.optimizer.optimizer),
+            self.weights_file: dict(zip(self.names, self.parameters, strict=True)),
+            **({AVERAGE: dict(zip(self.names, self.ema.shadow_params, strict=True))} if self.averaged else {}),
+            self.optimizer_file: optimizer_tensors(self.names, self.optimizer.optimizer),
         }
 
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]], ema_steps: int = 0) -> None:
-        """Load the tensors of a checkpoint; `ema_steps` is the number of updates of the average."""
-        load_optimizer_tensors(self.model, self.optimizer.optimizer, tensors[self.optimizer_file])
-        names = [name for name, weight in self.network.named_parameters() if weight.requires_grad]
-        copy_weights((tensors[self.weights_file][name] for name in names), self.parameters)
+    def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors to load from a checkpoint: weights, average, and a new state of the optimizer."""
+        weights: dict[str, Tensor] = dict(zip(self.names, self.parameters, strict=True))
+
+        def empty(key: str, place: Place) -> Tensor:
+            weight = weights.get(key.rpartition(".")[0])
+            if weight is not None and weight.shape == place.shape:
+                return torch.empty_like(weight, dtype=place.dtype, requires_grad=False)
+            return torch.empty(place.shape, dtype=place.dtype, device=self.accelerator.device)
+
+        state = {key: empty(key, place) for key, place in checkpoint.tensors(self.optimizer_file).items()}
+        average = {AVERAGE: dict(zip(self.names, self.ema.shadow_params, strict=True))} if self.averaged else {}
+        return {self.weights_file: weights, **average, self.optimizer_file: state}
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], ema_steps: int = 0) -> None:
+        """Take over the loaded `targets`; `ema_steps` is the number of updates of the average."""
+        load_optimizer_tensors(self.names, self.optimizer.optimizer, tensors[self.optimizer_file])
         if self.averaged:
-            copy_weights((tensors[AVERAGE][name] for name in names), self.ema.shadow_params)
             self.ema.optimization_step = ema_steps

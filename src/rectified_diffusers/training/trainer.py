@@ -17,23 +17,15 @@ from tqdm.auto import tqdm
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.teacher import autocast, fingerprints
-from rectified_diffusers.distributed import training_accelerator
+from rectified_diffusers.distributed import Peers, training_accelerator
 from rectified_diffusers.flow.interpolation import Interpolation, Straight
 from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training import guards
-from rectified_diffusers.training.checkpoint import (
-    Checkpoint,
-    config_to_json,
-    newest_checkpoint,
-    recorded_options,
-    require_room,
-    require_same_model,
-    require_same_run,
-    write_checkpoint,
-)
+from rectified_diffusers.training.checkpoint import StoredCheckpoint, load_newest
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.identity import STARTING_MODEL, config_to_json, require_resumable
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -45,12 +37,13 @@ from rectified_diffusers.training.model_card import (
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
-from rectified_diffusers.training.run_folder import STARTING_MODEL, RunFolder, save_validation_images
+from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline, student_scheduler
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.watchdog import Watchdog
+from rectified_diffusers.training.writer import CheckpointWriter, require_room
 
 Config = TypeVar("Config", bound=TrainerConfig)
 
@@ -104,8 +97,10 @@ class Trainer(ABC, Generic[Config]):
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         if getattr(pipeline, "vae", None) is not None:
             pipeline.vae.to(self.device).requires_grad_(False).eval()
-        folder, name = self.output.checkpoints, self.denoiser.component
-        self.student = Trained(self.make_network(), self.accelerator, config, folder, name)
+        self.peers, keep = Peers.connect(), config.keep_checkpoints
+        self.writer = CheckpointWriter(self.output.checkpoints, keep, self.peers, self.output.flush_log)
+        name = self.denoiser.component
+        self.student = Trained(self.make_network(), self.accelerator, config, self.writer, name)
         steps: dict[str, Any] = {"num_warmup_steps": config.warmup_steps, "num_training_steps": self.schedule_steps}
         schedule = get_scheduler(config.lr_schedule, self.student.optimizer.optimizer, **steps)
         self.lr_factor = schedule.lr_lambdas[0]  # a function of the step alone, so there is no state to save
@@ -158,7 +153,7 @@ class Trainer(ABC, Generic[Config]):
 
         The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded.
         """
-        with self.output.locked() if self.accelerator.is_main_process else nullcontext():
+        with self.output.locked() if self.accelerator.is_main_process else nullcontext(), self.writer:
             self.run_steps(self.resume())
             return self.finish()
 
@@ -170,11 +165,15 @@ class Trainer(ABC, Generic[Config]):
         hidden = not (main and is_progress_bar_enabled())
         bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
         watchdog = Watchdog(self.accelerator.process_index, self.accelerator.num_processes)
+        first = step + 1
         with bar, watchdog, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
                 watchdog.enter(f"step {step}")
+                self.writer.check()
                 metrics = self.train_step(step)
+                if step == first:
+                    self.writer.reserve(self.tensors())
                 self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)
@@ -189,6 +188,8 @@ class Trainer(ABC, Generic[Config]):
                 rate = bar.format_dict["rate"] or 0.0
                 images = f"{rate * config.batch_size:.3g}"
                 bar.set_postfix(loss=f"{metrics[0]:.4g}", images_per_s=images, refresh=False)
+            watchdog.enter("writing the last checkpoint")
+            self.writer.wait()
 
     def begin(self, step: int) -> None:
         """Check for anything that would stop training later, and prepare for the steps after `step`."""
@@ -319,47 +320,47 @@ class Trainer(ABC, Generic[Config]):
         return fingerprints(self.pipeline)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the tensors of a checkpoint by file and name; every process must call this."""
+        """Return the tensors of a checkpoint by file and name, not copied."""
         return self.student.tensors()
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; every process must call this, and the main process writes."""
-        tensors = self.tensors()
+        """Begin to write a checkpoint; every process must call this, and writes a part."""
         scaler = self.accelerator.scaler
         state = {
             "run": self.identity(),
             "ema_steps": self.student.ema.optimization_step,
-            "since_line": self.since_line,
+            "since_line": list(self.since_line),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        if self.accelerator.is_main_process:
-            self.output.flush_log()
-            write_checkpoint(self.output.checkpoints, Checkpoint(step, tensors, state), self.config.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+        self.writer.save(step, self.tensors(), state)
 
     def resume(self) -> int:
         """Load the newest checkpoint, if there is one, and return the number of completed steps."""
-        checkpoint = newest_checkpoint(self.output.checkpoints)
-        step = checkpoint.step if checkpoint else 0
-        guards.require_steps_left(step, self.config)
-        if checkpoint:
-            recorded = recorded_options(checkpoint.state["run"], self.config)
-            started = recorded.setdefault(STARTING_MODEL, self.starting_model)  # runs of preview releases lack it
-            require_same_model(started, self.starting_model, self.output.path)
-            require_same_run(recorded, self.identity(), self.output.path)
-            self.load(checkpoint)
+        step = load_newest(self.output.checkpoints, self.load, self.peers) or 0
         if self.accelerator.is_main_process:
             self.output.prepare(step)
         self.accelerator.wait_for_everyone()
         return step
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Restore what `tensors` returned and the rest of the checkpoint's state."""
-        state = checkpoint.state
-        self.student.load(checkpoint.tensors, state["ema_steps"])
-        self.since_line = [tuple(metrics) for metrics in state["since_line"]]
+    def load(self, checkpoint: StoredCheckpoint) -> int:
+        """Load a checkpoint of this run and return its step; raise if it is of another run."""
+        guards.require_steps_left(checkpoint.step, self.config)
+        require_resumable(checkpoint.state["run"], self.identity(), self.config)
+        tensors = self.targets(checkpoint)
+        checkpoint.load(tensors)
+        self.restore(checkpoint, tensors)
+        return checkpoint.step
+
+    def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
+        """Return the tensors into which a checkpoint is loaded; every process must call this."""
+        return self.student.targets(checkpoint)
+
+    def restore(self, checkpoint: StoredCheckpoint, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Take over the loaded `targets` and the rest of the checkpoint's state."""
+        self.student.restore(tensors, checkpoint.state["ema_steps"])
+        self.since_line = [tuple(metrics) for metrics in checkpoint.state["since_line"]]
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
 
     def make_pipeline(self, network: Any) -> Any:
         """Return the pipeline that samples the student: ours where one exists, with all other components unchanged."""

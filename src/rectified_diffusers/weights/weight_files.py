@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -150,25 +150,34 @@ def _open_files(name: str, files: Sequence[Path]) -> StoredWeights:
     metadata: dict[str, str] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt"):  # checks the header, the offsets and the file length
-                pass
+            start, header = read_header(path)
         except SafetensorError as error:
             raise ValueError(
                 f"{name}: {path.name} is not a complete safetensors file ({error}); it was cut, damaged "
                 "or is something else. Download or make it again."
             ) from error
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
         metadata = header.pop("__metadata__", None) or {}  # null is valid and means none
         for key, entry in header.items():
             dtypes = _ALPHAS if key.endswith(".alpha") else _DTYPES
             if entry["dtype"] not in dtypes:
                 raise _no_floats(name, key, entry["dtype"])
-            offset = 8 + size + entry["data_offsets"][0]
+            offset = start + entry["data_offsets"][0]
             places[key] = _Place(path, offset, dtypes[entry["dtype"]], tuple(entry["shape"]))
     shapes = {key: place.shape for key, place in places.items()}
     return StoredWeights(name, shapes, metadata if len(files) == 1 else {}, lambda key: _read(places[key]))
+
+
+def read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Return the position of the first tensor of a safetensors file, and its header.
+
+    Raises:
+        SafetensorError: the header, the positions in it or the length of the file are wrong.
+    """
+    with safe_open(path, framework="pt"):
+        pass
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
 
 
 def _read(place: _Place) -> Tensor:
