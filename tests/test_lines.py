@@ -1,6 +1,8 @@
 """Text files that users have: every error names the file, the line and the remedy, before any work begins."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -102,3 +104,18 @@ def test_arguments_that_are_not_utf_8_are_refused(monkeypatch, capsys):
 def test_arguments_of_a_c_locale_are_utf_8():
     argument = "é apple".encode().decode("ascii", "surrogateescape")
     assert cli._decoded([argument, "plain", "🍎"]) == ["é apple", "plain", "🍎"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", [False, True], ids=["C", "ASCII"])
+def test_prompts_under_a_c_locale_generate_the_same_image(tmp_path, forced):
+    """`forced` switches off what Python does by itself in a C locale."""
+    locales = {"utf": {"LC_ALL": "C.UTF-8"}, "c": {"LC_ALL": "C"}}
+    if forced:
+        locales["c"] |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for name, variables in locales.items():
+        command = [sys.executable, "-m", "rectified_diffusers.cli", "generate", "café 🍎", "--guidance-scale", "2"]
+        command += ["--negative-prompt", "naïve", "--device", "cpu", "-o", str(tmp_path / f"{name}.png")]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "utf.png").read_bytes()
