@@ -125,7 +125,24 @@ def test_a_model_that_no_trainer_knows(other, command, tmp_path, capsys):
     words = ["--model", other, "--triplets", str(triplets), "--output-dir", str(tmp_path / "run")]
     assert cli.main([command, *words]) == 2
     assert "error: DDPMPipeline cannot be adapted: the call of DDPMPipeline takes no prompt" in capsys.readouterr().err
-    assert list((tmp_path / "run").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_cannot_be_adapted_leaves_no_folder(other, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    words = ["--teacher", other, "--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "a" / "b")]
+    assert cli.main(["triplets", *words, "--num-triplets", "2", "--device", "cpu"]) == 2
+    assert "error: DDPMPipeline cannot be adapted" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("below", [".", "deeper/run"])
+def test_an_output_below_a_file_is_refused(other, tmp_path, capsys, below):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "prompts.txt").write_text("a red apple\n")
+    words = ["--teacher", other, "--prompts", str(tmp_path / "prompts.txt"), "--num-triplets", "2"]
+    assert cli.main(["triplets", *words, "--output-dir", str(tmp_path / "file" / below)]) == 2
+    assert f"the output {str(tmp_path / 'file')!r} is a file" in capsys.readouterr().err
 
 
 def test_a_model_that_cannot_be_made_fast(other, tmp_path, capsys):

@@ -12,6 +12,10 @@ from typing import Any
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+class UnsupportedPipelineError(TypeError):
+    """A pipeline that cannot be used. The message is one sentence that says why."""
+
+
 def require_type(name: str, value: Any, expected: type | tuple[type, ...], remedy: str) -> None:
     """Raise unless `value` is an instance of `expected`."""
     if not isinstance(value, expected):

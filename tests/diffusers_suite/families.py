@@ -25,9 +25,9 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 from tests.diffusers_suite.chain import run_chain
 from tests.models_any.text import make_chat_tokenizer
 from tests.tiny import make_t5_encoder, make_t5_tokenizer, make_tokenizer

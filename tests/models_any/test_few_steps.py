@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.stock_call import StockCall
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig, ProgressiveConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.dmd import DistributionMatchingTrainer

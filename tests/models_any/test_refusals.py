@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import PROMPTS
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
 from tests.tiny import make_components, make_diffusion_scheduler, make_tiny_pipeline

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Sequence
 
 from rectified_diffusers import __version__
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.cli import delta, demo, evaluate, export, generate, inspect, interpolate, training, triplets
 from rectified_diffusers.cli.completion import SHELLS, PrintCompletion
 from rectified_diffusers.cli.shared import PROG, CommandError, Parser, options_of
 
+_PLAIN_ERRORS = CommandError, UnsupportedPipelineError, ValueError, OSError, ImportError, FloatingPointError
 _MEMORY = re.compile("allocate|out of memory|Storage size calculation overflowed")
 COMMANDS = (generate, interpolate, demo, inspect, triplets, training, evaluate, export, delta)
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(_decoded(sys.argv[1:] if argv is None else argv))
         arguments.run(*options_of(arguments))
-    except (CommandError, ValueError, OSError, ImportError, FloatingPointError) as error:
+    except _PLAIN_ERRORS as error:
         if arguments.debug:
             raise
         print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)

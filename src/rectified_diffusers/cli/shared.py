@@ -200,11 +200,11 @@ def print_result(options: CommandOptions, text: str, **facts: Any) -> None:
 
 
 def check_output_dir(folder: Path) -> None:
-    """Create the folder and check, before any work, that it is writable."""
-    if folder.exists() and not folder.is_dir():
-        raise CommandError(f"the output {str(folder)!r} is a file; give the name of a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_folder_is_writable(folder)
+    """Check, before any work, that a folder is writable or can be created. Nothing is created yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise CommandError(f"the output {str(existing)!r} is a file; give the name of a folder")
+    check_folder_is_writable(existing)
 
 
 def check_folder_is_writable(folder: Path) -> None:

@@ -121,10 +121,7 @@ def run_training(options: Any, config: Any) -> None:
         is_own = options.teacher == options.model  # is loaded once
         own["teacher"] = pipeline if is_own else load_pipeline(options.teacher, "cpu", "float32")
         own["real_data"] = open_triplets(real) if real else None
-    try:
-        trainer = trainers[type(config)](pipeline, open_triplets(options.triplets), config, **own)
-    except TypeError as error:  # a pipeline that the trainers do not support
-        raise CommandError(str(error)) from error
+    trainer = trainers[type(config)](pipeline, open_triplets(options.triplets), config, **own)
     with without_bars_of_libraries():
         trainer.train()
     if trainer.accelerator.is_main_process:

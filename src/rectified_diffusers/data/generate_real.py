@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rectified_diffusers.checks import require_type
+from rectified_diffusers.checks import UnsupportedPipelineError, require_type
 from rectified_diffusers.data.config import RealTripletConfig
 from rectified_diffusers.data.dataset import TripletDataset, Triplets, require_white
 from rectified_diffusers.data.generate import draw_noise, make_manifest, write_triplets
@@ -61,7 +61,7 @@ def generate_real_triplets(
     if shape[1] != shape[2]:
         raise ValueError(f"Real images are cropped to squares, and the teacher's latents are {shape}; set size.")
     if denoiser.latent_shape != shape:
-        raise TypeError(
+        raise UnsupportedPipelineError(
             f"Expected a teacher whose scheduler sees the latents of its VAE, {shape}, got {type(teacher).__name__}."
         )
     adapted = replace(Teacher.adapt(teacher, config, copy.deepcopy(teacher.scheduler), shape), denoiser=denoiser)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.solvers import make_solver
 from rectified_diffusers.data.teacher import Teacher, require_evaluation
@@ -17,7 +18,6 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, require_ode
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 
 
 @dataclass(frozen=True)

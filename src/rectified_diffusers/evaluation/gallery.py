@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.data.solvers import make_solver
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.models.denoiser import is_diffusion
@@ -44,11 +45,13 @@ def require_images(pipeline: Any) -> None:
     """Raise for a pipeline that generates videos, or whose call lacks an argument that `Sampler` passes."""
     kind, parameters = type(pipeline).__name__, inspect.signature(type(pipeline).__call__).parameters
     if "num_frames" in parameters:
-        raise TypeError(f"evaluate compares images, and {kind} generates videos.")
+        raise UnsupportedPipelineError(f"evaluate compares images, and {kind} generates videos.")
     needed = ("prompt", "num_inference_steps", "guidance_scale", "generator", "output_type")
     missing = [name for name in needed if name not in parameters]
     if missing:
-        raise TypeError(f"evaluate passes {missing[0]} to a pipeline, which the call of {kind} does not take.")
+        raise UnsupportedPipelineError(
+            f"evaluate passes {missing[0]} to a pipeline, which the call of {kind} does not take."
+        )
 
 
 def pipeline_digest(pipeline: Any) -> str:

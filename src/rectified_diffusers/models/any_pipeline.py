@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.flow.prediction import DiffusionAsFlow
 from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, calibrate
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
@@ -22,7 +23,7 @@ from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network,
 from rectified_diffusers.models.finding import blank_network
 from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.stock_call import StockCall, device_of, stop_at
-from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError, first_sample, images_of, with_sample
+from rectified_diffusers.models.watching import Trace, first_sample, images_of, with_sample
 from rectified_diffusers.pipelines.scheduler import VelocityDirection
 
 _BATCH_TOLERANCE = 1e-4

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.conditioning import equal
 from rectified_diffusers.models.finding import (
     blank_network,
@@ -37,7 +38,6 @@ from rectified_diffusers.models.watching import (
     Step,
     Stop,
     Trace,
-    UnsupportedPipelineError,
     positional,
 )
 

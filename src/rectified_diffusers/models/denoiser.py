@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.flow.interpolation import VariancePreserving
 from rectified_diffusers.flow.prediction import DIFFUSION_TYPES, DiffusionAsFlow
 from rectified_diffusers.models.conditioning import PromptConditioning
@@ -74,9 +75,10 @@ class Denoiser(ABC):
             if isinstance(pipeline, pipeline_class):
                 return denoiser_class(pipeline, 1.0 if guidance is None else guidance, options)
         if not hasattr(pipeline, "components"):
-            raise TypeError(f"Expected a text-to-image pipeline of diffusers, got {type(pipeline).__name__}.")
+            raise UnsupportedPipelineError(
+                f"Expected a text-to-image pipeline of diffusers, got {type(pipeline).__name__}."
+            )
         from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-        from rectified_diffusers.models.watching import UnsupportedPipelineError
 
         try:
             return PipelineDenoiser(pipeline, guidance, options)
@@ -145,7 +147,7 @@ class Denoiser(ABC):
             return DiffusionAsFlow(schedule, scheduler.config["prediction_type"])
         if isinstance(scheduler, RectifiedFlowEulerScheduler) or self.direction == "noise":
             return None
-        raise TypeError(
+        raise UnsupportedPipelineError(
             "Expected a RectifiedFlowEulerScheduler or a diffusion scheduler with alphas_cumprod and a "
             f"prediction_type, got {type(scheduler).__name__}."
         )

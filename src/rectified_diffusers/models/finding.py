@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.conditioning import equal, map_leaves
 from rectified_diffusers.models.forms import AnswerForm, Flow, SampleForm, TimeForm, predictions_in, read, rows_of
 from rectified_diffusers.models.stock_call import PROMPTS, STEPS, OnNetwork, StockCall, stop_at
-from rectified_diffusers.models.watching import NetworkCall, NoisePlace, Step, Stop, Trace, UnsupportedPipelineError
+from rectified_diffusers.models.watching import NetworkCall, NoisePlace, Step, Stop, Trace
 
 _FINEST = 1000  # steps of the grid that is read when timesteps are no line in sigma
 _LINES = ((1.0, 0.0), (1e-3, 0.0), (-1.0, 1000.0), (-1e-3, 1.0))

@@ -12,12 +12,13 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.calibration import CALL_ERRORS
 from rectified_diffusers.models.conditioning import equal, find_axes, split_rows
 from rectified_diffusers.models.finding import blank_network
 from rectified_diffusers.models.forms import Calibration, rows_of
 from rectified_diffusers.models.stock_call import PROMPTS, STEPS, StockCall, is_guider, stop_at
-from rectified_diffusers.models.watching import Trace, UnsupportedPipelineError
+from rectified_diffusers.models.watching import Trace
 
 _SCALE = 3.0
 _LINEAR = 1e-4

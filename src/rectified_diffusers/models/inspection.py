@@ -7,9 +7,9 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 from torch import nn
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 
 _TRAINED = 4 + 4 + 8 + 4  # bytes per weight in float32: the weight, its gradient, two moments of AdamW, its average
 _BASE = 4  # a LoRA's base in float32, which teacher and pipeline share

@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.scheduler import time_to_timestep
 
@@ -34,7 +35,7 @@ def plain_unet(unet: DiffusionVelocityUNet) -> UNet2DConditionModel:
             last block is not built like Stable Diffusion's, or its first layer is too narrow to recover x.
     """
     if type(unet) is not DiffusionVelocityUNet:
-        raise TypeError(
+        raise UnsupportedPipelineError(
             f"Expected a DiffusionVelocityUNet, got {type(unet).__name__}. A UNet2DConditionModel is plain already."
         )
     if unet.as_flow.prediction_type == "epsilon":

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.calibration import PROMPTS, STEPS, UNEQUAL, require_ode
 from rectified_diffusers.models.finding import with_sigmas
@@ -15,7 +16,6 @@ from rectified_diffusers.models.stock_call import device_of
 from rectified_diffusers.models.watching import (
     Step,
     Trace,
-    UnsupportedPipelineError,
     first_sample,
     images_of,
     step_arguments,

@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.conditioning import map_leaves
 from rectified_diffusers.models.watching import (
     NetworkCall,
@@ -26,7 +27,6 @@ from rectified_diffusers.models.watching import (
     StandIn,
     Stop,
     Trace,
-    UnsupportedPipelineError,
     bind,
     watched_encoding,
     watched_noise,

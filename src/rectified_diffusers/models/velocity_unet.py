@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 from typing_extensions import Self
 
+from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.flow.interpolation import VariancePreserving
 from rectified_diffusers.flow.prediction import DIFFUSION_TYPES, DiffusionAsFlow
 from rectified_diffusers.models.denoiser import is_diffusion
@@ -63,7 +64,7 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
         """
         if type(unet) is not UNet2DConditionModel:
             kind = type(unet).__name__
-            raise TypeError(f"Expected a plain UNet2DConditionModel of a diffusion model, got {kind}.")
+            raise UnsupportedPipelineError(f"Expected a plain UNet2DConditionModel of a diffusion model, got {kind}.")
         schedule = _read_schedule(scheduler)
         made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
         weights = {name: weight.clone() for name, weight in unet.state_dict().items()}

@@ -16,10 +16,6 @@ from rectified_diffusers.models.conditioning import parts_of
 OnStep = Callable[..., Any]
 
 
-class UnsupportedPipelineError(TypeError):
-    """A pipeline that cannot be adapted. The message is one sentence that says why."""
-
-
 class Stop(BaseException):
     """Ends a stock `__call__` early. No handler of `Exception` in a pipeline catches it."""
 

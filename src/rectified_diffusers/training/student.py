@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor
 
-from rectified_diffusers.checks import require_type
+from rectified_diffusers.checks import UnsupportedPipelineError, require_type
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
@@ -17,7 +17,6 @@ from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
 from rectified_diffusers.models.stock_call import stop_at
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
-from rectified_diffusers.models.watching import UnsupportedPipelineError
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
