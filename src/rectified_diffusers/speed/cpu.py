@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.upsampling import Upsample2D
 from torch.overrides import TorchFunctionMode
 
-from rectified_diffusers.checks import require_pipeline
+from rectified_diffusers.checks import require_count, require_pipeline
 from rectified_diffusers.speed.attention import attention
 from rectified_diffusers.speed.upsampling import folded_upsampling
 
@@ -69,7 +69,13 @@ def tune(pipeline: DiffusionPipeline, *, height: int | None = None, width: int |
     if pipe.unet.device.type != "cpu":
         raise ValueError(f"tune measures CPUs, got a pipeline on {pipe.unet.device}. Call optimize with its defaults.")
     factor = pipe.vae_scale_factor
-    sides = [pipe.unet.config["sample_size"] if side is None else side // factor for side in (height, width)]
+    sides: list[int] = []
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels is not None:
+            require_count(name, pixels)
+            if pixels % factor:
+                raise ValueError(f"{name} must be a multiple of {factor} for this VAE, got {pixels}.")
+        sides.append(pipe.unet.config["sample_size"] if pixels is None else pixels // factor)
     layers = _LargestLayers()
     with torch.no_grad(), layers:
         _call_on_meta(pipe.unet, sides)
