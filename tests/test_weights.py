@@ -579,20 +579,28 @@ def peak():
     # In MB. Not ru_maxrss: on Linux a process inherits that of its parent.
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 class Model(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, tensors, rows):
         super().__init__()
         self.layers = torch.nn.ParameterList([torch.zeros(rows) for _ in range(tensors)])
+def make(name):
+    files = (folder / f"{kind}-{name}.safetensors" for kind in ("tuned", "base", "delta"))
+    compute_weight_delta(*files)
+def apply(model, name):
+    apply_weight_delta(model, folder / f"delta-{name}.safetensors", 0.5, keep_undo=sys.argv[2] == "undo")
 if sys.argv[2] == "write":
-    for name in ("tuned", "base"):
-        save_file({f"layers.{i}": torch.randn(rows) for i in range(tensors)}, folder / f"{name}.safetensors")
+    for kind in ("tuned", "base"):
+        save_file({f"layers.{i}": torch.randn(rows) for i in range(tensors)}, folder / f"{kind}-large.safetensors")
+        save_file({"layers.0": torch.randn(9)}, folder / f"{kind}-small.safetensors")
 elif sys.argv[2] == "make":
+    make("small")  # the first call also loads code of libraries
     before = peak()
-    compute_weight_delta(folder / "tuned.safetensors", folder / "base.safetensors", folder / "delta.safetensors")
+    make("large")
     print(peak() - before)
 else:
-    model = Model()
+    model = Model(tensors, rows)
+    apply(Model(1, 9), "small")
     before = peak()
-    apply_weight_delta(model, folder / "delta.safetensors", 0.5, keep_undo=sys.argv[2] == "undo")
+    apply(model, "large")
     print(peak() - before)
 """
 
