@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor
 
-from machine import provenance
+from machine import provenance, write_page
 from rectified_diffusers.distributed import Peers, training_accelerator
 from rectified_diffusers.files import write_atomically
 from rectified_diffusers.training.checkpoint import StoredCheckpoint, checkpoint_path
@@ -124,7 +124,6 @@ def report(
     loading: float,
     loads: list[tuple[int, int]],
 ) -> None:
-    facts = provenance()
     ratio = max(after) / min(before)
     seconds = {
         "before: all files by one process, each read again for its digest": before,
@@ -140,14 +139,8 @@ def report(
         f"is written, a step of {STEP} s takes at most {others:.2f} s longer. Loading takes {loading:.1f} s. "
         f"A process reads at most {max(read for read, _ in loads) / 1e9:.2f} GB and takes at most "
         f"{max(peak for _, peak in loads) / 1e9:.2f} GB of memory above what it has.",
-        "",
-        f"    {facts.pop('command')}",
-        "",
-        "; ".join(f"{name} {value}" for name, value in facts.items()) + ".",
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "checkpoints.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_page(args.output / "checkpoints.md", lines, provenance())
 
 
 if __name__ == "__main__":

@@ -72,6 +72,15 @@ def write_results(output: Path, results: dict[str, Any], lines: Sequence[str], q
         print(text, flush=True)
 
 
+def write_page(path: Path, lines: Sequence[str], facts: dict[str, str]) -> None:
+    """Print a report and write it to a file, with the command and the other facts of `provenance` at the end."""
+    others = "; ".join(f"{name} {value}" for name, value in facts.items() if name != "command")
+    text = "\n".join([*lines, "", f"    {facts['command']}", "", f"{others}."])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         import torch

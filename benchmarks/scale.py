@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from machine import provenance
+from machine import provenance, write_page
 from rectified_diffusers.data.shards import Shard, shard_path, write_shard
 
 LATENTS = (4, 64, 64)
@@ -79,14 +79,8 @@ def main() -> None:
         f"| U-Net, parameters | {counts['parameters']:,.0f} |",
         f"| bytes per triplet on disk, float16 | {size:,.0f} |",
         f"| triplets read per second of one processor, random order, in the cache | {rate:,.0f} |",
-        "",
-        f"    {facts.pop('command')}",
-        "",
-        "; ".join(f"{name} {value}" for name, value in facts.items()) + ".",
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "scale.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write_page(args.output / "scale.md", lines, facts)
 
 
 if __name__ == "__main__":
