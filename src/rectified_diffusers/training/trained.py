@@ -187,17 +187,20 @@ class Trained:
         """Names of `parameters`."""
         return [name for name, weight in self.network.named_parameters() if weight.requires_grad]
 
+    def _weights(self) -> dict[str, dict[str, Tensor]]:
+        """Return the weights and their average by file and name."""
+        averages = {AVERAGE: self.ema.shadow_params} if self.averaged else {}
+        files = {self.weights_file: self.parameters, **averages}
+        return {file: dict(zip(self.names, tensors, strict=True)) for file, tensors in files.items()}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name. They are not copied, and sharded if the weights are."""
-        return {
-            self.weights_file: dict(zip(self.names, self.parameters, strict=True)),
-            **({AVERAGE: dict(zip(self.names, self.ema.shadow_params, strict=True))} if self.averaged else {}),
-            self.optimizer_file: optimizer_tensors(self.names, self.optimizer.optimizer),
-        }
+        return {**self._weights(), self.optimizer_file: optimizer_tensors(self.names, self.optimizer.optimizer)}
 
     def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
         """Return the tensors to load from a checkpoint: weights, average, and a new state of the optimizer."""
-        weights: dict[str, Tensor] = dict(zip(self.names, self.parameters, strict=True))
+        stored = self._weights()
+        weights = stored[self.weights_file]
 
         def empty(key: str, place: Place) -> Tensor:
             weight = weights.get(key.rpartition(".")[0])
@@ -206,8 +209,7 @@ class Trained:
             return torch.empty(place.shape, dtype=place.dtype, device=self.accelerator.device)
 
         state = {key: empty(key, place) for key, place in checkpoint.tensors(self.optimizer_file).items()}
-        average = {AVERAGE: dict(zip(self.names, self.ema.shadow_params, strict=True))} if self.averaged else {}
-        return {self.weights_file: weights, **average, self.optimizer_file: state}
+        return {**stored, self.optimizer_file: state}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], ema_steps: int = 0) -> None:
         """Take over the loaded `targets`; `ema_steps` is the number of updates of the average."""
