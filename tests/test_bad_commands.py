@@ -136,6 +136,13 @@ def test_a_teacher_that_cannot_be_adapted_leaves_no_folder(other, tmp_path, caps
     assert not (tmp_path / "a").exists()
 
 
+def test_a_model_that_cannot_be_exported(other, tmp_path, capsys):
+    words = ["onnx", "--model", other, "-o", str(tmp_path / "onnx"), "--device", "cpu"]
+    assert cli.main(["export", *words]) == 2
+    assert "error: export_onnx needs a diffusers pipeline" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
 @pytest.mark.parametrize("below", [".", "deeper/run"])
 def test_an_output_below_a_file_is_refused(other, tmp_path, capsys, below):
     (tmp_path / "file").write_text("")

@@ -88,7 +88,7 @@ def require_pipeline(function: str, pipeline: Any, *parts: str) -> None:
     """Raise unless `pipeline` has the named parts, such as "unet", and none of them is missing."""
     missing = [part for part in parts if getattr(pipeline, part, None) is None]
     if missing:
-        raise TypeError(
+        raise UnsupportedPipelineError(
             f"{function} needs a diffusers pipeline with {', '.join(parts)}, got {type(pipeline).__name__} without "
             f"{', '.join(missing)}. Load one with RectifiedFlowPipeline.from_pretrained(folder)."
         )

@@ -119,10 +119,7 @@ def _make_fast(pipeline: Any, options: GenerateOptions) -> None:
     from rectified_diffusers.speed.optimize import optimize
 
     dtype: Any = "auto" if options.dtype == "auto" else None
-    try:
-        optimize(pipeline, dtype=dtype, compile=False, decoder=options.tiny_decoder)
-    except TypeError as error:  # a model with a different architecture
-        raise CommandError(str(error)) from error
+    optimize(pipeline, dtype=dtype, compile=False, decoder=options.tiny_decoder)
     pipeline.vae.enable_slicing()  # decoding several images at once takes memory and gains nothing
 
 
