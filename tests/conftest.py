@@ -25,6 +25,10 @@ torch.set_num_threads(1)
 gc.disable()  # until all tests are imported: imported objects are never freed
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--comfyui", metavar="CHECKOUT", help="run tests/test_comfyui.py with this checkout of ComfyUI")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make every very slow test a slow one too, before tests are selected by their markers."""

@@ -1,6 +1,8 @@
 // Names for screen readers that gradio 6.31 leaves out. The caption of an image has the prompt as its title.
 const captions = {
   picture: 'own-caption', beside: 'beside-caption', 'sketch-picture': 'sketch-caption', 'morph-picture': 'morph-caption',
+  'photo-picture': 'photo-caption',
+  ...Object.fromEntries([0, 1, 2, 3].map((slot) => [`few-${slot}`, `few-${slot}-caption`])),
 };
 const set = (element, name, value) => element.getAttribute(name) === value || element.setAttribute(name, value);
 function nameAll() {

@@ -2,7 +2,6 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import gradio as gr
 from PIL import Image
 
 from rectified_diffusers.demo import markup
+from rectified_diffusers.demo.components import PHONE_COLUMN, drawing_area, html, image_view, shown_errors, thumbnails
 from rectified_diffusers.demo.guard import GuardedBlocks
 from rectified_diffusers.demo.requests import (
     MAX_CHARACTERS,
@@ -25,7 +25,6 @@ from rectified_diffusers.demo.requests import (
 from rectified_diffusers.demo.session import (
     LENGTH,
     SLOTS,
-    Entry,
     Session,
     other_prompt,
     other_seed,
@@ -34,6 +33,7 @@ from rectified_diffusers.demo.session import (
     unread_remark,
 )
 from rectified_diffusers.demo.sketches import lines_of
+from rectified_diffusers.demo.tabs import PhotoTab, StepsTab
 from rectified_diffusers.demo.tasks import Requests
 from rectified_diffusers.demo.worker import AnyStudio
 from rectified_diffusers.editing.animation import save_animation
@@ -41,8 +41,6 @@ from rectified_diffusers.editing.animation import save_animation
 QUEUE_LENGTH = 256  # further visitors get the message that the queue is full
 CACHE_SECONDS = (600, 4 * 3600)  # interval of the search for old image files, and the age at which they are old
 FRAMES_PER_SECOND = 15
-IMAGE_HEIGHT = 380  # screen pixels
-PHONE_COLUMN = 140  # least width of an image, so that two are side by side on a phone
 
 
 def build_page(studio: AnyStudio, styles: Sequence[tuple[Path, float]] = ()) -> gr.Blocks:
@@ -88,6 +86,10 @@ class _Page:
             with gr.Column(scale=4, min_width=600), gr.Tabs():
                 with gr.Tab("Generate"):
                     self._lay_out_images()
+                with gr.Tab("Steps"):
+                    self.few_steps = StepsTab(studio, self.requests)
+                with gr.Tab("Photo"):
+                    self.photo = PhotoTab(studio)
                 if studio.can_sketch:
                     with gr.Tab("Sketch"):
                         self._lay_out_sketch()
@@ -100,12 +102,12 @@ class _Page:
     def _lay_out_images(self) -> None:
         with gr.Row():
             with gr.Column(min_width=PHONE_COLUMN):
-                self.caption = _html(markup.own_caption(), "own-caption")
-                self.image = _image("picture")
+                self.caption = html(markup.own_caption(), "own-caption")
+                self.image = image_view("picture")
             with gr.Column(min_width=PHONE_COLUMN):
-                self.comparison_caption = _html(markup.comparison_caption(self.studio.comparison), "beside-caption")
-                self.comparison = _image("beside")
-        self.remark = _html(markup.remark(self.studio.comparison.remark), "remark")
+                self.comparison_caption = html(markup.comparison_caption(self.studio.comparison), "beside-caption")
+                self.comparison = image_view("beside")
+        self.remark = html(markup.remark(self.studio.comparison.remark), "remark")
         self.history = gr.Gallery(
             show_label=False,
             columns=LENGTH // 2,
@@ -122,23 +124,17 @@ class _Page:
     def _lay_out_sketch(self) -> None:
         with gr.Row():
             with gr.Column():
-                _html(markup.caption("Sketch", "the image follows its lines"))
-                self.sketch = gr.HTML(
-                    "",
-                    html_template=markup.packaged("sketch.html"),
-                    js_on_load=markup.packaged("sketch.js"),
-                    padding=False,
-                    elem_id="sketch",
-                )
+                html(markup.caption("Sketch", "the image follows its lines"))
+                self.sketch = drawing_area("sketch")
                 self.strength = gr.Slider(0, 2, 1, step=0.05, label="Strength of the sketch")
             with gr.Column():
-                self.sketch_caption = _html(markup.own_caption(), "sketch-caption")
-                self.sketch_image = _image("sketch-picture")
+                self.sketch_caption = html(markup.own_caption(), "sketch-caption")
+                self.sketch_image = image_view("sketch-picture")
 
     def _lay_out_morph(self) -> None:
         with gr.Row():
             with gr.Column():
-                _html(markup.caption("Interpolate", "from the prompt and seed above to these"))
+                html(markup.caption("Interpolate", "from the prompt and seed above to these"))
                 self.end_prompt = gr.Textbox(PROMPTS[1], label="Second prompt", max_length=MAX_CHARACTERS)
                 with gr.Row():
                     self.end_seed = gr.Number(1, label="Second seed", precision=0, minimum=0, maximum=MAX_SEED)
@@ -146,8 +142,8 @@ class _Page:
                 self.loop = gr.Checkbox(True, label="Loop back to the start")
                 self.animate = gr.Button("Animate", variant="primary", elem_id="animate")
             with gr.Column():
-                self.morph_caption = _html(markup.caption("Animation"), "morph-caption")
-                self.morph_image = _image("morph-picture")
+                self.morph_caption = html(markup.caption("Animation"), "morph-caption")
+                self.morph_image = image_view("morph-picture")
 
     def _lay_out_settings(self) -> None:
         self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed")
@@ -183,6 +179,7 @@ class _Page:
         typing += [slider.input for slider in self.sliders]
 
         newer = [self.prompt.submit, self.generate.click, self.surprise.click, self.new_seed.click]
+        newer += [self.few_steps.generate.click, *self.photo.events]
         ended = [self.animate.click, self.history.select, self.stop.click]
         gr.on(typing, self._record_typing, self.screen[1:], trigger_mode="multiple", **at_once)
         gr.on([*newer, *ended], self._record_new, self.screen[1:], trigger_mode="multiple", **at_once)
@@ -197,6 +194,8 @@ class _Page:
         restored = self.history.select(self._restore, self.session, settings, **at_once)
         restored.then(self._generate_live, self.screen, live, **private)
         self.upload.upload(self._add_style, [*self.screen, self.upload], [self.session, *self.sliders], **private)
+        self.few_steps.connect(self.screen, **private)
+        self.photo.connect(self.screen, typing, **private)
         if self.studio.can_sketch:
             gr.on(
                 [self.sketch.change, self.strength.input, *typing],
@@ -228,7 +227,7 @@ class _Page:
         outdated = markup.comparison_caption(self.studio.comparison)
         if not prompt.strip() or seed is None:  # the visitor is still typing
             return replace(session, shown=None), gr.skip(), markup.own_caption(), gr.skip(), outdated
-        with _shown_errors():
+        with shown_errors():
             if session.request(*screen)[0] == session.shown:  # Enter came first: the comparison is of this prompt
                 return tuple(gr.skip() for _ in range(5))
         return *self._generate(session, *screen, keep=False), outdated
@@ -238,11 +237,11 @@ class _Page:
         waiting = markup.comparison_caption(
             self.studio.comparison, Generation(None, 0, 0, self.studio.comparison.steps)
         )
-        return session, *shown, waiting, _thumbnails(session.entries), pack(session.entries)
+        return session, *shown, waiting, thumbnails(session.entries), pack(session.entries)
 
     def _generate(self, session: Session, *screen: Any, keep: bool) -> tuple[Session, Any, str, str]:
         """Return the session, image, caption and remark after generating an image."""
-        with _shown_errors():
+        with shown_errors():
             request, cut = session.request(*screen)
             generation = self.studio.generate(request)
         session = session.with_generation(request, generation, keep=keep)
@@ -251,7 +250,7 @@ class _Page:
 
     def _compare(self, session: Session, request: gr.Request, *screen: Any) -> Iterator[tuple[Any, str]]:
         comparison = self.studio.comparison
-        with _shown_errors():
+        with shown_errors():
             image_request, _ = session.request(*screen)
             prompt = image_request.prompt
             # Yield once at the start: otherwise a request that is immediately obsolete would leave blanks.
@@ -263,7 +262,7 @@ class _Page:
 
     def _generate_from_sketch(self, session: Session, *values: Any) -> tuple[Any, str]:
         *screen, sketch, strength = values
-        with _shown_errors():
+        with shown_errors():
             lines = lines_of(sketch, self.studio.size())
             if lines is None or not screen[0].strip():
                 return gr.skip(), markup.own_caption()
@@ -274,7 +273,7 @@ class _Page:
     def _morph(self, session: Session, request: gr.Request, *values: Any) -> Iterator[tuple[Any, str]]:
         *screen, end_prompt, end_seed, frames, loop = values
         images: list[Image.Image] = []
-        with _shown_errors(), tempfile.TemporaryDirectory() as folder:
+        with shown_errors(), tempfile.TemporaryDirectory() as folder:
             start, _ = session.request(*screen)
             end, _ = session.request(end_prompt, end_seed, start.steps, start.guidance_scale)
             total = 2 * frames if loop else frames + 1
@@ -293,7 +292,7 @@ class _Page:
 
     def _add_style(self, session: Session, *values: Any) -> tuple[Any, ...]:
         *screen, file = values
-        with _shown_errors():
+        with shown_errors():
             session = session.add_style(file)
             request, _ = session.request(PROMPTS[0], 0, 1, 1.0, *screen[4:])
             self.studio.apply_styles(request)
@@ -313,34 +312,4 @@ class _Page:
         if session.entries:
             settings[:4] = session.entries[0].settings
         shown = self._generate(session, *settings, keep=not session.entries)
-        return *shown, *settings[:4], _thumbnails(shown[0].entries), markup.title(self.studio.about())
-
-
-def _html(text: str, name: str | None = None) -> gr.HTML:
-    return gr.HTML(text, elem_id=name, padding=False)
-
-
-def _image(name: str) -> gr.Image:
-    return gr.Image(
-        type="pil",
-        format="png",
-        show_label=False,
-        interactive=False,
-        height=IMAGE_HEIGHT,
-        buttons=["download", "fullscreen"],
-        elem_id=name,
-        elem_classes="image",
-    )
-
-
-def _thumbnails(entries: Sequence[Entry]) -> list[tuple[Image.Image, str]]:
-    return [(entry.thumbnail, entry.caption) for entry in entries]
-
-
-@contextmanager
-def _shown_errors() -> Iterator[None]:
-    """Show the visitor the errors of an invalid request. Other errors are internal and go to the terminal."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        return *shown, *settings[:4], thumbnails(shown[0].entries), markup.title(self.studio.about())

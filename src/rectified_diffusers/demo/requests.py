@@ -15,6 +15,7 @@ MAX_CHARACTERS = 2000  # per prompt; CLIP's text encoders read about 300
 MAX_STEPS = 50
 MAX_FRAMES = 60  # per animation, from one image to the other
 MAX_GUIDANCE = 20.0
+MIN_STRENGTH = 0.1  # of image-to-image
 MAX_SEED = 2**32 - 1  # numbers in a browser are exact up to 2^53
 STYLE_SCALES = (-1.0, 2.0)
 
@@ -80,6 +81,10 @@ def cut_prompt(text: Any) -> tuple[str, str]:
 
 def check_frames(frames: Any) -> None:
     _check_number("number of frames", frames, 1, MAX_FRAMES, whole=True)
+
+
+def check_strength(strength: Any) -> None:
+    _check_number("strength", strength, MIN_STRENGTH, 1)
 
 
 def _check_number(name: str, value: Any, least: float, most: float, *, whole: bool = False) -> None:

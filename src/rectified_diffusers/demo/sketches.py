@@ -1,13 +1,17 @@
-"""Convert sketches, lines drawn in the browser, to input images of a ControlNet. Does not import torch."""
+"""Convert what a browser sends, sketches and photos, to input images. Does not import torch."""
 
+import base64
+import io
 import json
 import math
 from contextlib import suppress
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 MAX_POINTS = 50_000  # in all lines together
+PHOTO_SIDE = 1024  # pixels, of a photo as the browser sends it
+PHOTO_PREFIX = "data:image/jpeg;base64,"
 WIDTH = 1 / 170  # line width relative to the image: 1 pixel at 64, 3 at 512, the width of Canny edges
 
 
@@ -35,6 +39,25 @@ def lines_of(sketch: Any, size: tuple[int, int]) -> Image.Image | None:
         points = [(x * (size[0] - 1), y * (size[1] - 1)) for x, y in line]
         pen.line(points if len(points) > 1 else points * 2, fill=255, width=width, joint="curve")
     return image.convert("RGB")
+
+
+def photo_of(photo: Any, size: tuple[int, int]) -> Image.Image:
+    """Return a photo as an RGB image, cropped at the center to a size.
+
+    Args:
+        photo: a JPEG as a data URL, at most PHOTO_SIDE pixels wide and high.
+        size: width and height of the image.
+    """
+    try:
+        if not isinstance(photo, str) or not photo.startswith(PHOTO_PREFIX):
+            raise ValueError("not a data URL")
+        data = base64.b64decode(photo.removeprefix(PHOTO_PREFIX), validate=True)
+        image = Image.open(io.BytesIO(data), formats=["JPEG"])
+        if max(image.size) > PHOTO_SIDE:  # checked before its pixels are read
+            raise ValueError("too large")
+        return ImageOps.fit(image.convert("RGB"), size)
+    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:  # PIL raises all of these
+        raise ValueError(f"A photo is a JPEG of at most {PHOTO_SIDE} pixels a side. Choose another.") from error
 
 
 def _are_lines(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Generate the images that visitors request with one model or two, one image at a time, and measure the duration."""
 
 import inspect
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,14 +10,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import AutoPipelineForImage2Image
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from rectified_diffusers.demo.requests import Generation, ImageRequest, check_frames, comparison_with
+from rectified_diffusers.demo.requests import (
+    MAX_STEPS,
+    PROMPTS,
+    Generation,
+    ImageRequest,
+    check_frames,
+    check_strength,
+    comparison_with,
+)
 from rectified_diffusers.demo.styles import Styles
 from rectified_diffusers.demo.tasks import watch
 from rectified_diffusers.editing.interpolation import interpolate
-from rectified_diffusers.models.latents import latent_shape, unscale
+from rectified_diffusers.models.latents import unscale
+from rectified_diffusers.pipelines.mixin import StartFromImage
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowControlNetPipeline, RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import (
     RectifiedFlowXLControlNetPipeline,
@@ -28,7 +40,7 @@ class Studio:
     """Generate images with one model, and with its teacher for comparison. Thread-safe: one image at a time.
 
     Args:
-        pipeline: a text-to-image pipeline of the Stable Diffusion or SDXL family.
+        pipeline: any text-to-image pipeline of diffusers.
         teacher: any text-to-image pipeline. If None, the model itself with OWN_STEPS steps is the comparison.
         teacher_steps, teacher_guidance_scale: the teacher's generation settings.
         controlnet: a ControlNetModel for sketches. It requires one of this package's pipelines.
@@ -52,6 +64,8 @@ class Studio:
         self._sketch_pipeline = None if controlnet is None else with_controlnet(pipeline, controlnet)
         self._teacher = pipeline if teacher is None else teacher
         self.comparison = comparison_with(teacher is not None, teacher_steps, teacher_guidance_scale)
+        self._size: tuple[int, int] | None = None
+        self._photo_pipeline: Any = None  # created on the first use: not every family has one
         for each in (pipeline, teacher, self._sketch_pipeline):
             if each is not None:
                 each.set_progress_bar_config(disable=True)
@@ -61,9 +75,11 @@ class Studio:
         return self._sketch_pipeline is not None
 
     def size(self) -> tuple[int, int]:
-        """Return width and height of the images in pixels."""
-        _, height, width = latent_shape(self._pipeline)
-        return width * self._pipeline.vae_scale_factor, height * self._pipeline.vae_scale_factor
+        """Return width and height of the images in pixels: those of the first one."""
+        if self._size is None:
+            self.generate(ImageRequest(PROMPTS[0]))
+        assert self._size is not None
+        return self._size
 
     def about(self) -> str:
         """Return a one-line description of the model: name, number of weights, image size, device and precision."""
@@ -74,8 +90,10 @@ class Studio:
         return f"{self.name} · {millions:,.0f} M weights · {width}×{height} · {self._pipeline.device}, {precision}"
 
     def unread(self, prompt: str) -> str:
-        """Return the end of a prompt that exceeds the text encoder's maximum length."""
-        tokenizer = self._pipeline.tokenizer
+        """Return the end of a prompt that exceeds the maximum length of every text encoder."""
+        parts = self._pipeline.components.values()
+        tokenizers = [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+        tokenizer = max(tokenizers, key=lambda each: each.model_max_length)
         ids = tokenizer(prompt, verbose=False).input_ids
         room = tokenizer.model_max_length - 1  # the last token it reads is the end-of-text token
         return tokenizer.decode(ids[room:-1]).strip() if len(ids) > tokenizer.model_max_length else ""
@@ -83,7 +101,9 @@ class Studio:
     def generate(self, request: ImageRequest) -> Generation:
         """Generate an image with the model. Equal requests produce equal images, regardless of earlier ones."""
         with self._locked(request):
-            return generate(self._pipeline, request)
+            generation = generate(self._pipeline, request)
+            self._size = generation.image.size
+            return generation
 
     def generate_from_sketch(self, request: ImageRequest, lines: Image.Image, strength: float) -> Generation:
         """Generate an image that follows the lines of a sketch, white on black as returned by `lines_of`."""
@@ -91,6 +111,21 @@ class Studio:
             raise ValueError("Sketches need a ControlNet: start the page with --controlnet.")
         with self._locked(request):
             return generate(self._sketch_pipeline, request, image=lines, controlnet_conditioning_scale=strength)
+
+    def generate_from_photo(self, request: ImageRequest, photo: Image.Image, strength: float) -> Generation:
+        """Generate an image from a photo of the model's size: image-to-image at a strength in (0, 1].
+
+        Pipelines of this package spend all steps of the request after the strength. Others skip the first steps of the
+        grid: they get a grid of which the request's steps remain, and at least one is skipped.
+        """
+        check_strength(strength)
+        with self._locked(request):
+            if self._photo_pipeline is None:
+                self._photo_pipeline = with_image(self._pipeline)
+            if not isinstance(self._photo_pipeline, StartFromImage) and strength < 1:
+                steps = math.ceil(max(request.steps / strength, 1 / (1 - strength)))
+                request = replace(request, steps=min(steps, MAX_STEPS))
+            return generate(self._photo_pipeline, request, image=photo, strength=strength)
 
     def compare(self, request: ImageRequest) -> Iterator[Generation]:
         """Generate the same prompt from the same noise with the teacher. Yields the progress, then the result."""
@@ -164,6 +199,17 @@ def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
     return kind(**{**pipeline.components, "controlnet": controlnet.to(pipeline.device)}, **settings)
 
 
+def with_image(pipeline: Any) -> Any:
+    """Return the image-to-image pipeline of the same family, which shares the models of `pipeline`."""
+    try:
+        found = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError as error:
+        name = type(pipeline).__name__
+        raise ValueError(f"diffusers has no image-to-image pipeline for {name}. Use the other tabs.") from error
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
 PREVIEW_SHARE = 0.25  # maximum time for previews, relative to the generation time
 
 
@@ -177,7 +223,8 @@ def generate(
         more: further arguments of the pipeline call.
     """
     watch = _Stopwatch()
-    if watch_steps is not None and "callback_on_step_end" in inspect.signature(pipeline.__call__).parameters:
+    parameters = inspect.signature(pipeline.__call__).parameters
+    if watch_steps is not None and "callback_on_step_end" in parameters:
 
         def on_step_end(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             with watch.paused():
@@ -187,10 +234,11 @@ def generate(
             return {}
 
         more["callback_on_step_end"] = on_step_end
+    if "guidance_scale" in parameters:
+        more["guidance_scale"] = request.guidance_scale
     result = pipeline(
-        request.prompt,
+        prompt=request.prompt,
         num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale,
         generator=torch.Generator().manual_seed(request.seed),  # on the CPU: the same noise on every device
         **more,
     )
