@@ -51,8 +51,10 @@ faults:  ## kills, full disks, rotten files and hostile input, at length (root, 
 	python -m tests.faults.run --tries 20 --kills 100 --output benchmarks/results/faults.md
 	python -m tests.faults.fuzz --examples 115000 --output benchmarks/results/fuzzing.md
 
-wheel:  ## build dist/*.whl
-	python -m pip wheel --no-deps --wheel-dir dist .
+wheel:  ## build and check dist/*.tar.gz and dist/*.whl
+	python -m build
+	python -m twine check --strict dist/*
+	python .ci/check_wheel.py dist/*.whl
 
 clean:
 	rm -rf build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Check what a wheel holds: the package, its type marker, the licences and the bundled checkpoint, at most 40 MB.
 
-python .ci/check_wheel.py dist/rectified_diffusers-0.1.0-py3-none-any.whl
+python .ci/check_wheel.py dist/rectified_diffusers-0.2.0-py3-none-any.whl
 """
 
 import sys

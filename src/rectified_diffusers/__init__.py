@@ -13,7 +13,7 @@ import lazy_loader
 from rectified_diffusers.pipelines.registration import register as register
 from rectified_diffusers.pipelines.registration import register_unless_disabled
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _load, _, _lazy_names = lazy_loader.attach_stub(__name__, __file__)
 
