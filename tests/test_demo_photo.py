@@ -30,7 +30,8 @@ def test_a_photo_is_cropped_at_the_center():
     wide.paste("blue", (32, 0, 64, 32))
     photo = photo_of(data_url(wide), (16, 16))
     assert photo.size == (16, 16)
-    red, _, blue = photo.getpixel((8, 8))
+    pixel: Any = photo.getpixel((8, 8))
+    red, _, blue = pixel
     assert (red < 20, blue > 230) == (True, True)
 
 
@@ -84,7 +85,7 @@ def test_other_pipelines_start_from_the_photo_too(kind):
     studio, evaluations = Studio(pipeline), steps_run(pipeline)
     photos = [Image.new("RGB", studio.size(), color) for color in ("orange", "blue")]
     evaluations.clear()
-    images = [studio.generate_from_photo(ImageRequest("red"), photo, 0.6).image for photo in photos]
+    images: list[Any] = [studio.generate_from_photo(ImageRequest("red"), photo, 0.6).image for photo in photos]
     assert 1 <= len(evaluations) // 2 <= 3
     assert images[0].tobytes() != images[1].tobytes()
     assert studio.unread("red " * 60) == ""
@@ -111,7 +112,7 @@ def test_few_steps_come_one_by_one():
     assert updates[2][2] == shown[2][0]
     assert "4 steps" in updates[2][6]
     assert "× as long" in updates[-1][7]
-    one = page.studio.generate(ImageRequest("a red apple")).image
+    one: Any = page.studio.generate(ImageRequest("a red apple")).image
     assert shown[0][0].tobytes() == one.tobytes()
 
 

@@ -4,6 +4,7 @@ With the environment variable WRITE_SCREENSHOTS=1, the screenshots of the phone 
 """
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -120,11 +121,8 @@ def test_a_file_that_is_no_image_is_refused(page, tmp_path):
 
 
 def test_the_options_of_a_space_are_its_variables():
-    sys.path.insert(0, str(SPACE))
-    try:
-        from app import arguments
-    finally:
-        sys.path.remove(str(SPACE))
-    served = arguments(["--dtype", "float16"], {"SPACE_HOST": "me-space.hf.space", "MODEL": "me/one", "TEACHER": ""})
+    app = runpy.run_path(str(SPACE / "app.py"))
+    environment = {"SPACE_HOST": "me-space.hf.space", "MODEL": "me/one", "TEACHER": ""}
+    served = app["arguments"](["--dtype", "float16"], environment)
     assert served[:5] == ["demo", "--host", "0.0.0.0", "--port", "7860"]
     assert served[5:] == ["--allow-host", "me-space.hf.space", "--model", "me/one", "--dtype", "float16"]

@@ -64,7 +64,7 @@ class Studio:
         self._sketch_pipeline = None if controlnet is None else with_controlnet(pipeline, controlnet)
         self._teacher = pipeline if teacher is None else teacher
         self.comparison = comparison_with(teacher is not None, teacher_steps, teacher_guidance_scale)
-        self._size: tuple[int, int] | None = None
+        self._last: Any = None  # the last image of `generate`
         self._photo_pipeline: Any = None  # created on the first use: not every family has one
         for each in (pipeline, teacher, self._sketch_pipeline):
             if each is not None:
@@ -75,11 +75,9 @@ class Studio:
         return self._sketch_pipeline is not None
 
     def size(self) -> tuple[int, int]:
-        """Return width and height of the images in pixels: those of the first one."""
-        if self._size is None:
-            self.generate(ImageRequest(PROMPTS[0]))
-        assert self._size is not None
-        return self._size
+        """Return width and height of the images in pixels: those of the last one."""
+        last: Any = self._last or self.generate(ImageRequest(PROMPTS[0])).image
+        return last.size
 
     def about(self) -> str:
         """Return a one-line description of the model: name, number of weights, image size, device and precision."""
@@ -93,7 +91,7 @@ class Studio:
         """Return the end of a prompt that exceeds the maximum length of every text encoder."""
         parts = self._pipeline.components.values()
         tokenizers = [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
-        tokenizer = max(tokenizers, key=lambda each: each.model_max_length)
+        tokenizer: Any = max(tokenizers, key=lambda each: each.model_max_length)
         ids = tokenizer(prompt, verbose=False).input_ids
         room = tokenizer.model_max_length - 1  # the last token it reads is the end-of-text token
         return tokenizer.decode(ids[room:-1]).strip() if len(ids) > tokenizer.model_max_length else ""
@@ -102,8 +100,8 @@ class Studio:
         """Generate an image with the model. Equal requests produce equal images, regardless of earlier ones."""
         with self._locked(request):
             generation = generate(self._pipeline, request)
-            self._size = generation.image.size
-            return generation
+        self._last = generation.image
+        return generation
 
     def generate_from_sketch(self, request: ImageRequest, lines: Image.Image, strength: float) -> Generation:
         """Generate an image that follows the lines of a sketch, white on black as returned by `lines_of`."""
