@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,22 @@ def url(controlnet):
         process.terminate()
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextmanager
+def chromium(*arguments):
+    """Start a Chromium, or skip the test where none is installed."""
     with playwright.sync_playwright() as tools:
         installed = CHROMIUM or tools.chromium.executable_path
         if not Path(installed).exists():
             pytest.skip("no Chromium: install the package chromium, or run playwright install chromium")
-        browser = tools.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        browser = tools.chromium.launch(executable_path=installed, args=["--no-sandbox", *arguments])
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -361,8 +369,19 @@ def tab_stops(page, count):
 
 def test_the_keyboard_reaches_everything(page):
     ask(page, "a red heart")
-    names = tab_stops(page, 24)
-    order = ["Generate", "Surprise me", "Stop", "Generate", "Sketch", "Morph", "Fullscreen", "Download"]
+    names = tab_stops(page, 26)
+    order = [
+        "Generate",
+        "Surprise me",
+        "Stop",
+        "Generate",
+        "Steps",
+        "Photo",
+        "Sketch",
+        "Morph",
+        "Fullscreen",
+        "Download",
+    ]
     order += ["a red heart (One step)", "Fullscreen", "Download", "a red heart (The same model, 8 steps)"]
     order += ["a red heart · seed 0", "a red apple · seed 0", "Seed", "New seed"]
     assert [name for name in names if name][: len(order)] == order
