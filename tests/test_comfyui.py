@@ -190,14 +190,9 @@ def test_the_page_opens_the_workflow(server, tmp_path):
     kinds = {node["class_type"] for node in expected.values()}
     settings = b'{"Comfy.TutorialCompleted": true, "Comfy.Minimap.Visible": false}'
     urlopen(Request(f"{server}/settings", settings, {"Content-Type": "application/json"}))
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    from tests.test_demo_browser import CHROMIUM
+    from tests.test_demo_browser import chromium  # skips this test where there is no playwright
 
-    with playwright.sync_playwright() as tools:
-        installed = CHROMIUM or tools.chromium.executable_path
-        if not Path(installed).exists():
-            pytest.skip("no Chromium: install the package chromium, or run playwright install chromium")
-        browser = tools.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 640})
         page.set_default_timeout(120_000)
         page.goto(server)
@@ -212,5 +207,4 @@ def test_the_page_opens_the_workflow(server, tmp_path):
         page.wait_for_timeout(3000)
         folder = ROOT / "docs" / "images" if os.environ.get("WRITE_SCREENSHOTS") else tmp_path
         page.screenshot(path=folder / "comfyui.png")
-        browser.close()
     assert converted == {node: {**each, "_meta": converted[node]["_meta"]} for node, each in expected.items()}

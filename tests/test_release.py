@@ -1,10 +1,10 @@
 """What a release says of itself: archives with addresses that work, security promises with their tests, versions."""
 
 import configparser
-import importlib.util
 import re
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -20,14 +20,9 @@ def read(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def address() -> ModuleType:
+def address() -> SimpleNamespace:
     """The script that the release workflow runs before it builds the archives."""
-    spec = importlib.util.spec_from_file_location("address", ROOT / ".ci" / "address.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(ROOT / ".ci" / "address.py")))
 
 
 def test_the_readme_of_the_archives_has_no_relative_link(address):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
-from tests.test_demo_browser import CHROMIUM, IMAGES, WAIT, playwright, shown, wait_for_another
+from tests.test_demo_browser import IMAGES, WAIT, chromium, playwright, shown, wait_for_another
 
 pytestmark = pytest.mark.slow
 SPACE = Path(__file__).parents[1] / "examples" / "space"
@@ -33,14 +33,8 @@ def url():
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as tools:
-        installed = CHROMIUM or tools.chromium.executable_path
-        if not Path(installed).exists():
-            pytest.skip("no Chromium: install the package chromium, or run playwright install chromium")
-        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        browser = tools.chromium.launch(executable_path=installed, args=["--no-sandbox", *camera])
+    with chromium("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=SCREENS)

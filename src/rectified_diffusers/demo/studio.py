@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoPipelineForImage2Image
@@ -64,7 +64,7 @@ class Studio:
         self._sketch_pipeline = None if controlnet is None else with_controlnet(pipeline, controlnet)
         self._teacher = pipeline if teacher is None else teacher
         self.comparison = comparison_with(teacher is not None, teacher_steps, teacher_guidance_scale)
-        self._last: Any = None  # the last image of `generate`
+        self._size: tuple[int, int] | None = None  # of the last image of `generate`
         self._photo_pipeline: Any = None  # created on the first use: not every family has one
         for each in (pipeline, teacher, self._sketch_pipeline):
             if each is not None:
@@ -76,8 +76,9 @@ class Studio:
 
     def size(self) -> tuple[int, int]:
         """Return width and height of the images in pixels: those of the last one."""
-        last: Any = self._last or self.generate(ImageRequest(PROMPTS[0])).image
-        return last.size
+        if self._size is None:
+            self.generate(ImageRequest(PROMPTS[0]))
+        return cast("tuple[int, int]", self._size)
 
     def about(self) -> str:
         """Return a one-line description of the model: name, number of weights, image size, device and precision."""
@@ -100,7 +101,7 @@ class Studio:
         """Generate an image with the model. Equal requests produce equal images, regardless of earlier ones."""
         with self._locked(request):
             generation = generate(self._pipeline, request)
-        self._last = generation.image
+        self._size = cast(Image.Image, generation.image).size
         return generation
 
     def generate_from_sketch(self, request: ImageRequest, lines: Image.Image, strength: float) -> Generation:
