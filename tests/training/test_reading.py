@@ -108,6 +108,22 @@ def test_a_killed_worker_is_one_error_that_names_the_triplets(dataset: TripletDa
         trainer.train()
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_hands_over_a_batch_is_that_error_too(
+    dataset: TripletDataset, error: Exception
+) -> None:
+    """It depends on the moment of the kill whether torch notices first."""
+
+    def batches() -> Iterator[Any]:
+        raise error
+        yield
+
+    reader = RowReader(dataset, 1, CPU)
+    reader.batches = batches()
+    with pytest.raises(ChildProcessError, match=r"ahead was stopped: .*num_workers"):
+        reader.rows([0])
+
+
 def test_other_errors_within_the_block_are_kept(dataset: TripletDataset) -> None:
     with pytest.raises(RuntimeError, match=r"^other$"), RowReader(dataset, 1, CPU).ahead([[0]]):
         raise RuntimeError("other")

@@ -59,16 +59,24 @@ class RowReader:
         except RuntimeError as error:
             if not str(error).startswith(_TORCH_ERROR):
                 raise
-            raise ChildProcessError(
-                f"A process that read triplets of {self.dataset.place} ahead was stopped: {str(error).strip()} "
-                "Run the same again to go on; if memory or /dev/shm is short, lower num_workers."
-            ) from error
+            raise self._stopped(error) from error
         finally:
             self.batches, self.next = iter(()), None  # which stops the workers
 
+    def _stopped(self, error: Exception) -> ChildProcessError:
+        return ChildProcessError(
+            f"A process that read triplets of {self.dataset.place} ahead was stopped: {str(error).strip()} "
+            "Run the same again to go on; if memory or /dev/shm is short, lower num_workers."
+        )
+
     def rows(self, rows: list[int]) -> Triplets:
         """Return triplets by their rows: those read ahead if they are the next ones, else read now."""
-        self.next = self.next or next(self.batches, None)
+        try:
+            self.next = self.next or next(self.batches, None)
+        except (ConnectionError, EOFError) as error:
+            if "DataLoader worker" in str(error):  # of the reading itself
+                raise
+            raise self._stopped(error) from error  # the worker ended while it handed over a batch
         if self.next is None or self.next[0] != rows:
             return self.dataset.rows(rows)
         (_, read), self.next = self.next, None
