@@ -405,6 +405,8 @@ def test_a_sketch_is_drawn_with_the_keyboard(page):
 
 
 def test_a_file_is_chosen_with_the_keyboard(page, style):
+    # Intercepted from here on: `expect_file_chooser` alone returns before Chromium knows that it is to be.
+    page.on("filechooser", lambda _: None)
     page.locator("#upload").focus()
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
