@@ -1,6 +1,7 @@
 """Checkpoints are written in the background, by several processes, and read by another number of them."""
 
 import json
+import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,8 @@ from rectified_diffusers.training.checkpoint import (
     sealed,
     unsealed,
 )
-from rectified_diffusers.training.parts import Part, Snapshot, file_digest, file_of, part_name, write_file
+from rectified_diffusers.training.parts import Part, Snapshot, file_digest, file_of, own_parts, part_name, write_file
+from rectified_diffusers.training.trained import load_optimizer_tensors, optimizer_tensors
 from rectified_diffusers.training.writer import CheckpointWriter
 from tests.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 
@@ -77,6 +79,55 @@ def test_a_file_is_that_of_safetensors(tmp_path: Path) -> None:
     digest = write_file(tmp_path / FILE, snapshot)
     assert (tmp_path / FILE).read_bytes() == save(tensors)
     assert digest == file_digest(tmp_path / FILE)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [9, 1, 1, 1, 1], [1, 1, 1, 9], [3, 5, 7, 2, 6, 0]], ids=str)
+def test_who_writes_what_does_not_depend_on_the_order(sizes: list[int], count: int) -> None:
+    tensors = {
+        f"layer.{i}.{entry}": torch.zeros(size, 2) for i, size in enumerate(sizes) for entry in ("exp_avg", "x")
+    }
+    tensors |= {f"layer.{i}.step": torch.tensor(1.0) for i in range(len(sizes))}
+    expected = [list(own_parts(tensors, process, count)) for process in range(count)]
+    assert sorted(name for names in expected for name in names) == sorted(tensors)
+    for seed in range(20):
+        names = random.Random(seed).sample(list(tensors), len(tensors))
+        other = {name: tensors[name] for name in names}
+        assert [list(own_parts(other, process, count)) for process in range(count)] == expected
+
+
+@pytest.mark.parametrize("resumed_on", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_resumed_optimizer_writes_the_files_of_one_that_was_not_stopped(
+    count: int, resumed_on: int, tmp_path: Path
+) -> None:
+    """Whatever number of processes wrote what is resumed: the order of the state depends on it."""
+    network = torch.nn.Sequential(*(torch.nn.Linear(i + 1, i + 2) for i in range(5)))
+    names = [name for name, _ in network.named_parameters()]
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        for number, weight in enumerate(network.parameters()):
+            weight.grad = torch.full_like(weight, number + 1.0)
+        optimizer.step()
+
+    def save(peers: Peers, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        with CheckpointWriter(folder, 2, peers, lambda: None) as writer:
+            writer.save(1, {FILE: optimizer_tensors(names, optimizer)}, {})
+
+    first, second = (torch.optim.AdamW(network.parameters(), lr=1e-3) for _ in range(2))
+    step(first)
+    for processes, folder in ((count, "first"), (resumed_on, "stopped")):
+        on_threads(processes, lambda peers, folder=folder: save(peers, tmp_path / folder, first))
+    stored = StoredCheckpoint(checkpoint_path(tmp_path / "stopped", 1), Peers())
+    state = {name: torch.empty(place.shape, dtype=place.dtype) for name, place in stored.tensors(FILE).items()}
+    stored.load({FILE: state})
+    load_optimizer_tensors(names, second, state)
+    assert on_threads(count, lambda peers: save(peers, tmp_path / "second", second)) == [None] * count
+    written = [
+        {path.name: path.read_bytes() for path in checkpoint_path(tmp_path / folder, 1).iterdir()}
+        for folder in ("first", "second")
+    ]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -68,10 +68,14 @@ def part_of(tensor: Any) -> Part:
 
 
 def own_parts(tensors: Mapping[str, Tensor], process: int, count: int) -> dict[str, Part]:
-    """Return the parts that a process writes; tensors that each of them holds are divided evenly by size."""
+    """Return the parts that a process writes; tensors that each of them holds are divided evenly by size.
+
+    They are divided in the order of their names: a resumed optimizer has its state in another order than a new one,
+    and must write the same files.
+    """
     parts, done = {}, 0
     size = sum(tensor.nbytes for tensor in tensors.values() if not is_distributed(tensor))
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         part = part_of(tensor)
         if is_distributed(tensor):
             own = part.values.numel() > 0 and not part.is_copy
