@@ -36,10 +36,13 @@ def test_nothing_is_lost_in_the_other_commands(tmp_path: Path) -> None:
 
 
 @pytest.mark.very_slow
-def test_a_kill_in_a_save_changes_nothing(tmp_path: Path) -> None:
-    halves, failures = saving.run(4, tmp_path)
-    assert halves > 0
-    assert failures == []
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_kill_in_a_save_changes_nothing(processes: int, tmp_path: Path) -> None:
+    row, saved = saving.Row(processes), []
+    saving.run(row, 4, tmp_path, lambda: saved.append(row.kills))
+    assert row.failures == []
+    assert row.halves > 0
+    assert saved == [1, 2, 3, 4]
 
 
 def test_a_try_is_kept_and_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
