@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from rectified_diffusers.data import dataset as module
 from rectified_diffusers.data.dataset import TripletDataset, verify_triplets
-from rectified_diffusers.data.shards import Shard, shard_path, write_shard
+from rectified_diffusers.data.shards import PositionedFile, Shard, shard_path, write_shard
 
 
 @pytest.fixture
@@ -116,6 +119,67 @@ def test_a_shard_beyond_the_set_stands_for_none_of_it(folder):
     shard_path(folder, 1).rename(shard_path(folder, 5))
     with pytest.raises(ValueError, match=r"1 of 5 shards are missing in .*, first: shard-00001\."):
         TripletDataset(folder)
+
+
+@pytest.fixture
+def alone(monkeypatch) -> Callable[[Callable[[], Any]], Any]:
+    """Return what calls a function while rows are read one after the other."""
+
+    def call(work: Callable[[], Any]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_READERS", 1)
+            return work()
+
+    return call
+
+
+@pytest.mark.parametrize("indexed_from", [1, 100], ids=["with an index", "by the headers"])
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 64, 65, 150])
+def test_rows_read_at_once_are_those_read_one_after_the_other(folder, count, indexed_from, alone, monkeypatch):
+    monkeypatch.setattr(module, "_INDEXED_FROM", indexed_from)
+    monkeypatch.setattr(module, "_OPEN_SHARDS", 2)  # so that shards are closed while other threads read
+    dataset = TripletDataset(folder)
+    indices = torch.randint(20, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    for given in (indices, torch.tensor(indices, dtype=torch.long)):
+        expected, found = alone(partial(dataset.rows, given)), dataset.rows(given)
+        assert found.prompts == expected.prompts
+        assert torch.equal(found.noise, expected.noise)
+        assert torch.equal(found.data, expected.data)
+
+
+@pytest.mark.skipif(module._READERS == 1, reason="the system has no reads at positions")
+def test_the_rows_of_a_batch_are_read_at_once(folder, monkeypatch):
+    """The first read of each thread waits until all threads read."""
+    dataset, read, barrier = TripletDataset(folder), PositionedFile.read, threading.Barrier(module._READERS)
+    waited, before = threading.local(), threading.active_count()
+
+    def read_together(file: PositionedFile, start: int, count: int) -> bytes:
+        if not hasattr(waited, "done"):
+            barrier.wait(60)
+            waited.done = True
+        return read(file, start, count)
+
+    monkeypatch.setattr(PositionedFile, "read", read_together)
+    assert len(dataset.rows(range(2 * module._READERS))) == 2 * module._READERS
+    assert threading.active_count() == before, "a process with threads could not be forked"
+
+
+@pytest.mark.parametrize("indices", [[3, 20], [-1, 4], [2, 5, 9, 14], [14, 9, 2], list(range(19, -1, -1))], ids=str)
+def test_the_error_of_rows_read_at_once_is_that_of_the_first(folder, indices, alone):
+    for shard, row in ((1, 1), (2, 1), (3, 2)):
+        opened = Shard.open(shard_path(folder, shard))
+        with opened.path.open("r+b") as file:
+            file.seek(opened.tensors["noise"].start + row * opened.tensors["noise"].row_bytes)
+            file.write(b"\xff\xff")
+    dataset = TripletDataset.__new__(TripletDataset)  # opening would read damaged rows
+    dataset.folder, dataset.manifest = folder, module.Manifest.read(folder)
+    dataset._open_files()
+    messages = []
+    for call in (alone, lambda work: work()):
+        with pytest.raises((ValueError, IndexError)) as caught:
+            call(partial(dataset.rows, indices))
+        messages.append((caught.type, str(caught.value)))
+    assert messages[0] == messages[1]
 
 
 def test_verifying_shows_its_progress_or_nothing(folder, capfd):

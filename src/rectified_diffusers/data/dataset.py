@@ -5,8 +5,10 @@ manifest and the shard number fully determine a shard, so an interrupted run res
 """
 
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -25,6 +27,9 @@ from rectified_diffusers.data.shards import Shard, shard_numbers, shard_path
 _OPEN_SHARDS = 64  # maximum number of shards that a dataset keeps open
 _INDEXED_FROM = 65  # number of shards from which a folder has an index: the headers of fewer are kept in memory
 _INSPECTED_ROWS = 32  # rows checked when a dataset is opened
+_READERS = 8 if hasattr(os, "pread") else 1  # threads: on a network disk, each read waits for an answer
+_READ_AT_ONCE = 8 * _READERS  # rows that are in memory as they are stored
+_Row = tuple[dict[str, Tensor], str]  # of every tensor, and the prompt
 
 
 @dataclass(frozen=True)
@@ -150,20 +155,36 @@ class TripletDataset:
         """
         parts = {name: torch.empty(len(indices), *shape) for name, shape in self.manifest.row_shapes.items()}
         prompts = [""] * len(indices)
-        for position in sorted(range(len(indices)), key=lambda position: indices[position]):
-            index = int(indices[position])
-            if not 0 <= index < len(self):
-                raise IndexError(
-                    f"Indices must be in [0, {len(self)}), got {index} for the triplets in {self.folder}."
-                )
-            row, prompts[position] = (self._index and self._index.row(index)) or self._row(index)
+        order = sorted(range(len(indices)), key=lambda position: indices[position])
+        for position, (row, prompt) in zip(order, self._read([int(indices[i]) for i in order]), strict=True):
+            prompts[position] = prompt
             for name, values in row.items():
                 parts[name][position] = values
         noise, data = parts.pop("noise"), parts.pop("data")
         return Triplets(prompts, noise, data, {name.removeprefix(PROMPT): part for name, part in parts.items()})
 
-    def _row(self, index: int) -> tuple[dict[str, Tensor], str]:
-        """Return a row of every tensor and its prompt, checked by the header of its shard."""
+    def _read(self, indices: Sequence[int]) -> Iterator[_Row]:
+        """Yield the rows at ascending indices, read by several threads that each take neighbors.
+
+        The threads end with the call: a process that has some could not be forked safely.
+        """
+        if min(len(indices), _READERS) == 1:
+            yield from map(self._row, indices)
+            return
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="rows") as executor:
+            for begin in range(0, len(indices), _READ_AT_ONCE):
+                some = indices[begin : begin + _READ_AT_ONCE]
+                size = math.ceil(len(some) / _READERS)
+                shares = [some[first : first + size] for first in range(0, len(some), size)]
+                for rows in executor.map(lambda share: [self._row(index) for index in share], shares):
+                    yield from rows
+
+    def _row(self, index: int) -> _Row:
+        """Return a row of every tensor and its prompt, checked by the index, or else by the header of its shard."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Indices must be in [0, {len(self)}), got {index} for the triplets in {self.folder}.")
+        if self._index and (found := self._index.row(index)):
+            return found
         number, row = divmod(index, self.manifest.triplets_per_shard)
         shard = self._shard(number)
         return shard.checked_row(row), shard.header["prompts"][row]

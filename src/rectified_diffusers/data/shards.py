@@ -78,7 +78,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, 
 
 
 class PositionedFile:
-    """A file for reads at given positions, without reading ahead. Threads and forked processes may share it."""
+    """A file for reads at given positions, without reading ahead.
+
+    Threads and forked processes may share it, except on Windows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
