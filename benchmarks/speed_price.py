@@ -26,20 +26,22 @@ OFF: dict[str, Any] = {
     "channels_last": False,
     "blockwise_attention": False,
     "fold_upsampling": False,
+    "pack_weights": False,
     "fuse_qkv": False,
     "compile": False,
     "cache_prompts": False,
     "cache_times": False,
     "keep_memory": False,
 }
+IN_BFLOAT16 = {"blockwise_attention", "pack_weights"}  # without effect in float32
 
 
 def switches(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     half = getattr(torch, args.half)
-    alone = {name: {**OFF, name: True} for name in OFF if name not in ("dtype", "blockwise_attention", "compile")}
+    alone = {name: {**OFF, name: True} for name in OFF if name not in IN_BFLOAT16 | {"dtype", "compile"}}
     rows = {"none": OFF, **alone, args.half: {**OFF, "dtype": half}}
     if half == torch.bfloat16 and not args.device.startswith("cuda"):
-        rows[f"{args.half}, blockwise_attention"] = {**OFF, "dtype": half, "blockwise_attention": True}
+        rows |= {f"{args.half}, {name}": {**OFF, "dtype": half, name: True} for name in sorted(IN_BFLOAT16)}
     if args.compile:
         rows["compile"] = {**OFF, "compile": True}
     rows["lossless"] = {"lossless": True}

@@ -288,6 +288,7 @@ WEIGHTS: list[Case] = [
     ("optimize", lambda w: rd.optimize(None), "optimize needs a diffusers pipeline"),
     ("optimize", lambda w: rd.optimize(w.pipe, dtype="float16"), "dtype must be a torch.dtype"),
     ("optimize", lambda w: rd.optimize(w.pipe, compile="yes"), "compile must be True, False or 'auto'"),
+    ("optimize", lambda w: rd.optimize(w.pipe, pack_weights=1.5), "pack_weights must be True, False or 'auto'"),
     ("optimize", lambda w: rd.optimize(w.pipe, decoder=3), "decoder must be an AutoencoderTiny"),
 ]
 

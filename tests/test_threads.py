@@ -49,7 +49,7 @@ def test_threads_get_the_images_of_calls_one_by_one(pipeline, kind):
         for sibling in pipelines:
             sibling.set_progress_bar_config(disable=True)
     if kind == "an optimized pipeline":
-        optimize(pipeline, dtype=torch.bfloat16, blockwise_attention=True)
+        optimize(pipeline, dtype=torch.bfloat16, blockwise_attention=True, pack_weights=True)
     expected = [call(pipelines, number) for number in range(24)]
     with ThreadPoolExecutor(4) as threads:
         images = list(threads.map(lambda number: call(pipelines, number), range(24)))

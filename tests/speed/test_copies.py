@@ -23,6 +23,7 @@ SWITCHES = [
     {"lossless": True},
     {"dtype": None},
     {"dtype": torch.bfloat16, "blockwise_attention": True},
+    {"dtype": torch.bfloat16, "pack_weights": True},
     {"dtype": None, "fuse_qkv": True},
     {"dtype": None, "cache_prompts": True, "cache_times": True},
 ]

@@ -17,6 +17,7 @@ OFF: dict[str, Any] = {
     "channels_last": False,
     "blockwise_attention": False,
     "fold_upsampling": False,
+    "pack_weights": False,
     "fuse_qkv": False,
     "compile": False,
     "cache_prompts": False,
@@ -33,6 +34,7 @@ SWITCHES: dict[str, tuple[dict[str, Any], int]] = {
     "fold_upsampling": ({"fold_upsampling": True}, 1),
     "fuse_qkv": ({"fuse_qkv": True}, 1),
     "bfloat16": ({"dtype": torch.bfloat16, "blockwise_attention": True}, 12),
+    "packed bfloat16": ({"dtype": torch.bfloat16, "pack_weights": True}, 12),
     "everything": (
         {name: True for name in OFF if name not in ("dtype", "compile")} | {"dtype": torch.bfloat16},
         12,

@@ -13,28 +13,44 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rectified_diffusers.checks import require_count, require_pipeline
 from rectified_diffusers.speed.attention import attention
+from rectified_diffusers.speed.packing import packed_weights
 from rectified_diffusers.speed.upsampling import folded_upsampling
 
 CpuKind = Literal["amx", "avx512_bf16", "other"]
 
 SWITCHES: dict[CpuKind, dict[str, Any]] = {
-    "amx": {"dtype": torch.bfloat16, "channels_last": True, "blockwise_attention": False, "fold_upsampling": True},
+    "amx": {
+        "dtype": torch.bfloat16,
+        "channels_last": True,
+        "blockwise_attention": False,
+        "fold_upsampling": True,
+        "pack_weights": False,
+    },
     "avx512_bf16": {
         "dtype": torch.bfloat16,
         "channels_last": True,
         "blockwise_attention": True,
         "fold_upsampling": True,
+        "pack_weights": True,
     },
-    "other": {"dtype": torch.float32, "channels_last": True, "blockwise_attention": False, "fold_upsampling": True},
+    "other": {
+        "dtype": torch.float32,
+        "channels_last": True,
+        "blockwise_attention": False,
+        "fold_upsampling": True,
+        "pack_weights": False,
+    },
 }
 """By kind of CPU. AVX-512 without its bfloat16 instructions computes bfloat16 by conversion, no faster."""
 
 _TRIES = 3
-_SIDE, _CHANNELS = 64, 320  # the most of a timed feature map; beyond them, the time per product hardly changes
+# The most of what is timed; beyond it, the time per product hardly changes.
+_SIDE, _CHANNELS, _TOKENS = 64, 320, 1024
 
 
 def cpu_kind() -> CpuKind:
@@ -47,15 +63,15 @@ def cpu_kind() -> CpuKind:
 def tune(pipeline: DiffusionPipeline, *, height: int | None = None, width: int | None = None) -> dict[str, Any]:
     """Measure on this CPU which switches of `optimize` pay for a pipeline, and return them as its arguments.
 
-    Times the largest attention, convolution and upsampling of the U-Net with and without each switch, in about a
-    second. Close results depend on the load of the machine, and with them the last bits of an image.
+    Times the largest attention, convolution, upsampling and linear layer of the U-Net with and without each switch, in
+    about a second. Close results depend on the load of the machine, and with them the last bits of an image.
 
     Args:
         pipeline: with a U-Net, on the CPU.
         height, width: of the images in pixels; default: the pipeline's own.
 
     Returns:
-        `dtype`, `channels_last`, `blockwise_attention` and `fold_upsampling`.
+        `dtype`, `channels_last`, `blockwise_attention`, `fold_upsampling` and `pack_weights`.
 
     Example:
         ```python
@@ -92,25 +108,26 @@ def tune(pipeline: DiffusionPipeline, *, height: int | None = None, width: int |
         upsample: Any = Upsample2D(layers.upsampling[1], use_conv=True)
         upsample.to(dtype=dtype, memory_format=layout)
         features = torch.randn(layers.upsampling).to(dtype=dtype, memory_format=layout)
-        unfolded = _seconds(lambda: upsample(features))
-        with folded_upsampling(upsample):
-            folded = _seconds(lambda: upsample(features))
-    return {
-        "dtype": dtype,
-        "channels_last": layout == torch.channels_last,
-        "blockwise_attention": blockwise < plain,
-        "fold_upsampling": folded < unfolded,
-    }
+        inputs, (outputs, width) = layers.linear
+        linear = nn.Linear(width, outputs, dtype=dtype)
+        return {
+            "dtype": dtype,
+            "channels_last": layout == torch.channels_last,
+            "blockwise_attention": blockwise < plain,
+            "fold_upsampling": _pays(folded_upsampling, upsample, features),
+            "pack_weights": dtype == torch.bfloat16 and _pays(packed_weights, linear, torch.randn(inputs).to(dtype)),
+        }
 
 
 class _LargestLayers(TorchFunctionMode):
-    """Record the shapes of the largest attention, 3x3 convolution and upsampling of what runs inside."""
+    """Record the shapes of the largest attention, 3x3 convolution, upsampling and linear layer of what runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = ((1, 1, 1, 1), (1, 1, 1, 1))
         self.convolution = ((1, 1, 1, 1), (1, 1, 3, 3))
         self.upsampling = (1, 1, 1, 1)
+        self.linear = ((1, 1), (1, 1))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
@@ -124,6 +141,10 @@ class _LargestLayers(TorchFunctionMode):
                 self.convolution = features, weight
         elif func is F.interpolate:
             self.upsampling = max(self.upsampling, _cropped(args[0].shape), key=math.prod)
+        elif func is F.linear:
+            tokens = min(args[0].shape[:-1].numel(), _TOKENS)
+            layer = (tokens, args[0].shape[-1]), tuple(args[1].shape)
+            self.linear = max(self.linear, layer, key=lambda each: each[0][0] * math.prod(each[1]))
         return func(*args, **(kwargs or {}))
 
 
@@ -152,6 +173,13 @@ def _call_on_meta(unet: Any, sides: list[int]) -> None:
 def _convolution(shapes: Any, dtype: torch.dtype, layout: torch.memory_format) -> Callable[[], object]:
     features, weight = (torch.randn(shape).to(dtype=dtype, memory_format=layout) for shape in shapes)
     return lambda: F.conv2d(features, weight, padding=1)
+
+
+def _pays(switch: Callable[[nn.Module], Any], layer: nn.Module, features: Tensor) -> bool:
+    """Return whether a layer is faster with a switch of `optimize` on."""
+    without = _seconds(lambda: layer(features))
+    with switch(layer):
+        return _seconds(lambda: layer(features)) < without
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -17,6 +17,7 @@ from rectified_diffusers.speed.attention import blockwise_attention as use_block
 from rectified_diffusers.speed.caches import cached_prompts, cached_times, watched
 from rectified_diffusers.speed.compilation import compiled
 from rectified_diffusers.speed.cpu import SWITCHES, cpu_kind
+from rectified_diffusers.speed.packing import packed_weights
 from rectified_diffusers.speed.patching import can_keep_memory, images_on_device, kept_memory, replaced
 from rectified_diffusers.speed.precision import converted, fast_dtype, latents_in_float32
 from rectified_diffusers.speed.projections import can_fuse, fused_projections
@@ -70,6 +71,7 @@ def optimize(
     channels_last: Switch = "auto",
     blockwise_attention: Switch = "auto",
     fold_upsampling: Switch = "auto",
+    pack_weights: Switch = "auto",
     fuse_qkv: Switch = "auto",
     compile: Switch = "auto",
     compile_mode: str = "reduce-overhead",
@@ -92,6 +94,7 @@ def optimize(
         channels_last: of the convolutions; auto is on for CUDA and CPUs.
         blockwise_attention: our own order of attention's operations; auto is on for bfloat16 on a CPU without AMX.
         fold_upsampling: upsampling and convolution in one, with 4/9 of the products; auto is on.
+        pack_weights: keep bfloat16 weights in oneDNN's layout too; auto is on for bfloat16 on a CPU without AMX.
         fuse_qkv: query, key and value in one multiplication; auto is on for CUDA, where a LoRA allows it.
         compile: U-Net, decoder and text encoders by torch.compile, minutes at the first image; auto is on for CUDA.
         compile_mode: of torch.compile; the default creates CUDA graphs.
@@ -108,19 +111,14 @@ def optimize(
         "channels_last": channels_last,
         "blockwise_attention": blockwise_attention,
         "fold_upsampling": fold_upsampling,
+        "pack_weights": pack_weights,
         "fuse_qkv": fuse_qkv,
         "cache_prompts": cache_prompts,
         "cache_times": cache_times,
         "keep_memory": keep_memory,
     }
     switches = _choose(pipe, lossless, requested) | {"decoder": None if decoder is None else _tiny(decoder, pipe)}
-    result = Optimized(pipe, switches)
-    try:
-        _turn_on(result, compile_mode)
-    except BaseException:
-        result.restore()
-        raise
-    return result
+    return _turn_on(Optimized(pipe, switches), compile_mode)
 
 
 def is_optimized(pipeline: Any) -> bool:
@@ -143,14 +141,13 @@ def _choose(pipeline: Any, lossless: bool, requested: dict[str, Any]) -> dict[st
     computed_in = pipeline.unet.dtype if dtype is None else dtype
     compiles = (on_cuda and not lossless) if requested["compile"] == "auto" else requested["compile"]
     on_this_cpu = SWITCHES[cpu_kind()] if on_cpu else {}
+    in_bfloat16 = not lossless and computed_in == torch.bfloat16 and not compiles
     automatic = {
         "compile": compiles,
         "channels_last": not lossless and on_this_cpu.get("channels_last", on_cuda),
-        "blockwise_attention": not lossless
-        and computed_in == torch.bfloat16
-        and not compiles
-        and on_this_cpu.get("blockwise_attention", False),
+        "blockwise_attention": in_bfloat16 and on_this_cpu.get("blockwise_attention", False),
         "fold_upsampling": not lossless and on_this_cpu.get("fold_upsampling", True),
+        "pack_weights": in_bfloat16 and on_this_cpu.get("pack_weights", False),
         "fuse_qkv": not lossless and on_cuda and can_fuse(pipeline.unet),
         "cache_times": on_cpu and not compiles,
         "keep_memory": on_cpu and can_keep_memory(),
@@ -194,7 +191,17 @@ def _tiny(decoder: AutoencoderTiny | str | os.PathLike[str], pipeline: Any) -> A
     return tiny.to(vae.device, vae.dtype).eval()
 
 
-def _turn_on(result: Optimized, compile_mode: str) -> None:
+def _turn_on(result: Optimized, compile_mode: str) -> Optimized:
+    """Turn on what `result.switches` says, all of it or, on an error, nothing."""
+    try:
+        _enter_switches(result, compile_mode)
+    except BaseException:
+        result.restore()
+        raise
+    return result
+
+
+def _enter_switches(result: Optimized, compile_mode: str) -> None:
     """Enter the contexts of the enabled switches; they are exited in reverse order."""
     pipe, on, stack = result.pipeline, result.switches, result._undo
     stack.enter_context(replaced(pipe, _MARK, result))
@@ -212,7 +219,10 @@ def _turn_on(result: Optimized, compile_mode: str) -> None:
             stack.enter_context(use_blockwise_attention(model))
     for model in (pipe.unet, pipe.vae.decoder):
         if on["fold_upsampling"]:
-            result._forget.append(stack.enter_context(folded_upsampling(model)))
+            result._forget.append(stack.enter_context(folded_upsampling(model, on["pack_weights"])))
+    for model in models.values():
+        if on["pack_weights"]:  # after folding: the layers that it replaced are not packed
+            result._forget.append(stack.enter_context(packed_weights(model)))
     if on["fuse_qkv"]:
         result._forget.append(stack.enter_context(fused_projections(pipe.unet)))
     if on["cache_prompts"]:

@@ -17,29 +17,39 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from rectified_diffusers.speed.caches import Forget
+from rectified_diffusers.speed.packing import Packing, can_pack
 from rectified_diffusers.speed.patching import Hook, replaced
 
 
 def folded_weight(weight: Tensor) -> Tensor:
-    """Fold upsampling by 2 into the kernel after it: `(out, in, 3, 3)` to `(in, out, 4, 4)`, added in float32."""
-    box = torch.ones(1, 1, 2, 2, device=weight.device)
-    kernels = weight.detach().float().flip(-2, -1).transpose(0, 1)
-    spread = F.conv2d(kernels.reshape(-1, 1, 3, 3), box, padding=1)
+    """Fold upsampling by 2 into the kernel after it: `(out, in, 3, 3)` to `(in, out, 4, 4)`, added in float32.
+
+    As a convolution with the box, this takes several times as long.
+    """
+    kernels = weight.detach().transpose(0, 1)
     is_last = weight.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if is_last else torch.contiguous_format
-    return spread.reshape(*kernels.shape[:2], 4, 4).to(weight.dtype, memory_format=layout)
+    folded = weight.new_empty(*kernels.shape[:2], 4, 4).contiguous(memory_format=layout)
+    pixels = list(itertools.product(range(3), repeat=2))
+    taps = {(i, j): kernels[..., 2 - i, 2 - j].float() for i, j in pixels}
+    for u, v in itertools.product(range(4), repeat=2):
+        folded[..., u, v] = sum(taps[i, j] for i, j in pixels if u - i in (0, 1) and v - j in (0, 1))
+    return folded
 
 
 class _Folded:
     """A convolution with the upsampling before it; its kernel is folded at first use and after it changes."""
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    def __init__(self, convolution: nn.Conv2d, pack: bool) -> None:
         self.convolution = convolution
         self.made_of: tuple[Any, ...] = ()
         self.weight: Tensor | None = None
+        self.packing = Packing(_reordered) if pack else None
 
     def forget(self) -> None:
         self.weight = None
+        if self.packing is not None:
+            self.packing.forget()
 
     def refresh(self) -> None:
         """Fold the kernel if it is not the one that was folded last."""
@@ -51,25 +61,40 @@ class _Folded:
     def __call__(self, features: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():  # then the model's own call has done it
             self.refresh()
-        return F.conv_transpose2d(features, cast(Tensor, self.weight), self.convolution.bias, stride=2, padding=1)
+        weight, bias = cast(Tensor, self.weight), self.convolution.bias
+        if self.packing is None or not can_pack(features, weight):
+            return F.conv_transpose2d(features, weight, bias, stride=2, padding=1)
+        packed = self.packing(weight, features)
+        return torch.ops.mkldnn._convolution_transpose_pointwise(features, packed, bias, *_GEOMETRY, "none", [], "")
+
+
+_GEOMETRY = (1, 1), (0, 0), (2, 2), (1, 1), 1  # padding at the input and at the output, stride, dilation, groups
+
+
+def _reordered(weight: Tensor, size: list[int]) -> Tensor:
+    return torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *_GEOMETRY, size)
 
 
 @contextmanager
-def folded_upsampling(model: nn.Module) -> Iterator[Forget]:
+def folded_upsampling(model: nn.Module, pack: bool = False) -> Iterator[Forget]:
     """Fold every upsampling of a U-Net or a decoder; yield a function that makes the kernels be folded again.
 
     Layers with another kernel, with a LoRA on them, or called with an output size other than twice theirs, run
     unchanged. So do all layers while gradients are enabled. The call of the model itself folds changed kernels first,
     so that the layers contain no such check, at which torch.compile would split the model.
+
+    Args:
+        model: U-Net or decoder.
+        pack: keep the folded kernels in oneDNN's layout, as `packed_weights` does.
     """
     folds: list[_Folded] = []
     with ExitStack() as stack:
         for layer in model.modules():
             if isinstance(layer, Upsample2D) and _is_foldable(layer):
-                folds.append(_Folded(layer.conv))  # pyright: ignore[reportArgumentType]
+                folds.append(_Folded(layer.conv, pack))  # pyright: ignore[reportArgumentType]
                 stack.enter_context(replaced(layer, "forward", _forward(layer, layer.forward, folds[-1])))
             elif isinstance(layer, nn.Sequential):
-                folds += _fold_sequence(layer, stack)
+                folds += _fold_sequence(layer, stack, pack)
 
         def refresh(*_: Any) -> None:
             if not torch.is_grad_enabled():
@@ -104,13 +129,13 @@ def _forward(layer: Upsample2D, stock: Any, fold: _Folded) -> Any:
     return forward
 
 
-def _fold_sequence(sequence: nn.Sequential, stack: ExitStack) -> list[_Folded]:
+def _fold_sequence(sequence: nn.Sequential, stack: ExitStack, pack: bool) -> list[_Folded]:
     """Fold the pairs (nn.Upsample, nn.Conv2d) of AutoencoderTiny, whose layers are in one sequence."""
     folds: list[_Folded] = []
     for before, after in itertools.pairwise(sequence):
         doubles = isinstance(before, nn.Upsample) and before.scale_factor == 2 and before.mode == "nearest"
         if doubles and _is_plain(after):
-            folds.append(_Folded(after))  # pyright: ignore[reportArgumentType]
+            folds.append(_Folded(after, pack))  # pyright: ignore[reportArgumentType]
             stack.enter_context(replaced(before, "forward", _unless_training(before.forward, nn.Identity())))
             stack.enter_context(replaced(after, "forward", _unless_training(after.forward, folds[-1])))
     return folds
