@@ -55,6 +55,23 @@ def stranger():
         yield client
 
 
+COMMUNITY = """
+from diffusers import StableDiffusionPipeline
+
+
+class CommunityPipeline(StableDiffusionPipeline):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def community(tmp_path_factory):
+    """A folder with a pipeline class of its own, as `custom_pipeline` takes it."""
+    folder = tmp_path_factory.mktemp("community")
+    (folder / "pipeline.py").write_text(COMMUNITY)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def expected():
     return sample(make_pipeline()).tolist()
@@ -102,6 +119,12 @@ def test_without_trust_it_is_an_error_that_says_so(stranger, folder, loader):
         stranger.load(loader, str(folder))
 
 
+def test_a_stranger_opens_it_in_a_community_pipeline(stranger, folder, community, expected):
+    loaded = stranger.load("DiffusionPipeline", str(folder), custom_pipeline=community, trust_remote_code=True)
+    assert loaded.pipeline == "CommunityPipeline"
+    assert loaded.latents == expected
+
+
 def test_a_plain_save_does_not_load_there(stranger, tmp_path):
     """What the portable save is for."""
     make_pipeline().save_pretrained(tmp_path)
@@ -128,6 +151,16 @@ def test_with_the_package_there_is_nothing_to_trust(folder, loader):
 
 def test_with_the_package_the_pictures_are_equal(folder, expected):
     assert load("RectifiedFlowPipeline", str(folder)).latents == expected
+
+
+@pytest.mark.parametrize("saved", ["portable", "plain"])
+def test_with_the_package_a_community_pipeline_opens_both_saves(saved, folder, community, expected, tmp_path):
+    if saved == "plain":
+        make_pipeline().save_pretrained(folder := tmp_path)
+    loaded = load("DiffusionPipeline", str(folder), custom_pipeline=community, trust_remote_code=True)
+    assert loaded.pipeline == "CommunityPipeline"
+    assert loaded.scheduler == "RectifiedFlowEulerScheduler"
+    assert loaded.latents == expected
 
 
 def test_the_shipped_scheduler_becomes_ours_with_its_settings(folder, expected):
