@@ -25,15 +25,15 @@ format:  ## mend what ruff can mend
 types:  ## basedpyright
 	python -m basedpyright
 
-test:  ## the fast tests: no GPU, no network, about five minutes on two cores
+test:  ## the fast tests: no GPU, no network, about three minutes on two cores
 	python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not gpu'
 
 test-slow:  ## the rest of the tests that need no GPU, the very slow ones too
 	python -m pytest -m 'slow and not gpu'
 
-coverage:  ## branches of src that the fast tests reach (95 in 100 at least), and every raise
+coverage:  ## branches of src that the tests of .ci/run reach (95 in 100 at least), and every raise
 	python -m coverage erase
-	python -m coverage run -m pytest -q -m 'not slow and not gpu'
+	python -m coverage run -m pytest -q -m 'not very_slow and not gpu'
 	python -m coverage combine -q
 	python -m coverage json -q -o coverage.json
 	python -m tests.raises coverage.json

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +43,24 @@ def pytest_collection_finish() -> None:
     """Exclude the half million objects of the imports from every later garbage collection."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_idle_waiting() -> Iterator[None]:
+    """Leave out what costs time and changes nothing here: no test cuts the power, and a machine may have no GPU.
+
+    An fsync waits for the disk; a descriptor that is not open still raises. `torch.manual_seed` also leaves a seed for
+    each kind of GPU that has not been used yet, together with a formatted stack, at ten times the cost of the seed.
+    """
+
+    def ignore(*args: Any, **kwargs: Any) -> None:
+        pass
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("os.fsync", os.fstat))
+        for module in () if torch.cuda.is_available() else ("torch.cuda.random", "torch.xpu.random"):
+            stack.enter_context(mock.patch(f"{module}._lazy_call", ignore))
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.compare import files
-from tests.compare.__main__ import main, wanted
+from tests.compare.__main__ import Comparison, main, wanted
 from tests.compare.commands import COMMANDS, OLD
 from tests.compare.files import difference, is_compared
 from tests.test_bad_commands import commands
@@ -91,12 +92,44 @@ def test_other_files_are_compared_as_they_are(pair):
     assert [is_compared(name) for name in ("README.md", "a/plots/b.png", "a/b.png")] == [False, False, True]
 
 
-def test_no_word_of_the_output_may_be_lost(pair):
+def test_no_option_of_the_completion_may_be_lost(pair):
     paths = [folder / "completion.out" for folder in pair]
-    for path, words in zip(paths, ("--seed --steps", "--steps --seed --new"), strict=True):
+    for path, words in zip(paths, ("--seed --steps (1)", "'--steps[2]' --seed --num-new"), strict=True):
         path.write_text(words)
     assert difference(*paths) is None
-    assert difference(*reversed(paths)) == "lost ['--new']"
+    assert difference(*reversed(paths)) == "lost ['--num-new']"
+
+
+def test_new_records_and_files_are_no_difference_but_lost_ones_are(pair):
+    old, new = {"run": {"seed": 0}}, {"run": {"seed": 0, "starting_model": "a"}}
+    assert difference(*write_json(pair, old, new)) is None
+    assert difference(*write_json(pair, new, old)) == "/run/starting_model is on one side only"
+    paths = [folder / "files.json" for folder in pair]
+    paths[1].write_text("{}")
+    assert difference(*paths) is None
+    assert difference(*reversed(paths)) == "not written by the version after"
+    (pair[1] / "other.json").write_text("{}")
+    assert difference(*(folder / "other.json" for folder in pair)) == "not written by the version before"
+
+
+def test_a_command_may_be_new_and_not_lost(tmp_path):
+    class Version:
+        def __init__(self, has_it: bool) -> None:
+            self.has_it = has_it
+
+        def run(self, folder: Path, name: str, line: str) -> int:
+            text = "" if self.has_it else f"error: argument command: invalid choice: '{name}' (choose from 'triplets')"
+            (folder / f"{name}.err").write_text(text)
+            return 0 if self.has_it else 2
+
+    folders = (tmp_path / "before", tmp_path / "after")
+    for folder in folders:
+        folder.mkdir()
+    versions: list[Any] = [Version(False), Version(True)]
+    for each, problems in ((versions, []), (versions[::-1], ["failed in after"])):
+        comparison = Comparison(each, folders)
+        comparison.run("inspect", ["inspect model"])
+        assert [problem.split(":")[0] for problem in comparison.rows[0][2]] == problems
 
 
 def test_every_command_is_run():

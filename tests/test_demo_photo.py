@@ -79,6 +79,7 @@ def test_the_steps_of_our_pipelines_follow_the_strength(make):
             studio.generate_from_photo(ImageRequest("red"), photo, strength)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["diffusion", "sd3", "flux"])
 def test_other_pipelines_start_from_the_photo_too(kind):
     pipeline = make_tiny_pipeline(kind)

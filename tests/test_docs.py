@@ -30,12 +30,7 @@ from tests.tiny_inputs import write_pictures
 DOCS = ROOT / "docs"
 MAX_EXAMPLE_LINES = 5
 EXTRAS = {"export_onnx": "onnx"}  # what an example needs beyond the dependencies of every installation
-LONG = (  # several trainings each
-    "docs/start.md",
-    "docs/how_to/reflow.md",
-    "docs/how_to/distill.md",
-    "docs/how_to/few_step_lora.md",
-)
+SHORT = ("README.md",)  # the page whose blocks run in the fast tests; the others are slow together
 SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
@@ -103,7 +98,7 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=SLOW if name_of(page) in LONG else ()) for page in PAGES if blocks_of(page)],
+    [pytest.param(page, marks=() if name_of(page) in SHORT else SLOW) for page in PAGES if blocks_of(page)],
     ids=name_of,
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
@@ -116,6 +111,7 @@ def test_every_public_class_has_a_short_example():
     assert {name: code for name, code in examples().items() if code.count("\n") > MAX_EXAMPLE_LINES} == {}
 
 
+@pytest.mark.slow
 def test_the_examples_of_docstrings_run(reader, readers_folder):
     write_pictures(readers_folder / "pictures")
     make_tiny_xl_pipeline().save_pretrained(readers_folder / "XL-FLOW")

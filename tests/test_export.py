@@ -72,6 +72,7 @@ def run(folder: Path, name: str, **inputs: torch.Tensor | np.ndarray) -> Any:
     return session.run(None, {key: np.asarray(value) for key, value in inputs.items()})
 
 
+@pytest.mark.slow
 def test_the_folder_has_the_layout_of_the_communitys(exported):
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     for name in ("text_encoder", "unet", "vae_decoder"):
@@ -80,6 +81,7 @@ def test_the_folder_has_the_layout_of_the_communitys(exported):
     assert not [file for file in files if Path(file).name.startswith("tmp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_text_encoder_is_torchs(pipeline, exported, count):
     tokens = pipeline.tokenizer(["a fox", "the red owl", ""][:count], padding="max_length", return_tensors="pt")
@@ -90,6 +92,7 @@ def test_the_text_encoder_is_torchs(pipeline, exported, count):
     np.testing.assert_allclose(pooled, expected.pooler_output, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "height", "width"), [(1, 8, 8), (2, 8, 8), (3, 12, 16)])
 @pytest.mark.parametrize("timestep", [1000.0, 333.3])
 def test_the_unet_and_the_vae_are_torchs_at_any_size(pipeline, exported, count, height, width, timestep):
@@ -104,6 +107,7 @@ def test_the_unet_and_the_vae_are_torchs_at_any_size(pipeline, exported, count, 
         np.testing.assert_allclose(pixels, pipeline.vae.decode(sample).sample, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_graphs_alone_draw_the_picture_of_the_pipeline(pipeline, exported):
     """With the tokenizer and the config that are in the folder, numpy, and the Euler method."""
     tokenizer = CLIPTokenizer.from_pretrained(exported / "tokenizer")
@@ -124,6 +128,7 @@ def test_the_graphs_alone_draw_the_picture_of_the_pipeline(pipeline, exported):
     np.testing.assert_allclose(picture, pipeline("a fox", **call).images, **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(diffusers, "OnnxStableDiffusionPipeline"), reason="diffusers has dropped it")
 def test_diffusers_own_onnx_pipeline_runs_the_graphs(pipeline, exported):
     names = ("text_encoder", "unet", "vae_decoder")
@@ -147,6 +152,7 @@ def test_diffusers_own_onnx_pipeline_runs_the_graphs(pipeline, exported):
     np.testing.assert_allclose(seen, expected, **TOLERANCE)
 
 
+@pytest.mark.slow
 def test_weights_above_the_formats_limit_become_one_file(exported, tmp_path):
     """Here by asking for them in files of their own, which is what torch does above 2 GB."""
     import onnx
@@ -164,6 +170,7 @@ def test_weights_above_the_formats_limit_become_one_file(exported, tmp_path):
     np.testing.assert_array_equal(run(tmp_path / "out", "unet", **inputs), run(exported, "unet", **inputs))
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_left_as_it_was(pipeline, exported):
     assert not pipeline.unet.training
     assert torch.equal(pipeline.unet.conv_out.weight, make_tiny_pipeline("flow").unet.conv_out.weight)
@@ -267,6 +274,7 @@ def test_the_second_order_beats_euler(shift, tmp_path):
     assert (second - exact).norm() < 0.75 * (euler - exact).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["dpm_solver++", "unipc"])
 def test_a_distilled_models_stock_images_are_ours(bundled, tmp_path, name, steps):
@@ -354,6 +362,7 @@ def model(pipeline, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_command_exports_to_onnx(model, tmp_path, capsys, exported):
     output = tmp_path / "out"
     assert cli.main(["export", "onnx", "--model", model, "--output", str(output), "--device", "cpu"]) == 0

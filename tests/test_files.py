@@ -201,6 +201,7 @@ def test_files_of_the_user_keep_their_permissions(tmp_path, umask):
 # --------------------------------------------------------------------------------------------- paths of the user
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

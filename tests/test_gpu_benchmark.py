@@ -213,6 +213,7 @@ def test_triplets_beside_a_bare_loop(monkeypatch, tmp_path):
     assert all(found[way]["triplets_per_s"] > 0 for way in triplets.WAYS)
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_kept_one_by_one(monkeypatch, tmp_path):
     gpu_tests = load(monkeypatch, "gpu_tests")
     code = "import pytest\ndef test_good(): pass\ndef test_bad(): assert 'this' == 'that'\n"

@@ -23,6 +23,8 @@ from tests.original_layout import original_layout
 from tests.test_lora import CLOSE, LOCON, TEXT, UNET, Lora, by_hand, layer_of, sample
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
 File = dict[str, Tensor]
 Names = Callable[[str], tuple[str, str, str]]

@@ -19,6 +19,8 @@ from rectified_diffusers.demo.styles import Styles, style_kind
 from tests.test_lora import layer_of, sample, weights_of
 from tests.tiny import make_tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 2, 3.0
 SCALE = ALPHA / RANK
 LAYERS = {  # a linear layer, a 3x3 convolution, one of 1x1, and a text encoder's

@@ -18,6 +18,8 @@ from rectified_diffusers import (
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 from tests.tiny_inputs import settings
 
+pytestmark = pytest.mark.slow
+
 IMAGE = Image.new("RGB", (32, 32), "red")
 
 

@@ -696,6 +696,7 @@ def test_debug_may_stand_before_or_after_the_action(models, tmp_path):
             cli.main(arguments)
 
 
+@pytest.mark.slow
 def test_the_example_runs(models, tmp_path, monkeypatch):
     make_tiny_pipeline("flow", seed=5).save_pretrained(tmp_path / "model")
     folder = models["folder"]

@@ -5,6 +5,7 @@ that begins with -c is Python: public names that no command calls.
 """
 
 TRIPLETS = "--num-triplets 8 --triplets-per-shard 4 --batch-size 4 --num-inference-steps 2"
+GUIDED = "--guidance-scale 5"  # the default became that of the pipeline's own call
 TRAIN = "--batch-size 4 --learning-rate 1e-3 --warmup-steps 2 --log-every-steps 1 --save-every-steps 2 --ema-decay 0.9"
 WATCH = "--validate-every-steps 2 --validation-prompts 'a cat' --straightness-paths 2"
 ALEX = "--lpips-weights inputs/alexnet.safetensors"
@@ -22,7 +23,9 @@ REFLOW = f"reflow --model inputs/teacher --triplets triplets --output-dir reflow
 LORA = f"reflow --model inputs/teacher --triplets triplets --output-dir reflow-lora {TRAIN} --lora-rank 2"
 DMD = f"dmd --model distill --teacher inputs/teacher --triplets flow-triplets {TRAIN} --fake-updates 2"
 DMD_REAL = f"{DMD} --real-triplets real-triplets --first-fake-updates 1 --output-dir dmd-real"
-MAKE_TRIPLETS = f"triplets --teacher inputs/teacher --prompts inputs/prompts.txt --output-dir triplets {TRIPLETS}"
+MAKE_TRIPLETS = (
+    f"triplets --teacher inputs/teacher --prompts inputs/prompts.txt --output-dir triplets {TRIPLETS} {GUIDED}"
+)
 EVALUATE = f"evaluate --data inputs/pictures --output-dir evaluate {FIGURES}"
 
 COMMANDS: dict[str, list[str]] = {
@@ -37,7 +40,7 @@ COMMANDS: dict[str, list[str]] = {
     "triplets": [MAKE_TRIPLETS],
     "triplets-stored": [
         "triplets --teacher inputs/v-teacher --prompts inputs/prompts.jsonl --output-dir triplets-stored "
-        f"{TRIPLETS} --store-text-embeddings --solver DDIMScheduler --storage-dtype float32 --seed 5"
+        f"{TRIPLETS} {GUIDED} --store-text-embeddings --solver DDIMScheduler --storage-dtype float32 --seed 5"
     ],
     "real-triplets": [
         "real-triplets --teacher inputs/teacher --data inputs/pictures --output-dir real-triplets "
@@ -110,7 +113,7 @@ COMMANDS: dict[str, list[str]] = {
     **{
         f"reflow-{kind}": [
             f"triplets --teacher inputs/{kind} --prompts inputs/prompts.txt --output-dir reflow-{kind}-triplets "
-            f"{TRIPLETS} --height 32 --width 32",
+            f"{TRIPLETS} {GUIDED} --height 32 --width 32",
             f"reflow --model inputs/{kind} --triplets reflow-{kind}-triplets --output-dir reflow-{kind} --max-steps 2 "
             f"{TRAIN}",
             f"generate 'a cat' -o reflow-{kind}.png --model reflow-{kind} --height 32 --width 32",

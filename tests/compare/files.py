@@ -2,11 +2,12 @@
 
 Safetensors: tensors bit by bit, and metadata. Pictures: size, pixels and times of every frame. JSON, and lines of it:
 entry by entry, but for dates, timings, versions and places. ONNX: graph and weights, without the lines of source that
-the exporter notes at each node. Output of a command: its lines of JSON; of one that has none, the completion, no word
-may be lost. All others: as they are. Prose, charts and timings are left out.
+the exporter notes at each node. Output of a command: its lines of JSON; of one that has none, the completion, no
+option may be lost. All others: as they are. Prose, charts and timings are left out.
 """
 
 import json
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ LEFT_OUT = ("*.err", "*.md", "*.html", "*.py", "*/plots/*", "*/seconds.safetenso
 NOT_COMPARED = {"seconds", "seconds_per_image", "date", "versions", "commit", "hardware", "address"}  # keys of JSON
 # Options that the version after records and the version before does not know, with the value that changes nothing.
 NEW_OPTIONS: dict[str, Any] = {"interpolation": "straight", "student_steps": 1}
+# What only the version after records: the model that a run started with, and the files of its result.
+NEW_RECORDS = {"starting_model"}
+NEW_FILES = ("*/files.json",)
+# Digests of what is compared itself, which the version after computes of something else: of the content of a folder of
+# images, before of its sizes; so of the manifest, which names that digest, and of the header of a shard.
+OTHER_DIGESTS = {"pictures", "manifest", "sha256"}
 SETS = (".target_modules",)  # ends of keys: lists that peft makes of sets, in the order of this process' hashes
 SEALS = {"blake2b"}  # of what stands beside them: another one beside a new option
 
@@ -31,6 +38,8 @@ def difference(before: Path, after: Path) -> str | None:
     """Return in one line how two files differ; None if they are equal."""
     for path, side in ((before, "before"), (after, "after")):
         if not path.exists():
+            if side == "before" and any(fnmatch(str(path), pattern) for pattern in NEW_FILES):
+                return None
             return f"not written by the version {side}"
     if before.read_bytes() == after.read_bytes():
         return None
@@ -85,14 +94,24 @@ def _of_output(before: Path, after: Path) -> str | None:
     results = [[json.loads(line) for line in lines if line.startswith("{")] for lines in (old, new)]
     if any(results):
         return of_json(*results)
-    lost = {word for line in old for word in line.split()} - {word for line in new for word in line.split()}
+    lost = _options(old) - _options(new)
     return f"lost {sorted(lost)[:3]}" if lost else None
+
+
+def _options(lines: list[str]) -> set[str]:
+    return {option for line in lines for option in re.findall(r"(?<![\w-])--[\w-]+", line)}
 
 
 def of_json(before: Any, after: Any, where: str = "") -> str | None:
     """Return where two JSON values differ, ignoring the keys that are not compared."""
     if isinstance(before, dict) and isinstance(after, dict):
-        apart = NOT_COMPARED | _new_options(before, after) | (SEALS if _has_new_option(before, after) else set())
+        apart = (
+            NOT_COMPARED
+            | OTHER_DIGESTS
+            | (NEW_RECORDS - before.keys())
+            | _new_options(before, after)
+            | (SEALS if _has_new_option(before, after) else set())
+        )
         keys = [key for key in {**before, **after} if key not in apart]
         for key in keys:
             if key not in before or key not in after:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = ("sharpness", "sharpness_toys", "sharpness_figure", "machine")
 KINDS = [("sharp", "new"), ("smooth", "matched"), ("smooth", "bare")]

@@ -24,6 +24,8 @@ from tests.hub.conftest import INSTAFLOW
 from tests.hub.server import Fault, Repository
 from tests.tiny import make_tiny_pipeline
 
+pytestmark = pytest.mark.slow
+
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TEXT_ENCODER = "text_encoder/model.safetensors"
 CONFIG = "unet/config.json"

@@ -49,6 +49,7 @@ def test_a_flow_passes_the_self_test(name: str, adapted: Any) -> None:
     assert result.batched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["flux", "ovis_image", "cogview4", "wan", "ltx_video", "z_image"])
 def test_a_pipeline_in_half_precision_passes_within_its_rounding(name: str, dtype: torch.dtype) -> None:

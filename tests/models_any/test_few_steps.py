@@ -20,6 +20,8 @@ from tests.models_any.families import FLOWS, build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.models_any.test_training import LAST, PROMPTS, RUN, make_triplets
 
+pytestmark = pytest.mark.slow
+
 CASES = [  # family, trainer, steps of the student, LoRA
     ("sd3", "dmd", 2, False),
     ("flux", "dmd", 4, True),

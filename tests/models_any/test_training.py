@@ -45,7 +45,7 @@ LAST = {
     "ltx_video": "proj_out",
     "wan": "proj_out",
 }
-FAST = ("z_image", "flux2_klein", "ovis_image", "cogview4", "sana", "wan")
+FAST = ("z_image", "sana", "wan")
 RUN: dict[str, Any] = {"batch_size": 2, "warmup_steps": 0, "mixed_precision": "no", "save_every_steps": 100}
 
 

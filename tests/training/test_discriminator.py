@@ -202,6 +202,7 @@ def test_what_does_not_fit_is_refused(
         make_matching(dataset, output_dir, real_data=large)
 
 
+@pytest.mark.slow
 def test_the_command_line_is_the_python_api(
     dataset: TripletDataset, real: TripletDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

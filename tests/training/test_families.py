@@ -28,6 +28,8 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import PROMPTS, SHORT, digests
 
+pytestmark = pytest.mark.slow
+
 SIZE = {"height": 32, "width": 32}
 FINISHED: dict[str, type[Any]] = {
     "diffusion": RectifiedFlowPipeline,

@@ -33,6 +33,8 @@ from tests.training.helpers import (
     record_unet_calls,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def sampled_states(trainer: Any, prompts: list[str], noise: Tensor, steps: int) -> list[Tensor]:
     """Return the states of the finished pipeline's loop: the noise, and the state after each step."""

@@ -88,6 +88,7 @@ def test_a_run_does_not_go_on_from_another_model(variant: str, begun: Path, data
     assert digests(begun) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRAINERS)
 def test_no_method_goes_on_from_another_model(method: str, dataset: TripletDataset, tmp_path: Path) -> None:
     shortest = {"teacher_steps": 2, "steps_per_round": 1} if method == "progressive" else {"max_steps": 1}

@@ -42,7 +42,9 @@ def only_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowReader, "ahead", ahead_alone)
 
 
-@pytest.mark.parametrize("method", ["reflow", "progressive", "dmd"])
+@pytest.mark.parametrize(
+    "method", ["reflow", *(pytest.param(method, marks=pytest.mark.slow) for method in ("progressive", "dmd"))]
+)
 def test_the_number_of_workers_changes_no_file(
     method: str, dataset: TripletDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,6 +58,7 @@ def test_the_number_of_workers_changes_no_file(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_workers(dataset: TripletDataset, tmp_path: Path) -> None:
     expected = train("reflow", dataset, tmp_path / "whole")
     train("reflow", dataset, tmp_path / "run", num_workers=2, max_steps=2)

@@ -23,6 +23,8 @@ from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import SHORT, digests
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red apple", "the sea"]
 
 
