@@ -100,7 +100,8 @@ def make_trainer(
         options = {"fake_updates": 2, **options}
         teacher |= {"teacher": make_matching_teacher(), "real_data": options.pop("real_data", None)}
     config = config_class(output_dir=output_dir, **options)
-    return trainer_class(make_tiny_pipeline(kind), dataset, config, **teacher)
+    pipeline = make_tiny_pipeline(kind) if isinstance(kind, str) else kind
+    return trainer_class(pipeline, dataset, config, **teacher)
 
 
 def make_matching(dataset: TripletDataset, output_dir: Path, **options: Any) -> DistributionMatchingTrainer:

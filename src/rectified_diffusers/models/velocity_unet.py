@@ -1,5 +1,6 @@
 """A diffusion U-Net that is a velocity model without any training, by matching signal-to-noise ratios."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -62,13 +63,18 @@ class DiffusionVelocityUNet(UNet2DConditionModel):
             unet: predicts what the scheduler's config says.
             scheduler: a diffusion scheduler of diffusers; its `alphas_cumprod` and `prediction_type` are used.
         """
+        return copy.deepcopy(cls.sharing(unet, scheduler))
+
+    @classmethod
+    def sharing(cls, unet: UNet2DConditionModel, scheduler: Any) -> Self:
+        """As `from_unet`, with the weights of `unet` themselves: a change of one changes both."""
         if type(unet) is not UNet2DConditionModel:
             kind = type(unet).__name__
             raise UnsupportedPipelineError(f"Expected a plain UNet2DConditionModel of a diffusion model, got {kind}.")
         schedule = _read_schedule(scheduler)
-        made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
-        weights = {name: weight.clone() for name, weight in unet.state_dict().items()}
-        made.load_state_dict(weights, assign=True)
+        with torch.device("meta"):  # without memory for initial weights
+            made: Any = cls.from_config({**unet.config, "diffusion_schedule": schedule})
+        made.load_state_dict(unet.state_dict(), assign=True)
         return made.train(unet.training)
 
     def forward(
@@ -103,7 +109,8 @@ def diffusion_inside(config: Any) -> DiffusionAsFlow:
     if config["in_channels"] != config["out_channels"]:
         channels = f"in_channels={config['in_channels']} and out_channels={config['out_channels']}"
         raise ValueError(f"Expected a U-Net with as many input as output channels, got {channels}.")
-    as_flow = DiffusionAsFlow(VariancePreserving(_alphas_cumprod(schedule)), schedule["prediction_type"])
+    with torch.device("cpu"):  # also for a U-Net that is created on the meta device
+        as_flow = DiffusionAsFlow(VariancePreserving(_alphas_cumprod(schedule)), schedule["prediction_type"])
     if as_flow.prediction_type == "epsilon" and as_flow.schedule.alphas_cumprod[-1] == 0:
         raise ValueError(
             "A U-Net that predicts epsilon has no flow on a schedule that ends in pure noise, where epsilon does not "

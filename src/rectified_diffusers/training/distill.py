@@ -39,7 +39,7 @@ class DistillTrainer(Trainer[DistillConfig]):
 
     def make_network(self) -> Any:
         network = super().make_network()
-        return plain_unet(network) if self.config.plain_unet else network
+        return plain_unet(network.float()) if self.config.plain_unet else network
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         x_t, velocity = self.interpolation.interpolate(batch.noise, batch.data, t)

@@ -25,6 +25,7 @@ from rectified_diffusers.training.guards import require_same_text
 from rectified_diffusers.training.lora import add_lora
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.prompts import PromptEncoder
+from rectified_diffusers.training.sharding import freeze
 from rectified_diffusers.training.student import denoiser_for, initial_network, share_weights
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.trainer import Trainer
@@ -137,7 +138,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
                     f"{shapes[0]}. Make the real triplets at that size."
                 )
             self.real_prompt_encoder = PromptEncoder(self.denoiser, self.device)
-        self.teacher = self.make_teacher().to(self.device).requires_grad_(False).eval()
+        self.teacher = freeze(self.make_teacher(), self.accelerator)
         fake, writer = self.make_fake(), self.writer
         self.fake_score = Trained(fake, self.accelerator, config, writer, "fake", "fake_", averaged=False)
 
@@ -155,21 +156,22 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         return 1.75 if denoiser.has_guidance else 1.0
 
     def make_teacher(self) -> Any:
-        """Return a float32 network that predicts the teacher's velocity; the pipeline's network is not changed."""
+        """Return a network that predicts the teacher's velocity, see `initial_network`."""
         initialisation = "weights" if self.teacher_denoiser.diffusion() is None else "snr_matching"
         shared = None if self.config.lora_rank is None else self.device
-        return initial_network(self.teacher_denoiser, initialisation, shared)
+        return initial_network(self.teacher_denoiser, initialisation, shared, self.sharded)
 
     def make_fake(self) -> Any:
         """Return the fake score network, a copy of the teacher's; with lora_rank, a LoRA on the teacher's weights.
 
         With real images, all weights of the discriminator are trained in either case.
         """
-        if self.config.lora_rank is None:
-            network = copy.deepcopy(self.teacher).requires_grad_(True)
+        lora = self.config.lora_rank is not None
+        if self.sharded:
+            network = self.make_teacher()
         else:
-            network = share_weights(self.teacher)
-            add_lora(network, self.config)
+            network = share_weights(self.teacher) if lora else copy.deepcopy(self.teacher)
+        network = add_lora(network, self.config) if lora else network.requires_grad_(True)
         if self.real_data is not None:
             self.discriminator = Discriminator(network, self.config.seed)
         return network

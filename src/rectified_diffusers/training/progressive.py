@@ -14,7 +14,7 @@ from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.losses import FlowLoss
-from rectified_diffusers.training.sharding import copy_weights
+from rectified_diffusers.training.sharding import copy_weights, freeze
 from rectified_diffusers.training.trainer import Trainer
 
 TEACHER = "teacher.safetensors"
@@ -50,7 +50,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
             self.denoiser.guide(config.teacher_guidance_scale)
         self.guides_first_teacher = config.teacher_guidance_scale > 1 and self.denoiser.two_passes
         self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
-        self.teacher = self.make_network().requires_grad_(False).eval()
+        self.teacher = freeze(self.make_network(), self.accelerator)
         self.step = 1
 
     @property

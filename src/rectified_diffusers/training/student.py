@@ -21,6 +21,7 @@ from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler,
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPipeline
 from rectified_diffusers.training.guards import require_same_latents
+from rectified_diffusers.training.sharding import borrow_weights
 
 
 def denoiser_for(pipeline: Any, dataset: TripletDataset) -> Denoiser:
@@ -78,16 +79,25 @@ def _require_student(denoiser: PipelineDenoiser, manifest: Manifest) -> None:
 
 
 def initial_network(
-    denoiser: Denoiser, initialisation: Literal["weights", "snr_matching"], shared: torch.device | None = None
+    denoiser: Denoiser,
+    initialisation: Literal["weights", "snr_matching"],
+    shared: torch.device | None = None,
+    sharded: bool = False,
 ) -> Any:
     """Return the network that training starts from, in float32; the weights of the pipeline's network are not changed.
+
+    A network to be sharded has the memory of the pipeline's network, and its dtype, see `borrow_weights`.
 
     Args:
         shared: for a LoRA, the device on which weights are shared with the pipeline's network, if in float32.
         initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
             converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
+        sharded: whether the network will be sharded over the processes.
     """
     if initialisation == "weights":
+        if sharded:
+            network = borrow_weights(denoiser.network)
+            return network if shared is None else network.float()  # a LoRA has the dtype of its base
         if shared is None:
             return copy.deepcopy(denoiser.network).float()
         return share_weights(denoiser.network.to(shared))  # moved with its buffers, which are not shared later
@@ -96,6 +106,9 @@ def initial_network(
             f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "
             f"with {type(denoiser.pipeline.scheduler).__name__} is already. Use initialisation='weights'."
         )
+    if sharded:
+        network = DiffusionVelocityUNet.sharing(denoiser.network, denoiser.pipeline.scheduler)
+        return network if shared is None else network.float()
     return DiffusionVelocityUNet.from_unet(denoiser.network, denoiser.pipeline.scheduler).float()
 
 

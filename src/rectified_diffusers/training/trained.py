@@ -14,7 +14,7 @@ from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.guards import require_checkpointing, require_finite
 from rectified_diffusers.training.parts import Place
-from rectified_diffusers.training.sharding import trainable
+from rectified_diffusers.training.sharding import copy_weights, is_sharded, swap_weights, trainable
 from rectified_diffusers.training.writer import CheckpointWriter
 
 AVERAGE = "ema.safetensors"
@@ -78,7 +78,8 @@ class Trained:
     rounding of an update.
 
     Args:
-        network: in float32, on the device; its weights that require a gradient are trained.
+        network: in float32, on the device; its weights that require a gradient are trained. If the weights are
+            sharded here, it may be in another dtype and in memory that others use, see `borrow_weights`.
         writer: writes its checkpoints; error messages name the last.
         name: name of its weights' file in a checkpoint, without the suffix.
         prefix: prefix of the name of its optimizer's file.
@@ -105,6 +106,8 @@ class Trained:
             network.compile()  # in place, so that its weights keep their names
         optimizer = make_optimizer(trainable(network), config, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(network, optimizer)
+        if is_sharded(accelerator):
+            self.model.float()
         self.parameters = trainable(network)  # after prepare, which may shard them
         if averaged:
             self.start_average()
@@ -115,7 +118,7 @@ class Trained:
 
     def restart(self) -> None:
         """Set the weights to their average, and reset the optimizer and the average."""
-        self.ema.copy_to(self.parameters)
+        copy_weights(self.ema.shadow_params, self.parameters)  # `EMAModel.copy_to` cannot if they are sharded
         self.optimizer.optimizer.state.clear()
         self.start_average()
 
@@ -168,14 +171,13 @@ class Trained:
     @contextmanager
     def average(self) -> Iterator[Any]:
         """Return the network with the averaged weights, in evaluation mode, until the end of the block."""
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        swap_weights(self.parameters, self.ema.shadow_params)
         self.network.eval()
         try:
             yield self.network
         finally:
             self.network.train()
-            self.ema.restore(self.parameters)
+            swap_weights(self.parameters, self.ema.shadow_params)
 
     @property
     def nbytes(self) -> int:

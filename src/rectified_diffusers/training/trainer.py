@@ -38,7 +38,7 @@ from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reading import RowReader
 from rectified_diffusers.training.report import REPORT, render_report
 from rectified_diffusers.training.run_folder import RunFolder, save_validation_images
-from rectified_diffusers.training.sharding import copy_weights, is_sharded, trainable
+from rectified_diffusers.training.sharding import gathered, is_sharded
 from rectified_diffusers.training.student import denoiser_for, initial_network, student_pipeline, student_scheduler
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
@@ -117,9 +117,10 @@ class Trainer(ABC, Generic[Config]):
         return self.config.max_steps
 
     def make_network(self) -> Any:
-        """Return the network that training starts from, in float32; its trainable weights require a gradient."""
-        shared = self.device if self.config.lora_rank is not None and not self.sharded else None
-        network = initial_network(self.denoiser, self.config.initialisation, shared).to(self.device)
+        """Return the network that training starts from, see `initial_network`; its trained weights need a gradient."""
+        shared = self.device if self.config.lora_rank is not None else None
+        network = initial_network(self.denoiser, self.config.initialisation, shared, self.sharded)
+        network = network if self.sharded else network.to(self.device)
         return network.requires_grad_(True) if self.config.lora_rank is None else add_lora(network, self.config)
 
     @abstractmethod
@@ -151,7 +152,8 @@ class Trainer(ABC, Generic[Config]):
     def train(self) -> Any:
         """Train to `max_steps`, from the newest checkpoint if there is one, and return the student with EMA weights.
 
-        The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded.
+        The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded. If the
+        weights are sharded, only the first process returns the student, and the others None.
         """
         with self.output.locked() if self.accelerator.is_main_process else nullcontext(), self.writer:
             self.run_steps(self.resume())
@@ -299,10 +301,8 @@ class Trainer(ABC, Generic[Config]):
                 report_image(self.accelerator, path, step)
 
     def averaged(self) -> Any:
-        """Return a new network with the full averaged weights; if they are sharded, every process must call this."""
-        network = self.make_network().eval()
-        copy_weights(self.student.ema.shadow_params, trainable(network))
-        return network
+        """Return a new network with the full averaged weights, see `gathered`; every process must call this."""
+        return gathered(self.student.ema.shadow_params, self.make_network, self.accelerator)
 
     def identity(self) -> dict[str, Any]:
         """Return the values that must be equal for one run to continue another."""
@@ -374,7 +374,7 @@ class Trainer(ABC, Generic[Config]):
         """
         config, adapter = self.config, None
         network = self.averaged()
-        if config.lora_rank is not None:
+        if config.lora_rank is not None and network is not None:
             adapter = Adapter.of(network, self.denoiser.component)
             network = fuse_lora(network)
         if self.accelerator.is_main_process:
