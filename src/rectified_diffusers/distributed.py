@@ -2,13 +2,14 @@
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -53,6 +54,20 @@ def training_accelerator(mixed_precision: str, **arguments: Any) -> Accelerator:
     precision = "fp16" if mixed_precision == "fp16" else "no"
     group = InitProcessGroupKwargs(timeout=_TRAINING_PATIENCE)  # ten minutes by default
     return Accelerator(cpu=several_on_cpu(), mixed_precision=precision, kwargs_handlers=[group], **arguments)
+
+
+def divided(calls: Sequence[Callable[[], Value]]) -> list[Value]:
+    """Return the results of calls, of which each process makes a share; every process must call this.
+
+    All make the same number of calls, the last one again if none is left: with sharded weights, the calls of a turn
+    need all processes, and must evaluate the network equally often.
+    """
+    state = PartialState()
+    process, count = state.process_index, state.num_processes
+    turns = range(0, len(calls), count)
+    own = [calls[min(first + process, len(calls) - 1)]() for first in turns]
+    made = gather_object([own])
+    return [made[i % count][i // count] for i in range(len(calls))]
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ def test_every_stage_of_a_training_is_entered(
     trainer = make_trainer("reflow", dataset, tmp_path, **options)
     trainer.train()
     steps = ["step 1", "step 2", "validation at step 2", "the checkpoint of step 2"]
-    assert stages == ["start", *steps, "writing the last checkpoint"]
+    ends = ["writing the last checkpoint", "writing the finished pipeline"]
+    assert stages == ["start", "loading the newest checkpoint", *steps, *ends]
     assert trainer.accelerator.init_handler is not None
     assert trainer.accelerator.init_handler.timeout == timedelta(hours=2)

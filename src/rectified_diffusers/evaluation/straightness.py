@@ -7,8 +7,9 @@ It is zero if and only if every path is a straight line traversed at constant sp
 comparable. Multiply by C * H * W for the formula as printed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def pipeline_straightness(
     height: int | None = None,
     width: int | None = None,
     call_options: Mapping[str, Any] | None = None,
+    run: Callable[[Sequence[Callable[[], Straightness]]], list[Straightness]] | None = None,
 ) -> Straightness:
     """Estimate S(Z) of a text-to-image pipeline, flow or diffusion, over one path per prompt.
 
@@ -91,17 +93,24 @@ def pipeline_straightness(
     further arguments of its call. Images have its default size unless `height` and `width` are given in pixels. Noise
     is sampled from `seed` on the CPU, the same for all pipelines with latents of this shape.
     A diffusion pipeline is measured from the start of its schedule, see `Straightness.edges`.
+
+    Args:
+        run: returns the results of the calls that measure one batch each, for example divided among processes; by
+            default, one call after the other.
     """
     sizes = {name: size for name, size in (("height", height), ("width", width)) if size is not None}
     denoiser = Denoiser.of(pipeline, guidance_scale, {**(call_options or {}), **sizes})
     noise = torch.randn(len(prompts), *denoiser.latent_shape, generator=torch.Generator().manual_seed(seed))
-    parts = []
-    batches = range(0, len(prompts), batch_size)
-    for first in tqdm(batches, desc="straightness", leave=False, disable=not progress):
+
+    def measure(first: int) -> Straightness:
         velocity = PipelineVelocity.bind(denoiser, prompts[first : first + batch_size])
         state = velocity.state_at_start(noise[first : first + batch_size]).to(pipeline.device)
-        parts.append(straightness(velocity, state, steps, bins, start=velocity.start))
-    return pool(parts)
+        return straightness(velocity, state, steps, bins, start=velocity.start)
+
+    calls = [partial(measure, first) for first in range(0, len(prompts), batch_size)]
+    if run is not None:
+        return pool(run(calls))
+    return pool([call() for call in tqdm(calls, desc="straightness", leave=False, disable=not progress)])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData
 
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.distributed import divided
 from rectified_diffusers.evaluation.straightness import Straightness, pipeline_straightness
 from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
@@ -115,12 +116,16 @@ class Card:
 
 
 def measure_straightness(pipeline: Any, dataset: TripletDataset, paths: int, denoiser: Denoiser) -> Straightness:
-    """Return S(Z) of a student's pipeline over paths of the first prompts; `denoiser` is that of its start."""
+    """Return S(Z) of a student's pipeline over paths of the first prompts; every process must call this.
+
+    Args:
+        denoiser: of the pipeline that training started from.
+    """
     prompts = dataset.rows(range(min(paths, len(dataset)))).prompts
     if not isinstance(denoiser, PipelineDenoiser):
-        return pipeline_straightness(pipeline, prompts, progress=False)
+        return pipeline_straightness(pipeline, prompts, run=divided)
     guidance = dataset.manifest.guidance_scale if denoiser.takes_guidance else None
-    return pipeline_straightness(pipeline, prompts, guidance, progress=False, call_options=denoiser.options)
+    return pipeline_straightness(pipeline, prompts, guidance, call_options=denoiser.options, run=divided)
 
 
 def base_model_of(pipeline: Any) -> str | None:

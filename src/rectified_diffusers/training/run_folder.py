@@ -4,12 +4,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers.utils import make_image_grid
 
+from rectified_diffusers.distributed import divided
 from rectified_diffusers.files import (
     TEMPORARY,
     flush,
@@ -215,7 +218,8 @@ def save_validation_images(
 ) -> None:
     """Generate an image per validation prompt from fixed noise: a column per prompt, a row per number of steps.
 
-    Of videos, the image has the middle frames, and a GIF of the same name has all frames.
+    Every process must call this: it generates a share, and the first writes the file. Of videos, the image has the
+    middle frames, and a GIF of the same name has all frames.
 
     Args:
         arguments: returns the arguments of the pipeline's call for a prompt, a number of steps and a guidance scale.
@@ -223,17 +227,20 @@ def save_validation_images(
     pipeline.set_progress_bar_config(disable=True)
     prompts, vae = list(config.validation_prompts), getattr(pipeline, "vae", None)
     dtype = torch.float32 if vae is None else vae.dtype
+
+    def generate(count: int, number: int, prompt: str) -> list[Any]:
+        generator = torch.Generator().manual_seed(config.seed + number)
+        result: Any = pipeline(**arguments(prompt, count, config.validation_guidance_scale), generator=generator)
+        made = result[0]
+        return list(made[0]) if isinstance(made[0], (list, tuple)) else [made[0]]
+
     videos: list[list[Any]] = []
     # The student is float32; autocast allows a text encoder and a VAE in half precision.
     with torch.autocast(pipeline.device.type, dtype, enabled=dtype != torch.float32):
         for count in steps:
-            for i, prompt in enumerate(prompts):
-                generator = torch.Generator().manual_seed(config.seed + i)
-                result: Any = pipeline(
-                    **arguments(prompt, count, config.validation_guidance_scale), generator=generator
-                )
-                made = result[0]
-                videos.append(list(made[0]) if isinstance(made[0], (list, tuple)) else [made[0]])
+            videos += divided([partial(generate, count, i, prompt) for i, prompt in enumerate(prompts)])
+    if not PartialState().is_main_process:
+        return
     grids = [make_image_grid(list(images), rows=len(steps), cols=len(prompts)) for images in zip(*videos, strict=True)]
     write_atomically(path, lambda temporary: grids[len(grids) // 2].save(temporary, format="PNG"))
     if len(grids) > 1:

@@ -98,6 +98,7 @@ class Trainer(ABC, Generic[Config]):
         if getattr(pipeline, "vae", None) is not None:
             pipeline.vae.to(self.device).requires_grad_(False).eval()
         self.peers, keep = Peers.connect(), config.keep_checkpoints
+        self.watchdog = Watchdog(self.peers.process, self.peers.count)
         self.writer = CheckpointWriter(self.output.checkpoints, keep, self.peers, self.output.flush_log)
         name = self.denoiser.component
         self.student = Trained(self.make_network(), self.accelerator, config, self.writer, name)
@@ -155,8 +156,11 @@ class Trainer(ABC, Generic[Config]):
         The finished pipeline is written to `output_dir`. A complete run is not repeated: its student is loaded. If the
         weights are sharded, only the first process returns the student, and the others None.
         """
-        with self.output.locked() if self.accelerator.is_main_process else nullcontext(), self.writer:
+        locked = self.output.locked() if self.accelerator.is_main_process else nullcontext()
+        with locked, self.writer, self.watchdog:
+            self.watchdog.enter("loading the newest checkpoint")
             self.run_steps(self.resume())
+            self.watchdog.enter("writing the finished pipeline")
             return self.finish()
 
     def run_steps(self, step: int) -> None:
@@ -166,9 +170,8 @@ class Trainer(ABC, Generic[Config]):
             self.begin(step)
         hidden = not (main and is_progress_bar_enabled())
         bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
-        watchdog = Watchdog(self.accelerator.process_index, self.accelerator.num_processes)
-        first = step + 1
-        with bar, watchdog, self.reader.ahead(self.rows_after(step)):
+        first, watchdog = step + 1, self.watchdog
+        with bar, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
                 watchdog.enter(f"step {step}")
@@ -179,8 +182,7 @@ class Trainer(ABC, Generic[Config]):
                 self.since_line.append(metrics)
                 if step % config.log_every_steps == 0:
                     self.log(step)
-                due = config.validate_every_steps and step % config.validate_every_steps == 0
-                if due and (main or self.sharded):
+                if config.validate_every_steps and step % config.validate_every_steps == 0:
                     watchdog.enter(f"validation at step {step}")
                     self.validate(step)
                 if step % config.save_every_steps == 0 or step == config.max_steps:
@@ -289,16 +291,13 @@ class Trainer(ABC, Generic[Config]):
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
 
     def validate(self, step: int) -> None:
-        """Generate the validation images with the averaged weights, one row per number of steps.
-
-        If the weights are sharded, every process must call this, because none holds all of them.
-        """
+        """Generate validation images with the averaged weights, a row per number of steps, each process a share."""
         path = self.output.validation / f"step-{step:08d}.png"
-        with nullcontext(self.averaged()) if self.sharded else self.student.average() as network:
-            if self.accelerator.is_main_process:
-                pipeline, arguments = self.make_pipeline(network), self.denoiser.call_arguments
-                save_validation_images(path, pipeline, self.config, self.validation_steps, arguments)
-                report_image(self.accelerator, path, step)
+        with self.student.average() as network:
+            pipeline, arguments = self.make_pipeline(network), self.denoiser.call_arguments
+            save_validation_images(path, pipeline, self.config, self.validation_steps, arguments)
+        if self.accelerator.is_main_process:
+            report_image(self.accelerator, path, step)
 
     def averaged(self) -> Any:
         """Return a new network with the full averaged weights, see `gathered`; every process must call this."""
@@ -372,21 +371,23 @@ class Trainer(ABC, Generic[Config]):
         A LoRA is written twice: as a separate file for `pipeline.load_lora_weights(output_dir)`, and fused into the
         pipeline's weights. Only the separate file is uploaded.
         """
-        config, adapter = self.config, None
+        config, adapter, straight, paths = self.config, None, None, self.config.straightness_paths
         network = self.averaged()
         if config.lora_rank is not None and network is not None:
             adapter = Adapter.of(network, self.denoiser.component)
             network = fuse_lora(network)
-        if self.accelerator.is_main_process:
-            record = {"steps": config.max_steps, **self.identity()}
-            if not self.output.contains(record):
-                pipeline, paths = self.make_pipeline(network), config.straightness_paths
-                straight = measure_straightness(pipeline, self.dataset, paths, self.denoiser) if paths else None
-                base, last_line = base_model_of(self.pipeline), self.output.last_line()
-                steps = self.validation_steps[0]
+        main, record = self.accelerator.is_main_process, {"steps": config.max_steps, **self.identity()}
+        complete = self.peers.exchange(main and self.output.contains(record))[0]
+        if paths and not complete:
+            with self.student.average() as student:
+                straight = measure_straightness(self.make_pipeline(student), self.dataset, paths, self.denoiser)
+        if main:
+            if not complete:
+                pipeline = self.make_pipeline(network)
+                base, line, steps = base_model_of(self.pipeline), self.output.last_line(), self.validation_steps[0]
                 usage = {"arguments": self.denoiser.guidance_arguments, "component": self.denoiser.component}
                 usage["by_peft"] = adapter is not None and adapter.by_peft
-                card = Card(record, type(pipeline), base, steps, last_line, straight, **usage)
+                card = Card(record, type(pipeline), base, steps, line, straight, **usage)
                 report = render_report(self.output.path, record, config.validation_prompts, straight)
                 self.output.publish(pipeline, record, {"README.md": str(card), REPORT: report}, adapter)
             if config.push_to_hub and config.hub_model_id:

@@ -31,17 +31,18 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.count > 1:
-            threading.Thread(target=self._watch, daemon=True).start()
+            threading.Thread(target=self._watch, args=(self.end,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end.set()
+        self.end = threading.Event()  # of the next block
 
-    def _watch(self) -> None:
+    def _watch(self, end: threading.Event) -> None:
         watched, patience = self.state, PATIENCE
-        while not self.end.wait(min(PATIENCE, 5.0)):
+        while not end.wait(min(PATIENCE, 5.0)):
             if self.state != watched:
                 watched, patience = self.state, PATIENCE
             stage, since = watched
