@@ -18,11 +18,13 @@ from rectified_diffusers.speed.projections import fused_projections
 from rectified_diffusers.speed.upsampling import folded_upsampling, folded_weight
 from tests.tiny import make_image_encoder, make_ip_adapter_weights, make_tiny_pipeline, make_unet, sample
 
+SHAPES = [(1, 2, 5, 5, 4), (2, 3, 700, 77, 8), (3, 3, 3, 3, 3), (1, 1, 1100, 1100, 16), (2, 2, 1100, 1100, 10)]
 
-@pytest.mark.parametrize("shape", [(1, 2, 5, 5, 4), (2, 3, 700, 77, 8), (3, 3, 3, 3, 3), (1, 1, 1100, 1100, 16)])
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_is_attention(shape, scale):
-    """In float64: the blocks and the loop over heads are the same function. The third and fourth shape are blocks."""
+    """In float64: the blocks and the loop over heads are the same function. The last two shapes are blocks."""
     batch, heads, queries, keys, width = shape
     q, k, v = (
         torch.randn(batch, tokens, heads, width, dtype=torch.float64).transpose(1, 2)
@@ -30,6 +32,8 @@ def test_attention_is_attention(shape, scale):
     )
     expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
     torch.testing.assert_close(attention(q, k, v, scale), expected)
+    wider = torch.cat([v, v[..., :3]], -1)  # values may be wider than keys
+    torch.testing.assert_close(attention(q, k, wider, scale), torch.cat([expected, expected[..., :3]], -1))
 
 
 def test_blockwise_attention_answers_in_bfloat16_alone(monkeypatch):

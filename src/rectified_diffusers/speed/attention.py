@@ -2,7 +2,8 @@
 
 torch's fused CPU kernel spends most of its time outside the matrix multiplications. Three plain operations on a block
 of rows, one head at a time, take 0.4 of its time for the 4096 tokens of a 512x512 image. In exchange, the weights of a
-row are rounded to bfloat16 after the division by their sum instead of before it.
+row are rounded to bfloat16 after the division by their sum instead of before it. Values of a width that is no multiple
+of a vector's 16 numbers, such as the 40 of Stable Diffusion 1.5, are padded with zeros: in all 0.83 of the time at 40.
 """
 
 from collections.abc import Iterator
@@ -37,13 +38,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     if queries.shape[1] * tokens * heads <= SMALL:
         rows = torch.bmm(torch.bmm(queries, keys).softmax(-1), values)
     else:
-        rows = queries.new_empty(*queries.shape[:2], values.shape[-1])
         length = max(1, BLOCK // tokens)
+        if length < queries.shape[1]:  # a single block is no faster for it
+            values = F.pad(values, (0, -values.shape[-1] % 16))
+        rows = queries.new_empty(*queries.shape[:2], values.shape[-1])
         for head in range(heads):
             for first in range(0, queries.shape[1], length):
                 block = slice(first, first + length)
                 torch.mm((queries[head, block] @ keys[head]).softmax(-1), values[head], out=rows[head, block])
-    return rows.view(*query.shape[:3], -1)
+    return rows[..., : value.shape[-1]].view(*query.shape[:3], -1)
 
 
 class _Attention(TorchFunctionMode):
