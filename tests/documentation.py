@@ -4,7 +4,8 @@ Examples in docstrings of public names run in the same way, after the code of do
 
 Python blocks are executed and commands are called, with two changes. Numbers that say how much work is done are made
 small (`SMALL`), and "cuda" is "cpu". What stands behind `<!-- not run: reason -->` is only parsed. Commands of other
-programs are not run; of a script of ours it is looked up that it exists and knows the options.
+programs are not run; of a script of ours it is looked up that it exists and knows the options. Scripts whose output
+later blocks need are run (`SCRIPTS`).
 """
 
 import contextlib
@@ -13,7 +14,9 @@ import inspect
 import io
 import os
 import re
+import runpy
 import shlex
+import sys
 import textwrap
 import traceback
 from collections.abc import Iterator
@@ -27,8 +30,8 @@ from rectified_diffusers import cli
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^[ ]*```(python|bash)\n(.*?)^[ ]*```$", re.DOTALL | re.MULTILINE)
-NOT_OURS = {"accelerate", "cd", "git", "make", "mkdocs", "npm", "patch", "pip"}
-MODULES = {"build", "pip", "tests.diffusers_suite.run", "twine"}  # behind python -m
+NOT_OURS = {".", "accelerate", "cd", "git", "make", "mkdocs", "npm", "patch", "pip"}
+MODULES = {"build", "pip", "tests.diffusers_suite.run", "twine", "venv"}  # behind python -m
 
 TRAINING = {"batch_size": 2, "log_every_steps": 1, "mixed_precision": "no", "micro_batch_size": 1}
 SMALL: dict[str, dict[str, Any]] = {
@@ -40,6 +43,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "progressive": {**TRAINING, "steps_per_round": 1},
     "dmd": {**TRAINING, "max_steps": 2, "fake_updates": 1, "first_fake_updates": 0},
     "interpolate": {"frames": 2},
+}
+SCRIPTS = {  # script -> options with less work to do
+    "examples/fine_tuning/text_to_image.py": ("--max-train-steps", "2", "--train-batch-size", "2"),
 }
 PARSED = {"demo"}  # serves until it is stopped
 SMALL_TRAINER = {**TRAINING, "max_steps": 2, "steps_per_round": 1, "fake_updates": 1}
@@ -134,6 +140,20 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
                 run_ours(words[1:], block.is_run)
         else:
             check_others(words)
+            script = next((word for word in words if word in SCRIPTS), None)
+            if block.is_run and script is not None:
+                run_script(script, words[words.index(script) + 1 :])
+
+
+def run_script(script: str, arguments: list[str]) -> None:
+    """Run a script of the repository in this process, as `accelerate launch` would on one CPU, with less to do."""
+    import datasets
+
+    with (
+        mock.patch.object(sys, "argv", [script, *arguments, *SCRIPTS[script]]),
+        mock.patch.object(datasets.config, "HF_DATASETS_CACHE", Path.cwd() / "datasets-cache"),
+    ):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def run_ours(arguments: list[str], is_run: bool) -> None:

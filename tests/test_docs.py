@@ -31,6 +31,7 @@ DOCS = ROOT / "docs"
 MAX_EXAMPLE_LINES = 5
 EXTRAS = {"export_onnx": "onnx"}  # what an example needs beyond the dependencies of every installation
 SHORT = ("README.md",)  # the page whose blocks run in the fast tests; the others are slow together
+NEEDED = {"docs/own_images.md": "datasets"}  # packages of an extra that the code of a page imports
 SLOW = pytest.mark.slow
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PARSED = [ROOT / "examples" / "emoji" / "README.md"]  # hours of work, and data from elsewhere
@@ -48,7 +49,8 @@ def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
     make_tiny_controlnet(make_tiny_pipeline("flow").unet).save_pretrained(make / "canny")
     make_tiny_controlnet(make_tiny_xl_pipeline().unet).save_pretrained(make / "xl-canny")
     make_tiny_adapter().save_pretrained(make / "adapter")
-    make_tiny_pipeline("sd3").save_pretrained(make / "sd3")
+    for name in ("sd3", "xl"):
+        make_tiny_pipeline(name).save_pretrained(make / name)
     folders = {
         INSTAFLOW: "instaflow",
         TWO_FLOW: "two-flow",
@@ -58,6 +60,7 @@ def reader(client: Client, tmp_path_factory: pytest.TempPathFactory) -> Client:
         "diffusers/controlnet-canny-sdxl-1.0": "xl-canny",
         "TencentARC/t2iadapter_canny_sd15v2": "adapter",
         "stabilityai/stable-diffusion-3-medium-diffusers": "sd3",
+        "stabilityai/stable-diffusion-xl-base-1.0": "xl",
     }
     hub = the_hub()
     for repo_id, folder in folders.items():
@@ -72,7 +75,8 @@ LOHA = {"a": (16, 2), "b": (2, 16)}  # of a layer of the tiny U-Net with 16 inpu
 
 @pytest.fixture
 def readers_folder(tmp_path: Path) -> Path:
-    """What the pages say that a reader has: prompts, a teacher, pictures with and without captions, LoRA files."""
+    """What a reader has by the pages: examples, prompts, a teacher, pictures with and without captions, LoRA files."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "prompts.txt").write_text("a red apple\nthe sea\n")
     make_tiny_pipeline("diffusion").save_pretrained(tmp_path / "TEACHER")
     for name in ("photo.png", "edges.png", "mask.png"):
@@ -102,6 +106,8 @@ def name_of(page: Path) -> str:
     ids=name_of,
 )
 def test_the_blocks_of_a_page_run_one_after_the_other(page, reader, readers_folder):
+    if (needed := NEEDED.get(name_of(page))) is not None:
+        pytest.importorskip(needed)
     assert reader.call(run_page, name_of(page), str(readers_folder)) == len(blocks_of(page))
 
 
