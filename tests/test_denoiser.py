@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.denoiser import Denoiser, is_diffusion
+from rectified_diffusers.models.guidance import guided
 from rectified_diffusers.models.latents import latent_channels, latent_shape, pack, unpack
 from rectified_diffusers.models.stacked_unet import StackedUNet
-from rectified_diffusers.models.velocity import PipelineVelocity, guided
+from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 from tests.tiny import make_tiny_pipeline
 

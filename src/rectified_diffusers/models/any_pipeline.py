@@ -21,8 +21,8 @@ from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS, STEPS, 
 from rectified_diffusers.models.conditioning import PromptConditioning, equal, find_axes, map_leaves
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser, Network, is_diffusion
 from rectified_diffusers.models.finding import blank_network
-from rectified_diffusers.models.guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.stock_call import StockCall, device_of, stop_at
+from rectified_diffusers.models.stock_guidance import Guidance, find_guidance, unconditional
 from rectified_diffusers.models.watching import Trace, first_sample, images_of, with_sample
 from rectified_diffusers.pipelines.scheduler import VelocityDirection
 

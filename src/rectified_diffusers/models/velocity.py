@@ -1,7 +1,7 @@
 """The velocity of a pipeline, data - noise at (x_t, t, conditioning): flow or diffusion, with or without guidance.
 
-`PipelineVelocity` is the velocity of a pipeline's own network; `guide` and `guided` are classifier-free guidance, also
-for the networks in training. `denoiser.py` has what differs between families, and decides which models are a flow.
+`PipelineVelocity` is the velocity of a pipeline's own network, guided by `guidance.py`. `denoiser.py` has what differs
+between families, and decides which models are a flow.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,34 +13,8 @@ import torch
 from torch import Tensor
 
 from rectified_diffusers.flow.prediction import DiffusionAsFlow, scale_of
-from rectified_diffusers.models.conditioning import concat, repeat
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
-
-
-def guide(null: Tensor, text: Tensor, guidance_scale: float) -> Tensor:
-    """Return null + w * (text - null), classifier-free guidance (arXiv:2207.12598) of predictions or velocities."""
-    return null + guidance_scale * (text - null)
-
-
-def guided(
-    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
-    x: Tensor,
-    time: Tensor,
-    conditioning: Conditioning,
-    null: Conditioning | None,
-    guidance_scale: float,
-) -> Tensor:
-    """Return a guided prediction; its two forward passes run as one of twice the batch size.
-
-    Args:
-        predict: returns a prediction or a velocity for x, its times, and B rows of conditioning.
-        null: conditioning of the empty prompt, of B rows or one; None for a single pass without guidance.
-    """
-    if null is None:
-        return predict(x, time, conditioning)
-    both = concat([repeat(null, len(x)), conditioning])
-    of_null, of_text = predict(torch.cat([x, x]), torch.cat([time, time]), both).chunk(2)
-    return guide(of_null, of_text, guidance_scale)
+from rectified_diffusers.models.guidance import guided
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rectified_diffusers.flow.loss import velocity_loss
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.conditioning import concat
 from rectified_diffusers.models.denoiser import Conditioning
-from rectified_diffusers.models.velocity import guided
+from rectified_diffusers.models.guidance import guided
 from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.flow.time_density import Grid
-from rectified_diffusers.models.velocity import guide
+from rectified_diffusers.models.guidance import guide
 from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training.checkpoint import StoredCheckpoint
