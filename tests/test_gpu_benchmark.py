@@ -134,6 +134,9 @@ def test_the_parts_of_a_gpu_are_in_order_and_have_arguments_that_their_scripts_k
 # ---------------------------------------------------------------------------------------------- the parts themselves
 
 
+STAGES = ("text", "text again", "U-Net", "decoder", "bytes")
+
+
 def arguments(script: Any, *words: str) -> Any:
     return script.parse_arguments(["--small", *words])
 
@@ -155,6 +158,18 @@ def test_latency_draws_and_times_its_stages(monkeypatch):
         text = "\n".join(latency.as_markdown({"sizes": {2: rows}, "rates": measured}, args))
         assert all(f"| {name} |" in text for name in names)
         assert "broken failed: OutOfMemoryError: too much" in text
+
+
+def test_the_report_compares_the_shortest_times_with_openvinos(monkeypatch):
+    latency = load(monkeypatch, "latency")
+    rows = {
+        name: {"first": None, "whole": [3.0], "memory": 1.0, "stages": [dict.fromkeys(STAGES, time) for time in times]}
+        for name, times in {"fast": (3.0, 2.0), "openvino": (1.0, 9.0), "tiny": (1.0,)}.items()
+    }
+    text = "\n".join(latency.as_markdown({"sizes": {1: rows}, "rates": {}}, arguments(latency)))
+    assert "- fast, U-Net: 2.000 s, OpenVINO 1.000 s, speed 0.50 of OpenVINO's" in text
+    assert "- fast, decoder: " in text
+    assert "tiny, U-Net" not in text, "OpenVINO's was not measured"
 
 
 class Answers:
