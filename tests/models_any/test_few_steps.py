@@ -218,10 +218,10 @@ def test_guidance_as_an_input_is_that_of_the_triplets(tmp_path: Path) -> None:
         torch.testing.assert_close(trainer.predict_teacher(*inputs), trainer.predict_velocity(*inputs))
 
 
-def test_a_quantized_network_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_unknown_quantization_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     pipeline, options = build("sana")
     dataset = make_triplets(pipeline, tmp_path / "triplets", options)
     pipeline.transformer.hf_quantizer = object()  # as `from_pretrained(quantization_config=...)` sets it
-    with pytest.raises(ValueError, match="The transformer is quantized, expected weights in floating point"):
+    with pytest.raises(ValueError, match=r"The transformer is quantized \(object\), expected int8 of torchao, nf4"):
         DistillTrainer(pipeline, dataset, DistillConfig(output_dir=tmp_path / "run", max_steps=1, lora_rank=2, **RUN))
     assert not (tmp_path / "run").exists()

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig
 
 from rectified_diffusers.cli import main
-from rectified_diffusers.models.inspection import count_memory, inspect_pipeline
+from rectified_diffusers.loading.errors import dtype_option
+from rectified_diffusers.models.inspection import TRAINED, count_memory, inspect_pipeline
+from rectified_diffusers.models.quantization import quantized_loading, stored_tensors
 from tests.models_any.families import build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.tiny import make_components, make_diffusion_scheduler, make_tiny_pipeline
@@ -76,11 +80,31 @@ def test_students_of_diffusion_models(name: str, student: str) -> None:
 def test_memory_is_counted_from_the_parameters() -> None:
     pipeline: Any = make_tiny_pipeline("sd3")
     memory = count_memory(pipeline, pipeline.transformer, 2, LAYERS)
-    count = pipeline.transformer.num_parameters()
-    assert memory.full == 20 * count
+    assert memory.full == 20 * pipeline.transformer.num_parameters()
     assert memory.lora is not None
-    assert memory.quantized_lora is not None
-    assert 2 * count < memory.lora < memory.full
-    assert memory.quantized_lora < memory.lora
+    assert memory.lora_int8 is not None
+    assert memory.lora_nf4 is not None
+    assert memory.lora_nf4 < memory.lora_int8 < memory.lora < memory.full
+    encoders = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3)
+    assert memory.text_encoders == sum(weight.nbytes for part in encoders for weight in part.parameters())
+    assert memory.vae == sum(weight.nbytes for weight in pipeline.vae.parameters())
     made_up = make_made_up_pipeline()
     assert count_memory(made_up, made_up.predictor, 2, LAYERS).lora is None
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "sd"])
+def test_the_memory_of_a_lora_is_that_of_its_tensors(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    pipeline, _ = build(name)
+    pipeline.save_pretrained(tmp_path)
+    options = {**dtype_option(torch.float32), "quantization_config": quantized_loading(str(tmp_path), "int8")}
+    quantized = type(pipeline).from_pretrained(tmp_path, **options)
+    component = "unet" if name == "sd" else "transformer"
+    network, base = getattr(pipeline, component), getattr(quantized, component)
+    memory = count_memory(pipeline, network, 2, LAYERS)
+    tensors = [part for weight in base.named_parameters() for _, part in stored_tensors(*weight)]
+    frozen = sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point() or tensor.dtype == torch.int8)
+    network.add_adapter(LoraConfig(r=2, target_modules=list(LAYERS)))
+    added = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    assert memory.lora_int8 == frozen + TRAINED * added
+    assert memory.lora == 4 * sum(weight.numel() for weight in network.parameters()) + (TRAINED - 4) * added

@@ -87,9 +87,11 @@ def _memory_lines(found: Inspection, lora_rank: int) -> dict[str, str]:
         return "no layer to_q, to_k, to_v or to_out.0" if count is None else f"{count / 1e9:.3g} GB"
 
     return {
-        "memory": "weights and optimizer of training, without activations",
+        "memory": "weights and optimizer of training, counted, without activations",
         "  full": size(memory.full),
         "  LoRA": f"{size(memory.lora)} (rank {lora_rank}, base in float32)",
-        "  QLoRA": f"{size(memory.quantized_lora)} (rank {lora_rank}, base in NF4; not supported yet)",
-        "  frozen": f"{size(memory.frozen)} more for VAE and text encoders in bfloat16",
+        "  QLoRA int8": f"{size(memory.lora_int8)} (with --quantize int8)",
+        "  QLoRA nf4": f"{size(memory.lora_nf4)} (with --quantize nf4)",
+        "  encoders": f"{size(memory.text_encoders)} more for text encoders in float32",
+        "  VAE": f"{size(memory.vae)} more in float32",
     }

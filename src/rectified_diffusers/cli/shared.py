@@ -31,6 +31,17 @@ if TYPE_CHECKING:
 PROG = "rectified-diffusers"
 ON_PROCESSES = "On several processes: accelerate launch -m rectified_diffusers.cli COMMAND ..."
 OUTPUT = ("-o", "--output")
+_LOGGERS = (
+    "transformers.utils.import_utils",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree",
+)
+_NO_ADVICE = (
+    "requires torchvision",
+    "Unable to import `torchao` Tensor objects",
+    "for integer quantization, but only bfloat16 is supported",
+    "register_constant() on Enum subclasses",
+)
 
 
 class CommandError(Exception):
@@ -217,12 +228,17 @@ def check_folder_is_writable(folder: Path) -> None:
         raise CommandError(f"cannot write to the folder {str(folder)!r}: {error.strerror}") from error
 
 
-def load_pipeline(model: str, device: str, dtype: str) -> Any:
-    """Load any diffusers pipeline, from this package or not, from a folder or the Hub."""
+def load_pipeline(model: str, device: str, dtype: str, quantized: tuple[Any, Any] | None = None) -> Any:
+    """Load any diffusers pipeline, from this package or not, from a folder or the Hub.
+
+    Args:
+        quantized: quantization of its networks, and the precision of their computations: "no", "bf16" or "fp16".
+    """
     check_model(model)
     announce(f"loading {model}")
     resolved = _device(device)
-    logging.getLogger("transformers.utils.import_utils").addFilter(_is_no_advice)
+    for logger in _LOGGERS:
+        logging.getLogger(logger).addFilter(_is_no_advice)
     from diffusers import DiffusionPipeline
 
     from rectified_diffusers.loading.errors import dtype_option, remedies
@@ -233,8 +249,12 @@ def load_pipeline(model: str, device: str, dtype: str) -> Any:
     refuse_foreign_code(model)
     require_components(model)
     with without_bars_of_libraries(), remedies(model):
-        precision = dtype_option(_dtype(dtype, resolved))
-        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **precision)
+        arguments: dict[str, Any] = dtype_option(_dtype(dtype, resolved))
+        if quantized is not None:
+            from rectified_diffusers.models.quantization import quantized_loading
+
+            arguments["quantization_config"] = quantized_loading(model, *quantized)
+        pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **arguments)
     return pipeline.to(resolved)
 
 
@@ -245,8 +265,12 @@ def announce(phase: str) -> None:
 
 
 def _is_no_advice(record: logging.LogRecord) -> bool:
-    """Return whether a log record of transformers is not the advice to install torchvision, which no model needs."""
-    return "requires torchvision" not in record.getMessage()
+    """Return whether a log record is worth a line.
+
+    It is not if transformers advises to install torchvision, which no model needs; if diffusers does not know classes
+    that newer releases of torchao lack; or if it asks for bfloat16, which no integer quantization needs.
+    """
+    return not any(part in record.getMessage() for part in _NO_ADVICE)
 
 
 @contextmanager

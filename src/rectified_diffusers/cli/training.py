@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
+from functools import partial
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rectified_diffusers.cli.shared import (
     ON_PROCESSES,
@@ -31,6 +32,11 @@ from rectified_diffusers.training.config import (
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(CommandOptions):
     model: str = option(MISSING, "Pipeline folder or Hub id to start from.", type=expanduser)
+    quantize: Literal["int8", "nf4"] | None = option(
+        None,
+        "Quantize the frozen base of a LoRA, for less memory: int8 (torchao) or, on a GPU, nf4 (bitsandbytes). The "
+        "result is only the LoRA.",
+    )
     triplets: tuple[Path, ...] = option(
         MISSING,
         "Folder that `triplets` or `real-triplets` wrote, or several, each weighted by its number of triplets.",
@@ -102,8 +108,13 @@ def run_training(options: Any, config: Any) -> None:
         for folder in folders:
             if not folder.is_dir():
                 raise CommandError(f"no folder {str(folder)!r}; make it with {PROG} {command}")
+    if options.quantize is not None and config.lora_rank is None:
+        raise CommandError("--quantize is for the base of a LoRA; give --lora-rank, or leave out --quantize")
     check_output_dir(config.output_dir)
-    pipeline = load_pipeline(options.model, "cpu", "float32")  # accelerate moves it to the device of each process
+    # In float32, on the CPU: accelerate moves it to the device of each process.
+    quantized = None if options.quantize is None else (options.quantize, config.mixed_precision)
+    load = partial(load_pipeline, device="cpu", dtype="float32", quantized=quantized)
+    pipeline = load(options.model)
     from rectified_diffusers.data.dataset import open_triplets
     from rectified_diffusers.training.distill import DistillTrainer
     from rectified_diffusers.training.dmd import DistributionMatchingTrainer
@@ -119,7 +130,7 @@ def run_training(options: Any, config: Any) -> None:
     own: dict[str, Any] = {}
     if isinstance(options, DmdOptions):
         is_own = options.teacher == options.model  # is loaded once
-        own["teacher"] = pipeline if is_own else load_pipeline(options.teacher, "cpu", "float32")
+        own["teacher"] = pipeline if is_own else load(options.teacher)
         own["real_data"] = open_triplets(real) if real else None
     trainer = trainers[type(config)](pipeline, open_triplets(options.triplets), config, **own)
     with without_bars_of_libraries():

@@ -20,6 +20,7 @@ from rectified_diffusers.data.solvers import make_solver
 from rectified_diffusers.models.conditioning import PromptConditioning
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_shape, network_of
+from rectified_diffusers.models.quantization import stored_tensors
 
 _PACKAGES = ("torch", "diffusers", "transformers", "safetensors")
 _SAMPLED_VALUES = 1024  # values of each tensor in the fingerprint of a teacher
@@ -186,7 +187,8 @@ def fingerprint(models: dict[str, nn.Module], every_value: bool = False) -> str:
     """
     digest = hashlib.sha256()
     for part, model in sorted(models.items()):
-        for name, tensor in sorted(model.state_dict().items()):
+        tensors = (part for item in model.state_dict().items() for part in stored_tensors(*item))
+        for name, tensor in sorted(tensors):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if not tensor.is_meta:
                 values = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // _SAMPLED_VALUES)]

@@ -11,26 +11,35 @@ from rectified_diffusers.checks import UnsupportedPipelineError
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
 
-_TRAINED = 4 + 4 + 8 + 4  # bytes per weight in float32: the weight, its gradient, two moments of AdamW, its average
-_BASE = 4  # a LoRA's base in float32, which teacher and pipeline share
-_FROZEN = 2  # bfloat16
-_NF4 = 0.5 + 4 / 64  # four bits, and a float32 scale for each block of 64
+TRAINED = 4 + 4 + 8 + 4
+"""Bytes per trained weight, in float32: the weight, its gradient, two moments of AdamW, its average."""
+FROZEN = 4
+"""Bytes per frozen weight that is not quantized: the commands load float32."""
+QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Bytes per quantized weight; of nf4 with a float32 scale for each block of 64."""
+_PER_OUTPUT = {"int8": 4 + 1, "nf4": 0}  # torchao's float32 scale and int8 zero point of each output
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that training needs for weights and optimizer, by way of training; activations come on top.
+    """Bytes that reflow and distillation need, by way of training; activations come on top.
+
+    Weights count in the dtypes in which the commands train: `TRAINED` bytes for each trained weight, `FROZEN` for each
+    frozen one, `QUANTIZED` for each weight of a quantized linear layer.
 
     Attributes:
-        frozen: VAE and text encoders, in bfloat16.
-        lora: of the base in float32; None if no layer has one of the names.
-        quantized_lora: of the base's linear layers in NF4; for comparison, the trainers take no quantized base.
+        full: of the network, if all its weights are trained.
+        lora: of the base and the LoRA; None if no layer has one of the names. The base is shared with the pipeline.
+        lora_int8, lora_nf4: the same with a quantized base.
+        text_encoders, vae: of these components, in addition; other networks of the pipeline count as text encoders.
     """
 
     full: int
     lora: int | None
-    quantized_lora: int | None
-    frozen: int
+    lora_int8: int | None
+    lora_nf4: int | None
+    text_encoders: int
+    vae: int
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,32 @@ def _prediction(denoiser: PipelineDenoiser) -> str:
 
 
 def count_memory(pipeline: Any, network: nn.Module, lora_rank: int, lora_layers: Sequence[str]) -> Memory:
-    """Count the bytes of training from the numbers of parameters."""
+    """Count the bytes of training from the numbers of parameters, see `Memory`."""
     linear = {name: part for name, part in network.named_modules() if isinstance(part, nn.Linear)}
-    count = sum(weight.numel() for weight in network.parameters())
-    quantized = sum(part.weight.numel() for part in linear.values())
     ends = tuple(f".{layer}" for layer in lora_layers)
     adapted = [part for name, part in linear.items() if f".{name}".endswith(ends)] if ends else []
-    added = _TRAINED * lora_rank * sum(part.in_features + part.out_features for part in adapted)
-    others = [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part is not network]
+    lora = TRAINED * lora_rank * sum(part.in_features + part.out_features for part in adapted)
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()  # which diffusers does not quantize
+    quantized = [part for name, part in linear.items() if not any(f"{each}." in f"{name}." for each in kept)]
+    weights = sum(part.in_features * part.out_features for part in quantized)
+    outputs = sum(part.out_features for part in quantized)
+    count = _count(network)
+    frozen = {
+        kind: round(size * weights) + _PER_OUTPUT[kind] * outputs + FROZEN * (count - weights)
+        for kind, size in QUANTIZED.items()
+    }
+    others = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    sizes = {name: FROZEN * _count(part) for name, part in others.items() if part is not network}
+    vae = sum(size for name, size in sizes.items() if hasattr(others[name], "decode"))
     return Memory(
-        full=_TRAINED * count,
-        lora=_BASE * count + added if adapted else None,
-        quantized_lora=round(_NF4 * quantized) + _FROZEN * (count - quantized) + added if adapted else None,
-        frozen=_FROZEN * sum(weight.numel() for part in others for weight in part.parameters()),
+        full=TRAINED * count,
+        lora=FROZEN * count + lora if adapted else None,
+        lora_int8=frozen["int8"] + lora if adapted else None,
+        lora_nf4=frozen["nf4"] + lora if adapted else None,
+        text_encoders=sum(sizes.values()) - vae,
+        vae=vae,
     )
+
+
+def _count(network: nn.Module) -> int:
+    return sum(weight.numel() for weight in network.parameters())

@@ -21,7 +21,7 @@ from rectified_diffusers.models.guidance import guided
 from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.training.checkpoint import StoredCheckpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
-from rectified_diffusers.training.guards import require_same_text
+from rectified_diffusers.training.guards import require_same_text, require_trainable
 from rectified_diffusers.training.lora import add_lora
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.prompts import PromptEncoder
@@ -120,7 +120,9 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
         is_own = teacher is pipeline
         self.teacher_denoiser = copy.copy(self.denoiser) if is_own else denoiser_for(teacher, dataset)
+        require_trainable(self.teacher_denoiser, config, self.sharded)
         require_straight(teacher.scheduler, "Distribution matching")
+        self.teacher_digest = fingerprint({self.teacher_denoiser.component: self.teacher_denoiser.network})
         self.teacher_guidance = self._teacher_guidance()
         self.teacher_denoiser.guide(self.teacher_guidance)
         if not is_own:
@@ -324,8 +326,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         )
 
     def identity(self) -> dict[str, Any]:
-        denoiser = self.teacher_denoiser
-        own: dict[str, Any] = {"teacher_sha256": fingerprint({denoiser.component: denoiser.network})}
+        own: dict[str, Any] = {"teacher_sha256": self.teacher_digest}
         if self.real_data is not None:
             own |= {"real_rows": len(self.real_data), "real_manifest": self.real_data.manifest.fingerprint}
         return {**super().identity(), "teacher_guidance_scale": self.teacher_guidance, **own}

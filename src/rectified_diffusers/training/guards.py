@@ -12,7 +12,8 @@ from rectified_diffusers.checks import require_type
 from rectified_diffusers.data.dataset import Triplets
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.models.conditioning import named_tensors
-from rectified_diffusers.models.denoiser import Conditioning
+from rectified_diffusers.models.denoiser import Conditioning, Denoiser
+from rectified_diffusers.models.quantization import is_base_of_lora, quantization_of
 from rectified_diffusers.speed.optimize import is_optimized
 from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
@@ -64,14 +65,27 @@ def require_own_weights(pipeline: Any) -> None:
         )
 
 
-def require_full_precision(component: str, network: Any) -> None:
-    """Raise if the weights of a network are quantized: they have no gradient, and no exact conversion to float32."""
-    method = getattr(network.config, "quantization_config", None) if hasattr(network, "config") else None
-    if getattr(network, "hf_quantizer", None) is not None or method is not None:
+def require_trainable(denoiser: Denoiser, config: TrainerConfig, sharded: bool) -> str | None:
+    """Return the quantization of a pipeline's network; raise unless it is None or that of the base of a LoRA."""
+    found, component = quantization_of(denoiser.network), denoiser.component
+    if found is None:
+        return None
+    if config.lora_rank is None:
         raise ValueError(
-            f"The {component} is quantized, expected weights in floating point. Load the pipeline without a "
-            "quantization_config; a quantized base under a LoRA is not supported."
+            f"The {component} is quantized ({found}), expected weights in floating point. Set lora_rank to train a "
+            "LoRA on it, or load the pipeline without a quantization_config."
         )
+    if not is_base_of_lora(found):
+        raise ValueError(
+            f"The {component} is quantized ({found}), expected int8 of torchao, nf4 of bitsandbytes or weights in "
+            "floating point. Load the pipeline with one of these."
+        )
+    if sharded:
+        raise ValueError(
+            f"The {component} is quantized ({found}), and quantized weights are not sharded. Launch without FSDP, or "
+            "load the pipeline without a quantization_config."
+        )
+    return found
 
 
 def require_checkpointing(network: Any) -> None:

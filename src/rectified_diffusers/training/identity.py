@@ -11,6 +11,8 @@ from rectified_diffusers.training.config import ProgressiveConfig, TrainerConfig
 
 STARTING_MODEL = "starting_model"
 """Entry of the record: digests of the parts of the starting model."""
+QUANTIZATION = "quantization"
+"""Entry of the record of a LoRA on a quantized base."""
 FREE_OPTIONS = frozenset(
     {
         "output_dir",
@@ -76,5 +78,7 @@ def require_resumable(run: Mapping[str, Any], identity: Mapping[str, Any], confi
     """Raise a `ValueError` that names the difference unless a recorded run can be resumed as the run of `identity`."""
     recorded, output_dir = recorded_options(run, config), Path(config.output_dir)
     started = recorded.setdefault(STARTING_MODEL, identity[STARTING_MODEL])  # runs of preview releases lack it
+    before, now = ({QUANTIZATION: run.get(QUANTIZATION)} for run in (recorded, identity))
+    require_same_run(before, now, output_dir)  # before the weights, which differ with it
     require_same_model(started, identity[STARTING_MODEL], output_dir)
     require_same_run(recorded, identity, output_dir)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rectified_diffusers.training.config import TrainerConfig
+from rectified_diffusers.training.sharding import trainable
 from rectified_diffusers.weights.weight_files import write_weights
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -50,6 +51,8 @@ def add_lora(network: Any, config: TrainerConfig) -> Any:
             network.add_adapter(settings)
         else:  # not every network of diffusers has it
             inject_adapter_in_model(settings, network)
+    for weight in trainable(network):
+        weight.data = weight.data.float()  # beside a quantized layer it has the dtype of that layer
     return network
 
 

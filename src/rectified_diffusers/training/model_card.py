@@ -14,7 +14,7 @@ from rectified_diffusers.evaluation.straightness import Straightness, pipeline_s
 from rectified_diffusers.files import TEMPORARY
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.denoiser import Denoiser
-from rectified_diffusers.training.identity import STARTING_MODEL
+from rectified_diffusers.training.identity import QUANTIZATION, STARTING_MODEL
 from rectified_diffusers.training.lora import PEFT_FILES, WEIGHTS, has_loader
 from rectified_diffusers.training.tracking import FOLDER
 
@@ -72,6 +72,9 @@ class Card:
             tags=["rectified-flow", "rectified_diffusers", tag, *(["lora"] if self.is_lora else [])],
             **relation,
         )
+        if QUANTIZATION in self.record:
+            base = f"the base quantized to {self.record[QUANTIZATION]}"
+            method += f" The LoRA was trained on {base}. It loads onto the base with and without quantization."
         parts = [f"---\n{data.to_yaml()}\n---", f"# {self._title()}", method, self._usage(), self._training()]
         return "\n\n".join(parts) + "\n"
 

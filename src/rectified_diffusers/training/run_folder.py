@@ -25,8 +25,8 @@ from rectified_diffusers.files import (
 from rectified_diffusers.loading.errors import damaged_files
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.identity import STARTING_MODEL
-from rectified_diffusers.training.lora import Adapter
+from rectified_diffusers.training.identity import QUANTIZATION, STARTING_MODEL
+from rectified_diffusers.training.lora import WEIGHTS, Adapter
 from rectified_diffusers.training.parts import file_digest
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ INDEX = "model_index.json"
 RECORD = "training.json"
 FILES = "files.json"
 """Size and digest of each file of the finished pipeline. Not in the record, which is equal wherever the model lay."""
+_RESULTS = {INDEX: "pipeline", WEIGHTS: "LoRA"}
 
 
 class RunFolder:
@@ -73,9 +74,10 @@ class RunFolder:
 
     def prepare(self, step: int) -> None:
         """Prepare the folder to continue after `step`: remove leftovers of a killed process and later log lines."""
-        if step == 0 and (self.path / INDEX).exists():
+        found = next((kind for name, kind in _RESULTS.items() if (self.path / name).exists()), None)
+        if step == 0 and found is not None:
             raise ValueError(
-                f"{self.path} holds a pipeline and no checkpoint of a run to resume, so that training would replace "
+                f"{self.path} holds a {found} and no checkpoint of a run to resume, so that training would replace "
                 "it. Give another output_dir."
             )
         self.path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ class RunFolder:
         safetensors file is checked against its header.
         """
         path = self.path / RECORD
-        if not (self.path / INDEX).exists() or not path.exists():
+        if not (self.path / _last_of(record)).exists() or not path.exists():
             return False
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -128,14 +130,18 @@ class RunFolder:
         """Write a pipeline with its record, texts (card and report, by file) and LoRA; replace an existing pipeline.
 
         The parts are written to a temporary folder and moved. `model_index.json`, without which nothing can be loaded,
-        is the first file removed from an old pipeline and the last one moved.
+        is the first file removed from an old pipeline and the last one moved. Of a pipeline with a quantized network,
+        only the LoRA is written.
         """
-        (self.path / INDEX).unlink(missing_ok=True)
+        last = _last_of(record)
+        (self.path / last).unlink(missing_ok=True)
         staging = self.path / f"{TEMPORARY}pipeline"
         remove(staging)
-        _reset_tokenizers(pipeline)
+        staging.mkdir()
         with system_errors():
-            save_pipeline(pipeline, staging)
+            if last == INDEX:
+                _reset_tokenizers(pipeline)
+                save_pipeline(pipeline, staging)
             if adapter is not None:
                 adapter.save(type(pipeline), staging)
         for name, text in texts.items():
@@ -145,7 +151,7 @@ class RunFolder:
         (staging / FILES).write_text(_text_of(files))
         (staging / RECORD).write_text(_text_of(record))
         flush(staging)
-        for part in sorted(staging.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
+        for part in sorted(staging.iterdir(), key=lambda part: (part.name == last, part.name)):
             target = self.path / part.name
             remove(target)
             part.replace(target)
@@ -203,6 +209,11 @@ def _is_component(folder: Path) -> bool:
     is_model = (folder / "config.json").exists()
     has_weights = any(folder.glob("*.safetensors"))
     return folder.is_dir() and has_weights >= is_model and not any(damaged_files(folder))
+
+
+def _last_of(record: Mapping[str, Any]) -> str:
+    """Return the file of a finished run that is written last."""
+    return INDEX if QUANTIZATION not in record else WEIGHTS
 
 
 def _text_of(record: dict[str, Any]) -> str:

@@ -39,10 +39,10 @@ def borrow_weights(network: Any) -> Any:
 
 
 def freeze(network: Any, accelerator: Accelerator) -> Any:
-    """Return a network for predictions only, in float32, on the device; sharded if those in training are."""
+    """Return a network of `initial_network` for predictions only, on the device; sharded if those in training are."""
     network.requires_grad_(False).eval()
     if not is_sharded(accelerator):
-        return network.float().to(accelerator.device)
+        return network.to(accelerator.device)
     from accelerate.utils import fsdp2_prepare_model  # since accelerate 1.6, as FSDP2; `prepare` wants an optimizer
 
     return fsdp2_prepare_model(accelerator, network).float()

@@ -15,6 +15,7 @@ from rectified_diffusers.models.calibration import CALL_ERRORS, PROMPTS
 from rectified_diffusers.models.conditioning import map_leaves
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.latents import latent_channels
+from rectified_diffusers.models.quantization import quantization_of
 from rectified_diffusers.models.stock_call import stop_at
 from rectified_diffusers.models.velocity_unet import DiffusionVelocityUNet
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
@@ -89,7 +90,8 @@ def initial_network(
     A network to be sharded has the memory of the pipeline's network, and its dtype, see `borrow_weights`.
 
     Args:
-        shared: for a LoRA, the device on which weights are shared with the pipeline's network, if in float32.
+        shared: for a LoRA, the device on which weights are shared with the pipeline's network, if in float32 or
+            quantized.
         initialisation: `weights` copies the pipeline's network; for a flow, this is already that flow. `snr_matching`
             converts a diffusion U-Net to the equivalent flow, see `DiffusionVelocityUNet`.
         sharded: whether the network will be sharded over the processes.
@@ -101,6 +103,11 @@ def initial_network(
         if shared is None:
             return copy.deepcopy(denoiser.network).float()
         return share_weights(denoiser.network.to(shared))  # moved with its buffers, which are not shared later
+    if quantization_of(denoiser.network) is not None:
+        raise ValueError(
+            f"The {denoiser.component} is quantized, and initialisation='snr_matching' computes new weights from it. "
+            f"Load the {type(denoiser.pipeline).__name__} without a quantization_config."
+        )
     if denoiser.diffusion() is None:
         raise ValueError(
             f"initialisation='snr_matching' makes a diffusion model a flow, which {type(denoiser.pipeline).__name__} "
@@ -115,9 +122,12 @@ def initial_network(
 def share_weights(network: Any) -> Any:
     """Return a copy of a network's modules with the same weights, for a LoRA; float32 copies of other dtypes.
 
+    Quantized weights are shared as they are.
+
     The weights are frozen in both, because a parameter has one flag for all modules that hold it.
     """
-    if any(weight.dtype != torch.float32 for weight in network.parameters() if weight.is_floating_point()):
+    plain = quantization_of(network) is None
+    if plain and any(weight.dtype != torch.float32 for weight in network.parameters() if weight.is_floating_point()):
         return copy.deepcopy(network).float().requires_grad_(False)
     weights = [*network.requires_grad_(False).parameters(), *network.buffers()]
     return copy.deepcopy(network, {id(weight): weight for weight in weights})

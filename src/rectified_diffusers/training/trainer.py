@@ -5,7 +5,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -25,7 +24,7 @@ from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training import guards
 from rectified_diffusers.training.checkpoint import StoredCheckpoint, load_newest
 from rectified_diffusers.training.config import TrainerConfig
-from rectified_diffusers.training.identity import STARTING_MODEL, config_to_json, require_resumable
+from rectified_diffusers.training.identity import QUANTIZATION, STARTING_MODEL, config_to_json, require_resumable
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
 from rectified_diffusers.training.model_card import (
     Card,
@@ -56,6 +55,7 @@ class Trainer(ABC, Generic[Config]):
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
     text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
     or a transformer, is not changed; if a LoRA is trained, the LoRA's base shares its weights, which are frozen.
+    They may be quantized.
 
     Example:
         ```python
@@ -81,7 +81,6 @@ class Trainer(ABC, Generic[Config]):
         guards.require_config(type(self), config)
         guards.require_own_weights(pipeline)
         self.denoiser = denoiser_for(pipeline, dataset)
-        guards.require_full_precision(self.denoiser.component, self.denoiser.network)
         self.student_steps: int = getattr(config, "student_steps", 1)
         self.scheduler = student_scheduler(self.denoiser, self.student_steps)  # before any part of the pipeline moves
         self.pipeline, self.dataset, self.config = pipeline, dataset, config
@@ -91,9 +90,11 @@ class Trainer(ABC, Generic[Config]):
             raise guards.not_a_flow(type(self).__name__, pipeline)
         self.accelerator = training_accelerator(config.mixed_precision, **tracker_arguments(config))
         self.sharded = is_sharded(self.accelerator)
+        self.quantization = guards.require_trainable(self.denoiser, config, self.sharded)
         guards.require_divisible(config.batch_size, self.accelerator.num_processes)
         self.reader = RowReader(dataset, config.num_workers, self.device)
         self.output = RunFolder(Path(config.output_dir))
+        self.starting_model = fingerprints(pipeline)  # before training: bitsandbytes rounds biases when it uses them
         self.prompt_encoder = PromptEncoder(self.denoiser, self.device)
         if getattr(pipeline, "vae", None) is not None:
             pipeline.vae.to(self.device).requires_grad_(False).eval()
@@ -310,13 +311,9 @@ class Trainer(ABC, Generic[Config]):
             "dataset_rows": len(self.dataset),
             "dataset_manifest": self.dataset.manifest.fingerprint,
             STARTING_MODEL: self.starting_model,
+            **({} if self.quantization is None else {QUANTIZATION: self.quantization}),
             **config_to_json(self.config),
         }
-
-    @cached_property
-    def starting_model(self) -> dict[str, str]:
-        """Digests of the parts of the pipeline that training starts from and that the finished pipeline contains."""
-        return fingerprints(self.pipeline)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors of a checkpoint by file and name, not copied."""
@@ -369,13 +366,14 @@ class Trainer(ABC, Generic[Config]):
         """Write the finished pipeline to `output_dir`, unless it is there, and return its network with EMA weights.
 
         A LoRA is written twice: as a separate file for `pipeline.load_lora_weights(output_dir)`, and fused into the
-        pipeline's weights. Only the separate file is uploaded.
+        pipeline's weights. Only the separate file is uploaded. A LoRA on a quantized base is written only as the file,
+        because a sum with quantized weights would be rounded; the returned network has it beside them.
         """
         config, adapter, straight, paths = self.config, None, None, self.config.straightness_paths
         network = self.averaged()
         if config.lora_rank is not None and network is not None:
             adapter = Adapter.of(network, self.denoiser.component)
-            network = fuse_lora(network)
+            network = fuse_lora(network) if self.quantization is None else network
         main, record = self.accelerator.is_main_process, {"steps": config.max_steps, **self.identity()}
         complete = self.peers.exchange(main and self.output.contains(record))[0]
         if paths and not complete:
