@@ -130,24 +130,59 @@ class Stop(BaseException):
     """Stands for anything that ends a process between two steps."""
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: TripletDataset, output_dir: Path) -> None:
-    """Stopped after a round, and within the second one, whose teacher comes out of the checkpoint."""
-    options = {"save_every_steps": 1, "keep_checkpoints": 1}
-    interrupted = make_progressive(dataset, output_dir, **options)
-    train_step = interrupted.train_step
+def train_until(steps: int, trainer: ProgressiveTrainer) -> None:
+    train_step = trainer.train_step
 
     def stop(step: int) -> Any:
         if step > steps:
             raise Stop
         return train_step(step)
 
-    interrupted.train_step = stop
+    trainer.train_step = stop
     with pytest.raises(Stop):
-        interrupted.train()
+        trainer.train()
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: TripletDataset, output_dir: Path) -> None:
+    """Stopped after a round, and within the second one, whose teacher comes out of the checkpoint."""
+    options = {"save_every_steps": 1, "keep_checkpoints": 1}
+    train_until(steps, make_progressive(dataset, output_dir, **options))
     assert (output_dir / "checkpoints" / f"step-{steps:08d}" / "teacher.safetensors").exists() == (steps == 3)
     make_progressive(dataset, output_dir, **options).train()
     assert digests(output_dir) == digests(whole)
+
+
+ROUNDS = {"teacher_steps": 4, "steps_per_round": 3, "save_every_steps": 2}
+
+
+@pytest.fixture(scope="module", params=[{}, {"lora_rank": 2}], ids=["full", "lora"])
+def two_rounds(
+    request: pytest.FixtureRequest, dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """Return options, and the folder of a run that nothing disturbed; only its last checkpoint is left."""
+    folder, options = tmp_path_factory.mktemp("rounds"), {**ROUNDS, **request.param}
+    make_progressive(dataset, folder, keep_checkpoints=1, **options).train()
+    return options, folder
+
+
+@pytest.mark.parametrize("harm", ["flipped", "foreign"])
+@pytest.mark.parametrize("file", ["ema", "optimizer", "teacher", "unet"])
+def test_a_damaged_checkpoint_leaves_nothing_of_its_teacher(
+    file: str, harm: str, two_rounds: tuple[dict[str, Any], Path], dataset: TripletDataset, tmp_path: Path
+) -> None:
+    """The checkpoint before it is within the first round, whose teacher is in no checkpoint."""
+    options, whole = two_rounds
+    train_until(4, make_progressive(dataset, tmp_path, keep_checkpoints=2, **options))
+    newest = tmp_path / "checkpoints" / "step-00000004"
+    harmed = newest / f"{file}.safetensors"
+    assert (newest / "teacher.safetensors").exists()
+    if harm == "flipped":
+        harmed.write_bytes(harmed.read_bytes()[:-1] + b"?")
+    else:
+        harmed.write_bytes((newest / f"{'unet' if file == 'teacher' else 'teacher'}.safetensors").read_bytes())
+    make_progressive(dataset, tmp_path, keep_checkpoints=1, **options).train()
+    assert digests(tmp_path) == digests(whole)
 
 
 def test_a_run_may_go_on_to_fewer_steps(whole: Path, dataset: TripletDataset, output_dir: Path) -> None:

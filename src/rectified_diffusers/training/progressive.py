@@ -50,8 +50,12 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
             self.denoiser.guide(config.teacher_guidance_scale)
         self.guides_first_teacher = config.teacher_guidance_scale > 1 and self.denoiser.two_passes
         self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
-        self.teacher = freeze(self.make_network(), self.accelerator)
+        self.teacher, self.is_first_teacher = self.first_teacher(), True
         self.step = 1
+
+    def first_teacher(self) -> Any:
+        """Return the teacher of the first round, the pipeline's own network, which no checkpoint contains."""
+        return freeze(self.make_network(), self.accelerator)
 
     @property
     def fits_pairs(self) -> bool:
@@ -130,8 +134,13 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         return {**super().tensors(), TEACHER: {name: teacher[name] for name in names}}
 
     def targets(self, checkpoint: StoredCheckpoint) -> dict[str, dict[str, Tensor]]:
+        stored = checkpoint.tensors(TEACHER)
+        if stored:
+            self.is_first_teacher = False  # loading may change it even if the checkpoint is damaged
+        elif not self.is_first_teacher:
+            self.teacher, self.is_first_teacher = self.first_teacher(), True
         teacher = dict(self.teacher.named_parameters())
-        return {**super().targets(checkpoint), TEACHER: {name: teacher[name] for name in checkpoint.tensors(TEACHER)}}
+        return {**super().targets(checkpoint), TEACHER: {name: teacher[name] for name in stored}}
 
     def restore(self, checkpoint: StoredCheckpoint, tensors: dict[str, dict[str, Tensor]]) -> None:
         super().restore(checkpoint, tensors)
