@@ -49,6 +49,7 @@ docs:  ## the site, strictly
 
 faults:  ## kills, full disks, rotten files and hostile input, at length (root, for the disks; hours; it can be stopped)
 	python -m tests.faults.run --tries 20 --kills 100 --output benchmarks/results/faults.md
+	python -m tests.faults.saving --kills 50 --processes 2 --output benchmarks/results/saving.md
 	python -m tests.faults.fuzz --examples 115000 --output benchmarks/results/fuzzing.md
 
 wheel:  ## build and check dist/*.tar.gz and dist/*.whl
