@@ -16,10 +16,10 @@ from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.gallery import require_images
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
-from rectified_diffusers.training.losses import DecodedDistance
 from tests.models_any.families import build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.models_any.test_training import make_triplets
+from tests.training.helpers import TRAINERS
 
 QUICK: dict[str, Any] = {"seeds": (0,), "num_pictures": 2, "diversity_prompts": 0}
 PICTURES = RealPictures(["a cat"] * 4, ["train"] * 4, [""] * 4, "none", lambda numbers: torch.empty(0))
@@ -86,10 +86,17 @@ def test_guidance_that_two_passes_do_not_repeat_has_no_straightness(
     assert not list(tmp_path.iterdir())
 
 
-def test_lpips_of_a_video_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["distill", "progressive", "reflow", "dmd"])
+def test_lpips_of_a_video_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
     pipeline, options = build("ltx_video")
-    pipeline.set_progress_bar_config(disable=True)
-    denoiser = PipelineDenoiser(pipeline, options=options)
-    latents = torch.randn(1, *denoiser.latent_shape)
-    with pytest.raises(ValueError, match=r"LPIPS compares images \(B, 3, H, W\), got a decoded shape of \(1, 5, 3"):
-        DecodedDistance(denoiser.decode_pixels, torch.nn.Identity())(latents, latents)
+    triplets = make_triplets(pipeline, tmp_path / "triplets", options)
+    losses: dict[str, dict[str, Any]] = {
+        "reflow": {"loss": "lpips_huber"},
+        "dmd": {"regression_loss": "lpips", "regression_weight": 1.0},
+    }
+    trainer_class, config_class = TRAINERS[kind]
+    config = config_class(output_dir=tmp_path / "run", **losses.get(kind, {"loss": "lpips"}))
+    more: dict[str, Any] = {"teacher": pipeline} if kind == "dmd" else {}
+    with pytest.raises(ValueError, match=r"LPIPS compares images \(B, 3, H, W\), got .* \(1, 5, 3.*LTXPipeline"):
+        trainer_class(pipeline, triplets, config, **more)
+    assert not (tmp_path / "run").exists()

@@ -17,8 +17,7 @@ KINDS: list[Any] = ["l2", "pseudo_huber", "lpips", "lpips_huber"]
 
 def make_loss(kind: Any, backbone: Path, weigh_by_time: bool = False) -> FlowLoss:
     config = DistillConfig(output_dir=Path("run"), lpips_weights=backbone)
-    decode = Denoiser.of(make_tiny_pipeline()).decode_pixels
-    return FlowLoss.of(kind, config, decode, torch.device("cpu"), weigh_by_time)
+    return FlowLoss.of(kind, config, Denoiser.of(make_tiny_pipeline()), torch.device("cpu"), weigh_by_time)
 
 
 def make_velocities() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -132,6 +132,11 @@ class TrainerConfig:
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub is set but hub_model_id is not: give owner/name of the repository.")
 
+    @property
+    def decodes_images(self) -> bool:
+        """Whether a loss compares decoded images."""
+        return any("lpips" in str(getattr(self, name, "")) for name in ("loss", "regression_loss"))
+
     @classmethod
     def preset(cls: type[Config], name: PresetName, **options: Any) -> Config:
         """Return a config with the values of a preset; explicit options override them.

@@ -35,7 +35,7 @@ class DistillTrainer(Trainer[DistillConfig]):
         require_steps(self.denoiser, config.student_steps)
         self.validation_steps = (config.student_steps,)
         self.time_density = Grid(config.student_steps)
-        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser, self.device)
 
     def make_network(self) -> Any:
         network = super().make_network()

@@ -117,7 +117,7 @@ class DistributionMatchingTrainer(Trainer[DistributionMatchingConfig]):
         super().__init__(pipeline, dataset, config)
         self.validation_steps = (config.student_steps,)
         kind = config.regression_loss if config.regression_weight else "l2"
-        self.regression = FlowLoss.of(kind, config, self.denoiser.decode_pixels, self.device)
+        self.regression = FlowLoss.of(kind, config, self.denoiser, self.device)
         is_own = teacher is pipeline
         self.teacher_denoiser = copy.copy(self.denoiser) if is_own else denoiser_for(teacher, dataset)
         require_trainable(self.teacher_denoiser, config, self.sharded)

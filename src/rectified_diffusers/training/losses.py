@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rectified_diffusers.evaluation.features import not_downloaded
 from rectified_diffusers.flow.interpolation import per_example
 from rectified_diffusers.flow.loss import pseudo_huber, velocity_loss
+from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.config import TrainerConfig
 
 
@@ -32,11 +33,6 @@ class DecodedDistance:
         """Return the distances `(B,)` between predicted and target latents `(B, ...)`."""
         with torch.no_grad():
             images = self.decode(data)
-        if images.ndim != 4:
-            raise ValueError(
-                f"LPIPS compares images (B, 3, H, W), got a decoded shape of {tuple(images.shape)}. "
-                'Set loss="l2" or "pseudo_huber".'
-            )
         return self.network(self.decode(predicted_data), images).reshape(len(images))
 
 
@@ -103,13 +99,21 @@ class FlowLoss:
         cls,
         kind: TrainingLoss,
         config: TrainerConfig,
-        decode: Callable[[Tensor], Tensor],
+        denoiser: Denoiser,
         device: torch.device,
         weigh_by_time: bool = False,
     ) -> "FlowLoss":
-        """Return the loss, with LPIPS loaded to the device if the loss uses it."""
+        """Return the loss, with LPIPS loaded to the device if the loss uses it and the pipeline decodes to images."""
         if kind not in ("lpips", "lpips_huber"):
             return cls(kind)
+        decode = denoiser.decode_pixels
+        with torch.no_grad():
+            images = decode(torch.zeros(1, *denoiser.latent_shape, device=device))
+        if images.ndim != 4:
+            raise ValueError(
+                f"LPIPS compares images (B, 3, H, W), got a decoded shape of {tuple(images.shape)} from "
+                f'{type(denoiser.pipeline).__name__}. Set loss="l2" or "pseudo_huber", not {kind!r}.'
+            )
         network = load_lpips(config.lpips_network, config.lpips_weights).to(device)
         return cls(kind, DecodedDistance(decode, network), weigh_by_time)
 

@@ -49,7 +49,7 @@ class ProgressiveTrainer(Trainer[ProgressiveConfig]):
         if config.teacher_guidance_scale > 1:
             self.denoiser.guide(config.teacher_guidance_scale)
         self.guides_first_teacher = config.teacher_guidance_scale > 1 and self.denoiser.two_passes
-        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser, self.device)
         self.teacher, self.is_first_teacher = self.first_teacher(), True
         self.step = 1
 

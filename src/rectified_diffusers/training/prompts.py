@@ -1,7 +1,8 @@
 """Prompt embeddings for training, from a pipeline's own frozen text encoders."""
 
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +15,7 @@ from rectified_diffusers.models.conditioning import PromptConditioning
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 
 TABLE_BYTES = 2**30
+IDLE = torch.device("cpu")
 _TOGETHER = 64
 _ROUNDING = 0.1  # rounding error of a float16 or bfloat16 text encoder against float32
 
@@ -25,23 +27,31 @@ class PromptEncoder:
     the process, so nothing is cached during training: the table is built once, in one order, and prompts that it does
     not contain are encoded again with their micro-batch. Embeddings stored with the triplets, set by `use_stored`,
     take precedence over both.
+
+    Unless steps have to encode prompts, `released` moves the text encoders off the device meanwhile.
     """
 
     def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
         self.denoiser, self.device = denoiser, device
-        for name, part in denoiser.pipeline.components.items():
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
-                part.to(device).eval()
+        parts = denoiser.pipeline.components.items()
+        named: list[Any] = [
+            part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        ]
+        self.encoders: dict[Any, torch.device] = {
+            part.eval(): part.device for part in named
+        }  # with their places before the training
+        self.complete = False  # whether no step encodes prompts
         self.table: dict[str, Any] = {}
         self.stored: dict[str, Any] = {}
 
     def remember(self, dataset: TripletDataset) -> None:
         """Build the table of a dataset's prompts and the empty prompt, or leave it empty if it would be too large."""
-        self.table = {}
+        self.table, self.complete = {}, False
         empty = self.encode([""])
         if dataset.manifest.text_embeddings:
             self._require_same_encoder(dataset.rows([0]))
             self.table = {"": _rows_on_cpu(empty)[0]}
+            self.complete = self._template is not None or not isinstance(empty, PromptConditioning)
             return
         rows = dataset.prompt_rows()
         if len(rows) * _nbytes(empty) > TABLE_BYTES:
@@ -52,6 +62,33 @@ class PromptEncoder:
         for start in range(0, len(prompts), _TOGETHER):
             together = prompts[start : start + _TOGETHER]
             self.table |= dict(zip(together, _rows_on_cpu(self.encode(together)), strict=True))
+        self.complete = True
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Have the text encoders off the device in the block, unless steps encode, and after it where they were."""
+        if self.complete:
+            self._move(IDLE)
+        try:
+            yield
+        finally:
+            for part, place in self.encoders.items():
+                part.to(place)
+
+    @contextmanager
+    def with_encoders(self) -> Iterator[None]:
+        """Have the text encoders on the device until the end of the block, in which the pipeline runs."""
+        places = [part.device for part in self.encoders]
+        self._move(self.device)
+        try:
+            yield
+        finally:
+            for part, place in zip(self.encoders, places, strict=True):
+                part.to(place)
+
+    def _move(self, device: torch.device) -> None:
+        for part in self.encoders:
+            part.to(device)
 
     def _require_same_encoder(self, triplets: Triplets) -> None:
         """Raise if stored embeddings differ from those of this pipeline's text encoders for the same prompts."""
@@ -93,7 +130,8 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts with the text encoders."""
+        """Encode prompts with the text encoders, which are on the device from then on."""
+        self._move(self.device)
         encoded = self.denoiser.encode(prompts, self.device)
         if isinstance(encoded, PromptConditioning):  # the adapter converts it to the precision of the network
             return encoded

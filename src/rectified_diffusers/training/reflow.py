@@ -41,7 +41,7 @@ class ReflowTrainer(Trainer[ReflowConfig]):
         densities = {"uniform": Uniform, "logit_normal": LogitNormal, "u_shaped": UShaped}
         self.time_density = densities[config.time_density]()
         self.prompt_dropout = config.prompt_dropout
-        self.loss = FlowLoss.of(config.loss, config, self.denoiser.decode_pixels, self.device, weigh_by_time=True)
+        self.loss = FlowLoss.of(config.loss, config, self.denoiser, self.device, weigh_by_time=True)
 
     def compute_loss(self, batch: Triplets, t: Tensor) -> Tensor:
         x_t, velocity = self.interpolation.interpolate(batch.noise, batch.data, t)

@@ -53,9 +53,9 @@ class Trainer(ABC, Generic[Config]):
     The inputs of a step, its rows, times and dropped prompts, are a function of `(seed, step)`. A run that was stopped
     or killed continues from its newest checkpoint exactly as if it had not been interrupted, and the number of
     processes and the size of a micro-batch change only rounding. The pipeline is one that `Denoiser.of` supports. Its
-    text encoders and VAE are frozen, moved to the training device and otherwise used unchanged. Its network, a U-Net
-    or a transformer, is not changed; if a LoRA is trained, the LoRA's base shares its weights, which are frozen.
-    They may be quantized.
+    text encoders and VAE are frozen, and on the training device while they are used. Its network, a U-Net or a
+    transformer, is not changed; if a LoRA is trained, the LoRA's base shares its weights, which are frozen and may be
+    quantized.
 
     Example:
         ```python
@@ -172,7 +172,9 @@ class Trainer(ABC, Generic[Config]):
         hidden = not (main and is_progress_bar_enabled())
         bar = tqdm(total=config.max_steps, initial=step, desc=type(self).__name__, unit="step", disable=hidden)
         first, watchdog = step + 1, self.watchdog
-        with bar, self.reader.ahead(self.rows_after(step)):
+        # A loss on images runs the pipeline's own decoding, which needs all its parts on one device.
+        released = nullcontext() if config.decodes_images else self.prompt_encoder.released()
+        with bar, released, self.reader.ahead(self.rows_after(step)):
             while step < config.max_steps:
                 step += 1
                 watchdog.enter(f"step {step}")
@@ -294,7 +296,7 @@ class Trainer(ABC, Generic[Config]):
     def validate(self, step: int) -> None:
         """Generate validation images with the averaged weights, a row per number of steps, each process a share."""
         path = self.output.validation / f"step-{step:08d}.png"
-        with self.student.average() as network:
+        with self.student.average() as network, self.prompt_encoder.with_encoders():
             pipeline, arguments = self.make_pipeline(network), self.denoiser.call_arguments
             save_validation_images(path, pipeline, self.config, self.validation_steps, arguments)
         if self.accelerator.is_main_process:
@@ -377,7 +379,7 @@ class Trainer(ABC, Generic[Config]):
         main, record = self.accelerator.is_main_process, {"steps": config.max_steps, **self.identity()}
         complete = self.peers.exchange(main and self.output.contains(record))[0]
         if paths and not complete:
-            with self.student.average() as student:
+            with self.student.average() as student, self.prompt_encoder.with_encoders():
                 straight = measure_straightness(self.make_pipeline(student), self.dataset, paths, self.denoiser)
         if main:
             if not complete:
