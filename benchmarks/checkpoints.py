@@ -22,9 +22,9 @@ from torch import Tensor
 from machine import provenance, write_page
 from rectified_diffusers.distributed import Peers, training_accelerator
 from rectified_diffusers.files import write_atomically
-from rectified_diffusers.training.checkpoint import StoredCheckpoint, checkpoint_path
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint, checkpoint_path
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter
 from rectified_diffusers.training.parts import file_digest
-from rectified_diffusers.training.writer import CheckpointWriter
 
 FILES = ("unet", "ema", "optimizer")
 STEP = 0.13  # seconds of computing in a step, here a sleep

@@ -35,7 +35,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import MANIFEST_NAME
 from rectified_diffusers.data.prompts import read_prompts
 from rectified_diffusers.data.shards import Shard
-from rectified_diffusers.training.checkpoint import STATE, sealed, unsealed
+from rectified_diffusers.training.checkpoint_reading import STATE, sealed, unsealed
 from rectified_diffusers.weights.delta import apply_weight_delta, load_weight_delta
 from tests.faults import kept
 from tests.faults.kept import Found

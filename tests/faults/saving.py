@@ -22,7 +22,7 @@ import torch
 from benchmarks.machine import provenance
 from tqdm import tqdm
 
-from rectified_diffusers.training import writer
+from rectified_diffusers.training import checkpoint_writing
 from tests.faults import kept
 from tests.faults.campaign import Reference, Try, Verdict
 from tests.faults.kept import Found
@@ -33,7 +33,7 @@ SLOWNESS = 0.1  # seconds for each file
 
 def write_slowly() -> None:
     """Make each file of a checkpoint take longer than a step, in the middle of its bytes."""
-    write = writer.write_file
+    write = checkpoint_writing.write_file
 
     def slow(path: Path, snapshot: Any) -> Any:
         result = write(path, snapshot)
@@ -45,7 +45,7 @@ def write_slowly() -> None:
             file.write(content)
         return result
 
-    writer.write_file = slow
+    checkpoint_writing.write_file = slow
 
 
 def kill_in_a_save(case: Try) -> tuple[Verdict, bool]:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from rectified_diffusers.distributed import Peers
-from rectified_diffusers.training.checkpoint import StoredCheckpoint, checkpoint_path, load_newest
-from rectified_diffusers.training.writer import CheckpointWriter
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint, checkpoint_path, load_newest
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import FORMAT, Manifest
 from rectified_diffusers.data.shards import shard_path, write_shard
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
-from rectified_diffusers.training import writer
+from rectified_diffusers.training import checkpoint_writing
 from rectified_diffusers.training.config import (
     DistillConfig,
     DistributionMatchingConfig,
@@ -178,6 +178,6 @@ def train_to_kills(runs: list[tuple[Path, str, Path, str, int]]) -> list[int | N
 
 def train_to_a_kill(triplets: Path, method: str, output_dir: Path, name: str, call: int) -> None:
     """Train, and end this process by SIGKILL at one of its writes."""
-    owner = Path if name == "replace" else writer
+    owner = Path if name == "replace" else checkpoint_writing
     fail_at(pytest.MonkeyPatch(), owner, name, call, lambda: os.kill(os.getpid(), signal.SIGKILL))
     make_trainer(method, TripletDataset(triplets), output_dir, **KILLED_RUN).train()

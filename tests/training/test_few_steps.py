@@ -18,7 +18,7 @@ from rectified_diffusers.editing.interpolation import interpolate
 from rectified_diffusers.export.portable import save_portable
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, student_steps
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowImg2ImgPipeline, RectifiedFlowPipeline
-from rectified_diffusers.training import checkpoint
+from rectified_diffusers.training import checkpoint_reading
 from rectified_diffusers.training.config import DistillConfig, DistributionMatchingConfig
 from rectified_diffusers.training.dmd import DistributionMatchingTrainer
 from tests.tiny import make_tiny_pipeline
@@ -292,11 +292,11 @@ def test_an_old_checkpoint_is_one_of_one_step(
     method: str, dataset: TripletDataset, output_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trainer(method, dataset, output_dir, max_steps=1).train()
-    written = checkpoint.sealed
+    written = checkpoint_reading.sealed
     path = output_dir / "checkpoints" / "step-00000001"
-    state = checkpoint.unsealed((path / checkpoint.STATE).read_text())
+    state = checkpoint_reading.unsealed((path / checkpoint_reading.STATE).read_text())
     del state["run"]["student_steps"]
-    (path / checkpoint.STATE).write_text(written(state))
+    (path / checkpoint_reading.STATE).write_text(written(state))
     with pytest.raises(ValueError, match=r"holds a run with student_steps=1, got student_steps=2"):
         make_trainer(method, dataset, output_dir, max_steps=2, student_steps=2).train()
     make_trainer(method, dataset, output_dir, max_steps=2).train()

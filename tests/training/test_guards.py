@@ -11,11 +11,11 @@ import torch
 
 from rectified_diffusers.data.dataset import TripletDataset, Triplets
 from rectified_diffusers.data.manifest import Manifest
-from rectified_diffusers.training import writer
-from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
+from rectified_diffusers.training import checkpoint_writing
+from rectified_diffusers.training.checkpoint_reading import checkpoint_path, checkpoint_steps
+from rectified_diffusers.training.checkpoint_writing import require_room
 from rectified_diffusers.training.guards import require_direction, require_same_latents
 from rectified_diffusers.training.run_folder import RunFolder
-from rectified_diffusers.training.writer import require_room
 from tests.tiny import make_vae
 from tests.training.helpers import TRAINERS, digests, fail_at, make_ends, make_trainer
 
@@ -141,7 +141,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        fail_at(patch, writer, "write_file", 5, fail)  # in the middle of the second checkpoint
+        fail_at(patch, checkpoint_writing, "write_file", 5, fail)  # in the middle of the second checkpoint
         with pytest.raises(OSError, match=r"No space left in .* for the checkpoint of step 4: .*2 is complete"):
             trainer.train()
     assert checkpoint_steps(output_dir / "checkpoints") == [2]
@@ -156,7 +156,7 @@ def test_other_errors_of_writing_are_passed_on(
     def fail() -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    fail_at(monkeypatch, writer, "write_file", 1, fail)
+    fail_at(monkeypatch, checkpoint_writing, "write_file", 1, fail)
     with pytest.raises(PermissionError, match="Permission denied"):
         make_trainer("reflow", dataset, output_dir).train()
 

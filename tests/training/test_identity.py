@@ -12,7 +12,7 @@ import torch
 
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.teacher import fingerprints
-from rectified_diffusers.training.checkpoint import STATE, checkpoint_path, sealed, unsealed
+from rectified_diffusers.training.checkpoint_reading import STATE, checkpoint_path, sealed, unsealed
 from rectified_diffusers.training.identity import STARTING_MODEL
 from rectified_diffusers.training.run_folder import FILES, INDEX, RECORD
 from tests.tiny import make_tiny_pipeline

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rectified_diffusers.data.dataset import TripletDataset
-from rectified_diffusers.training import writer
+from rectified_diffusers.training import checkpoint_writing
 from rectified_diffusers.training.trainer import Trainer
 from tests.forks import call_in_fork
 from tests.training.checkpoints import read_checkpoint
@@ -88,7 +88,12 @@ def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: Triplet
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Trainer, "train_step", 4), (writer, "write_file", 3), (writer, "flush", 3), (Path, "replace", 3)]
+    [
+        (Trainer, "train_step", 4),
+        (checkpoint_writing, "write_file", 3),
+        (checkpoint_writing, "flush", 3),
+        (Path, "replace", 3),
+    ]
     + [(Path, "replace", call) for call in (4, 6, 9)],
 )
 def test_a_run_stopped_anywhere_equals_one(

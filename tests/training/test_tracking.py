@@ -9,8 +9,8 @@ import pytest
 from accelerate.tracking import WandBTracker
 
 from rectified_diffusers.data.dataset import TripletDataset
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter
 from rectified_diffusers.training.tracking import PROJECT
-from rectified_diffusers.training.writer import CheckpointWriter
 from tests.training.helpers import digests, make_trainer
 
 WATCHED: dict[str, Any] = {

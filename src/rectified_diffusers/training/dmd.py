@@ -19,7 +19,7 @@ from rectified_diffusers.models.conditioning import concat
 from rectified_diffusers.models.denoiser import Conditioning
 from rectified_diffusers.models.guidance import guided
 from rectified_diffusers.pipelines.scheduler import require_straight
-from rectified_diffusers.training.checkpoint import StoredCheckpoint
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint
 from rectified_diffusers.training.config import DistributionMatchingConfig
 from rectified_diffusers.training.guards import require_same_text, require_trainable
 from rectified_diffusers.training.lora import add_lora

@@ -15,7 +15,7 @@ from rectified_diffusers.models.conditioning import named_tensors
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.models.quantization import is_base_of_lora, quantization_of
 from rectified_diffusers.speed.optimize import is_optimized
-from rectified_diffusers.training.checkpoint import checkpoint_path, checkpoint_steps
+from rectified_diffusers.training.checkpoint_reading import checkpoint_path, checkpoint_steps
 from rectified_diffusers.training.config import TrainerConfig
 
 ROWS = 8

@@ -11,7 +11,7 @@ from rectified_diffusers.flow.time_density import Grid
 from rectified_diffusers.models.guidance import guide
 from rectified_diffusers.pipelines.scheduler import require_straight
 from rectified_diffusers.seeds import generator_of
-from rectified_diffusers.training.checkpoint import StoredCheckpoint
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.losses import FlowLoss
 from rectified_diffusers.training.sharding import copy_weights, freeze

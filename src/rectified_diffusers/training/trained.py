@@ -10,12 +10,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rectified_diffusers.training.checkpoint import StoredCheckpoint
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.guards import require_checkpointing, require_finite
 from rectified_diffusers.training.parts import Place
 from rectified_diffusers.training.sharding import copy_weights, is_sharded, swap_weights, trainable
-from rectified_diffusers.training.writer import CheckpointWriter
 
 AVERAGE = "ema.safetensors"
 _NESTED = "/"  # bitsandbytes keeps a dictionary of tensors in a parameter's state

@@ -22,7 +22,8 @@ from rectified_diffusers.flow.time_density import TimeDensity
 from rectified_diffusers.models.denoiser import Conditioning, Denoiser
 from rectified_diffusers.seeds import generator_of
 from rectified_diffusers.training import guards
-from rectified_diffusers.training.checkpoint import StoredCheckpoint, load_newest
+from rectified_diffusers.training.checkpoint_reading import StoredCheckpoint, load_newest
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter, require_room
 from rectified_diffusers.training.config import TrainerConfig
 from rectified_diffusers.training.identity import QUANTIZATION, STARTING_MODEL, config_to_json, require_resumable
 from rectified_diffusers.training.lora import Adapter, add_lora, fuse_lora
@@ -42,7 +43,6 @@ from rectified_diffusers.training.student import denoiser_for, initial_network, 
 from rectified_diffusers.training.tracking import report_image, start_trackers, tracker_arguments
 from rectified_diffusers.training.trained import Trained
 from rectified_diffusers.training.watchdog import Watchdog
-from rectified_diffusers.training.writer import CheckpointWriter, require_room
 
 Config = TypeVar("Config", bound=TrainerConfig)
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from rectified_diffusers.distributed import Peers
-from rectified_diffusers.training import writer as writer_module
-from rectified_diffusers.training.checkpoint import (
+from rectified_diffusers.training import checkpoint_writing
+from rectified_diffusers.training.checkpoint_reading import (
     STATE,
     StoredCheckpoint,
     checkpoint_path,
@@ -24,9 +24,9 @@ from rectified_diffusers.training.checkpoint import (
     sealed,
     unsealed,
 )
+from rectified_diffusers.training.checkpoint_writing import CheckpointWriter
 from rectified_diffusers.training.parts import Part, Snapshot, file_digest, file_of, own_parts, part_name, write_file
 from rectified_diffusers.training.trained import load_optimizer_tensors, optimizer_tensors
-from rectified_diffusers.training.writer import CheckpointWriter
 from tests.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 
 FILE = "unet.safetensors"
@@ -154,7 +154,7 @@ def test_a_part_that_one_process_cannot_write_is_an_error_on_each(
             raise PermissionError(13, "Permission denied")
         return write_file(path, snapshot)
 
-    monkeypatch.setattr(writer_module, "write_file", fail)
+    monkeypatch.setattr(checkpoint_writing, "write_file", fail)
     first, second = on_threads(2, lambda peers: save_on(peers, tmp_path, 4))
     assert isinstance(second, PermissionError)
     assert "Process 1 could not write its part: PermissionError" in str(first)
@@ -163,9 +163,9 @@ def test_a_part_that_one_process_cannot_write_is_an_error_on_each(
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    monkeypatch.setattr(writer_module, "write_file", lambda *part: go.wait(20) and write_file(*part))
+    monkeypatch.setattr(checkpoint_writing, "write_file", lambda *part: go.wait(20) and write_file(*part))
     tensors = {FILE: {"weight": torch.zeros(3)}}
-    with CheckpointWriter(tmp_path, 1, Peers(), lambda: None) as writer:
+    with CheckpointWriter(tmp_path, 2, Peers(), lambda: None) as writer:
         writer.save(1, tensors, {})
         tensors[FILE]["weight"] += 1
         writer.check()
@@ -173,7 +173,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
         go.set()
         writer.save(2, tensors, {})  # waits for the first
         assert torch.equal(read_checkpoint(checkpoint_path(tmp_path, 1)).tensors[FILE]["weight"], torch.zeros(3))
-    assert checkpoint_steps(tmp_path) == [2]
+    assert checkpoint_steps(tmp_path) == [1, 2]
     assert torch.equal(read_checkpoint(checkpoint_path(tmp_path, 2)).tensors[FILE]["weight"], torch.ones(3))
 
 
@@ -194,7 +194,7 @@ def test_a_failed_write_is_reported_by_the_next_call(
     def fail(*part: Any) -> Any:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(writer_module, "write_file", fail)
+    monkeypatch.setattr(checkpoint_writing, "write_file", fail)
     with CheckpointWriter(tmp_path, 1, Peers(), lambda: None) as writer:
         writer.save(1, make_tensors(), {})
         assert writer.settle() == tmp_path

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rectified_diffusers.files import system_errors
-from rectified_diffusers.training import writer
-from rectified_diffusers.training.checkpoint import STATE, checkpoint_path, checkpoint_steps, sealed
+from rectified_diffusers.training import checkpoint_writing
+from rectified_diffusers.training.checkpoint_reading import STATE, checkpoint_path, checkpoint_steps, sealed
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.identity import config_to_json, require_same_run
 from tests.training.checkpoints import Checkpoint, newest_checkpoint, read_checkpoint, write_checkpoint
@@ -115,7 +115,7 @@ def test_a_failed_write_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.
     def full_disk(*args: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(writer, "write_file", full_disk)
+    monkeypatch.setattr(checkpoint_writing, "write_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint(tmp_path, make_checkpoint(2), keep=1)
     found = newest_checkpoint(tmp_path)

@@ -1,4 +1,7 @@
-"""Write checkpoints in the background while training goes on."""
+"""Write the checkpoints of a training run in the background, while the training goes on.
+
+A checkpoint is written under a temporary name, flushed to disk and renamed.
+"""
 
 import errno
 import logging
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from rectified_diffusers.distributed import Peers
 from rectified_diffusers.files import TEMPORARY, flush, is_full, no_space, remove, require_space
-from rectified_diffusers.training.checkpoint import STATE, checkpoint_path, checkpoint_steps, sealed
+from rectified_diffusers.training.checkpoint_reading import STATE, checkpoint_path, checkpoint_steps, sealed
 from rectified_diffusers.training.parts import Part, Snapshot, new_buffer, own_parts, part_name, write_file
 
 logger = logging.getLogger(__name__)

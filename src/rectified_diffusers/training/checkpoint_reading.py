@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: folders of safetensors and JSON that are either complete or absent.
+"""Read the checkpoints of a training run: folders of safetensors and JSON that are either complete or absent.
 
-A checkpoint is written under a temporary name, flushed to disk and renamed. `state.json` lists the size and digest of
-every file and ends with its own digest, so a damaged checkpoint is detected and the previous one is used. No pickle.
+`checkpoint_writing.py` writes them. `state.json` lists the size and digest of every file and ends with its own digest,
+so a damaged checkpoint is detected and the previous one is used. No pickle.
 """
 
 import hashlib
