@@ -10,7 +10,7 @@ import torch
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.manifest import Manifest
 from rectified_diffusers.data.shards import shard_path, write_shard
-from rectified_diffusers.training.checkpoint import STATE, sealed, unsealed
+from rectified_diffusers.training.checkpoint_reading import STATE, sealed, unsealed
 from rectified_diffusers.training.config import ReflowConfig
 from rectified_diffusers.training.reflow import ReflowTrainer
 from tests.models_any.families import build
