@@ -166,7 +166,7 @@ def test_few_shards_are_open_at_once(folder, monkeypatch):
     opened.clear()
     dataset.rows([0, 9, 1, 8, 2])
     assert opened == [0, 2]
-    assert dataset._shard.cache_info().currsize == 1
+    assert dataset._kept.cache_info().currsize == 1
 
 
 def test_triplets_of_unequal_lengths_raise():

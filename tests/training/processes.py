@@ -16,14 +16,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import pytest
 import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from packaging.version import Version
 
 from rectified_diffusers.data.dataset import TripletDataset
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
+
+needs_fsdp2 = pytest.mark.skipif(Version(accelerate.__version__) < Version("1.6"), reason="accelerate has no FSDP2")
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -14,7 +14,7 @@ from rectified_diffusers.distributed import divided, training_accelerator
 from rectified_diffusers.evaluation.straightness import pipeline_straightness
 from tests.forks import call_in_fork
 from tests.training.helpers import PROMPTS, make_trainer
-from tests.training.processes import in_forks
+from tests.training.processes import in_forks, needs_fsdp2
 
 OPTIONS: dict[str, Any] = {"validation_prompts": tuple(PROMPTS[:3])}
 
@@ -67,7 +67,7 @@ def alone(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=needs_fsdp2)])
 def test_images_and_straightness_are_those_of_one_process(
     sharded: bool, dataset: TripletDataset, alone: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from rectified_diffusers.training.sharding import borrow_weights, swap_weights
 from tests.forks import call_in_fork
 from tests.tiny import make_diffusion_scheduler, make_unet
 from tests.training.helpers import make_trainer
-from tests.training.processes import in_forks, main
+from tests.training.processes import in_forks, main, needs_fsdp2
 from tests.training.test_processes import check_that_they_agree, tensors
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -44,6 +44,7 @@ def trained(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.slow
+@needs_fsdp2
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
 @pytest.mark.parametrize("name", RUNS)
 def test_the_run_of_two_processes_is_that_of_one(trained: Path, name: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -125,15 +126,20 @@ class TripletDataset:
             )
 
     def _open_files(self) -> None:
-        self._shard = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
+        self._kept = lru_cache(_OPEN_SHARDS)(lambda shard: open_shard(self.folder, self.manifest, shard))
+        self._opening = Lock()
         count, self._index = self.manifest.num_shards, None
         if count >= _INDEXED_FROM:
             shards = (open_shard(self.folder, self.manifest, shard) for shard in range(count))
             self._index = open_index(self.folder, self.manifest, shards, _OPEN_SHARDS)
 
+    def _shard(self, number: int) -> Shard:
+        with self._opening:  # threads read at once: none opens a shard that another is opening
+            return self._kept(number)
+
     def __getstate__(self) -> dict[str, Any]:
         """Return all but the open files: a process that is not forked gets a pickled copy."""
-        return {name: value for name, value in vars(self).items() if name not in ("_shard", "_index")}
+        return {name: value for name, value in vars(self).items() if name not in ("_kept", "_opening", "_index")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

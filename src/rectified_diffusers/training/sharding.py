@@ -19,7 +19,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if plugin is not None and version != 2:
         raise ValueError(
             f"Expected FSDP version 2, got {version}. Set fsdp_version: 2 in accelerate's config, as "
-            "examples/accelerate_configs/fsdp.yaml does, or launch with --fsdp_version 2."
+            "examples/accelerate_configs/fsdp.yaml does, or launch with --fsdp_version 2; it needs accelerate 1.6."
         )
     return plugin is not None
 
