@@ -1,6 +1,6 @@
 """The format of LoRA and LyCORIS files: which layers a file changes, in any spelling of their names.
 
-The layers are found in the models themselves.
+The layers are found in the models themselves. `mixin.py` opens the files, `lora_attach.py` reads alphas and settings.
 """
 
 import re
