@@ -187,7 +187,7 @@ def fingerprint(models: dict[str, nn.Module], every_value: bool = False) -> str:
     """
     digest = hashlib.sha256()
     for part, model in sorted(models.items()):
-        tensors = (part for item in model.state_dict().items() for part in stored_tensors(*item))
+        tensors = (stored for item in model.state_dict().items() for stored in stored_tensors(*item))
         for name, tensor in sorted(tensors):
             digest.update(f"{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             if not tensor.is_meta:

@@ -33,13 +33,10 @@ class PromptEncoder:
 
     def __init__(self, denoiser: Denoiser, device: torch.device) -> None:
         self.denoiser, self.device = denoiser, device
-        parts = denoiser.pipeline.components.items()
-        named: list[Any] = [
-            part for name, part in parts if name.startswith("text_encoder") and isinstance(part, nn.Module)
-        ]
-        self.encoders: dict[Any, torch.device] = {
-            part.eval(): part.device for part in named
-        }  # with their places before the training
+        self.encoders: dict[Any, torch.device] = {}  # with their places before the training
+        for name, part in denoiser.pipeline.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                self.encoders[part.eval()] = part.device  # pyright: ignore[reportArgumentType]
         self.complete = False  # whether no step encodes prompts
         self.table: dict[str, Any] = {}
         self.stored: dict[str, Any] = {}
