@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
@@ -55,7 +57,24 @@ def fork_server() -> Any:
 def call_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function of a module returns in a process of its own."""
     with ProcessPoolExecutor(1, fork_server()) as pool:
-        return pool.submit(function, *arguments).result(TIMEOUT)
+        try:
+            return pool.submit(function, *arguments).result(TIMEOUT)
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.kill()  # or the pool waits for it
+            raise
+
+
+def exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Start processes of one process group and return their exit codes; if one fails, the others are killed."""
+    for process in processes:
+        process.start()
+    while alive := [process for process in processes if process.exitcode is None]:
+        wait([process.sentinel for process in alive])
+        if any(process.exitcode for process in processes):
+            for process in alive:
+                process.kill()  # it would wait for the one that failed
+    return [process.exitcode for process in processes]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rectified_diffusers import distributed as processes
 from rectified_diffusers import files
 from rectified_diffusers.data import generate as generate_module
 from tests.data.test_triplets import contents, generate
-from tests.forks import call_in_fork
+from tests.forks import call_in_fork, exit_codes
 from tests.tiny import make_tiny_pipeline
 
 TRIPLETS = 22
@@ -50,12 +50,9 @@ def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     forks = multiprocessing.get_context("fork")
-    runs = [forks.Process(target=generate_as, args=(base, name, kind, rank, count, port)) for rank in range(count)]
-    for process in runs:
-        process.start()
-    for process in runs:
-        process.join()
-    return [process.exitcode for process in runs]
+    return exit_codes(
+        [forks.Process(target=generate_as, args=(base, name, kind, rank, count, port)) for rank in range(count)]
+    )
 
 
 def generate_all(base: Path) -> dict[str, list[int | None]]:

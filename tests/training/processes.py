@@ -25,6 +25,7 @@ from accelerate.utils import DistributedType
 from packaging.version import Version
 
 from rectified_diffusers.data.dataset import TripletDataset
+from tests.forks import exit_codes
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
 
@@ -64,11 +65,7 @@ def in_forks(count: int, sharded: bool, function: Callable[..., object], *argume
 
     forks = multiprocessing.get_context("fork")
     processes = [forks.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    codes = [process.exitcode for process in processes]
+    codes = exit_codes(processes)
     assert codes == [0] * count, codes
 
 

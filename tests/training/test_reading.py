@@ -13,6 +13,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from rectified_diffusers.data.dataset import JoinedTriplets, TripletDataset
 from rectified_diffusers.files import lock
+from rectified_diffusers.training import reading
 from rectified_diffusers.training.reading import RowReader, default_workers
 from tests.training.helpers import digests, make_dataset, make_trainer
 
@@ -96,19 +97,43 @@ def test_an_error_in_a_worker_is_that_of_reading(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_is_one_error_that_names_the_triplets(dataset: TripletDataset, tmp_path: Path) -> None:
-    trainer = make_trainer("reflow", dataset, tmp_path, num_workers=2, max_steps=1000, log_every_steps=1000)
-    train_step = trainer.train_step
+    """And only where rows are read: not in a step's `no_grad`, which would stay in force."""
+    trainer = make_trainer("reflow", dataset, tmp_path, num_workers=2, max_steps=1000)
+    train_step, workers, handlers = trainer.train_step, [], []
 
     def kill(step: int) -> tuple[float, ...]:
         if step == 3:
-            os.kill(trainer.reader.batches._workers[0].pid, signal.SIGKILL)  # pyright: ignore
+            handlers.append(signal.getsignal(signal.SIGCHLD))
+            workers.extend(trainer.reader.batches._workers)  # pyright: ignore
+            os.kill(workers[0].pid, signal.SIGKILL)
+            workers[0].join()  # its death is known, and raises nothing here
         return train_step(step)
 
     trainer.train_step = kill
-    with pytest.raises(
-        ChildProcessError, match=rf"read triplets of {dataset.folder} ahead was stopped: .*num_workers"
-    ):
+    words = rf"read triplets of {dataset.folder} ahead was stopped: .*num_workers"
+    with pytest.raises(ChildProcessError, match=words) as caught:
         trainer.train()
+    assert caught.value.__context__ is None
+    assert torch.is_grad_enabled()
+    assert not any(worker.is_alive() for worker in workers)
+    assert signal.getsignal(signal.SIGCHLD) not in handlers
+
+
+def test_a_worker_killed_at_the_flag_of_all_workers_blocks_nobody(
+    dataset: TripletDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch sets the flag to stop the workers; with a lock, which dies with its worker, it would wait for ever."""
+    is_set, process = reading._Flag.is_set, os.getpid()
+
+    def die(flag: reading._Flag) -> bool:
+        if os.getpid() != process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return is_set(flag)
+
+    monkeypatch.setattr(reading._Flag, "is_set", die)
+    reader = RowReader(dataset, 2, CPU)
+    with pytest.raises(ChildProcessError, match="num_workers"), reader.ahead([[0], [1]]):
+        reader.rows([0])
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])

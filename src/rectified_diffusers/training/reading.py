@@ -1,8 +1,16 @@
 """Read the triplets of the coming micro-batches in other processes, so that a step does not wait for the disk."""
 
+import copy
+import ctypes
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.context import BaseContext
+from multiprocessing.sharedctypes import RawValue
+from types import FrameType
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,7 +19,7 @@ from rectified_diffusers.data.dataset import TripletDataset, Triplets
 
 _GPU_WORKERS = 4
 _Batch = tuple[list[int], Triplets | Exception]
-_TORCH_ERROR = "DataLoader worker"  # how torch's error for a worker that was killed begins
+_KILLED, _READING = "DataLoader worker", "Caught "  # how torch's errors of a killed worker and of the reading begin
 
 
 def default_workers(device: torch.device) -> int:
@@ -39,8 +47,7 @@ class RowReader:
     def ahead(self, batches: Iterable[list[int]]) -> Iterator[None]:
         """Read batches of rows ahead, in their order, until the end of the block.
 
-        Raises:
-            ChildProcessError: a worker was killed; torch raises it wherever the training is.
+        If a worker is killed, `rows` raises ChildProcessError.
         """
         if not self.workers:
             yield
@@ -52,37 +59,79 @@ class RowReader:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the loader takes a number from it, which must not come from the global one
+            multiprocessing_context=_context(),
         )
-        try:
-            self.batches = iter(loader)
-            yield
-        except RuntimeError as error:
-            if not str(error).startswith(_TORCH_ERROR):
-                raise
-            raise self._stopped(error) from error
-        finally:
-            self.batches, self.next = iter(()), None  # which stops the workers
-
-    def _stopped(self, error: Exception) -> ChildProcessError:
-        return ChildProcessError(
-            f"A process that read triplets of {self.dataset.place} ahead was stopped: {str(error).strip()} "
-            "Run the same again to go on; if memory or /dev/shm is short, lower num_workers."
-        )
+        self.batches = iter(loader)
+        with _deaths_raise_in_no_signal():
+            try:
+                yield
+            finally:
+                self.batches, self.next = iter(()), None  # which stops the workers
 
     def rows(self, rows: list[int]) -> Triplets:
         """Return triplets by their rows: those read ahead if they are the next ones, else read now."""
         try:
             self.next = self.next or next(self.batches, None)
-        except (ConnectionError, EOFError) as error:
-            if "DataLoader worker" in str(error):  # of the reading itself
+            stopped = None
+        except (ConnectionError, EOFError, RuntimeError) as error:  # the first two: while it handed over a batch
+            stopped = str(error).strip()
+            if stopped.startswith(_READING) or (isinstance(error, RuntimeError) and not stopped.startswith(_KILLED)):
                 raise
-            raise self._stopped(error) from error  # the worker ended while it handed over a batch
+        if stopped is not None:  # raised here and not above: torch's error would keep the other workers
+            raise ChildProcessError(
+                f"A process that read triplets of {self.dataset.place} ahead was stopped: {stopped} "
+                "Run the same again to go on; if memory or /dev/shm is short, lower num_workers."
+            )
         if self.next is None or self.next[0] != rows:
             return self.dataset.rows(rows)
         (_, read), self.next = self.next, None
         if isinstance(read, Exception):
             raise read
         return read
+
+
+@contextmanager
+def _deaths_raise_in_no_signal() -> Iterator[None]:
+    """Let torch raise the death of a worker only where the next batch is asked for, at most five seconds later.
+
+    Its handler of SIGCHLD would raise wherever the training is: at the end of a `no_grad`, for example, which then
+    stays in force.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    raising = handler
+
+    def quiet(number: int, frame: FrameType | None) -> None:
+        with suppress(RuntimeError):
+            raising(number, frame)
+
+    signal.signal(signal.SIGCHLD, quiet)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+class _Flag:
+    """A `multiprocessing.Event` without the lock, which a killed process may hold for ever."""
+
+    def __init__(self) -> None:
+        self.value = RawValue(ctypes.c_bool)
+
+    def set(self) -> None:
+        self.value.value = True
+
+    def is_set(self) -> bool:
+        return self.value.value
+
+
+def _context() -> BaseContext:
+    """Return the default way to start processes, with events that no killed process can block."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = _Flag  # pyright: ignore[reportAttributeAccessIssue]
+    return context
 
 
 class _Batches(Dataset):
