@@ -32,8 +32,32 @@ def test_attention_is_attention(shape, scale):
     )
     expected = F.scaled_dot_product_attention(q, k, v, scale=scale)
     torch.testing.assert_close(attention(q, k, v, scale), expected)
+    torch.testing.assert_close(attention(q, k, v, 1e3), F.scaled_dot_product_attention(q, k, v, scale=1e3))
     wider = torch.cat([v, v[..., :3]], -1)  # values may be wider than keys
     torch.testing.assert_close(attention(q, k, wider, scale), torch.cat([expected, expected[..., :3]], -1))
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 3.5, 12.0, 1e4])
+@pytest.mark.parametrize(("width", "shift"), [(16, 0.0), (40, 0.0), (40, 1.0), (40, -1.0)])
+def test_attention_in_bfloat16_of_any_size(size, width, shift):
+    """Also if all scores of a row are large, or small."""
+    q, k, v = (torch.randn(1, 2, 600, width).bfloat16() for _ in range(3))
+    q, k = q.abs() * size if shift else q * size, (shift * size + k).bfloat16()
+    scores = (q * width**-0.5) @ k.mT
+    expected = scores.double().softmax(-1) @ v.double()
+    largest = float(scores.abs().max())
+    rounding = largest if largest < 100 else 0.0  # larger scores are computed as here, equally rounded
+    error = (attention(q, k, v).double() - expected).pow(2).mean().sqrt()
+    assert error < 2**-8 * (1 + rounding) * expected.pow(2).mean().sqrt()
+
+
+def test_attention_passes_on_what_is_no_number():
+    q, k, v = (torch.randn(1, 2, 1000, 40).bfloat16() for _ in range(3))
+    for broken in (float("nan"), float("inf")):
+        q[0, 1, 3, 5] = broken
+        rows = attention(q, k, v).isfinite().all(-1)
+        assert not rows[0, 1, 3]
+        assert rows.sum() == rows.numel() - 1
 
 
 def test_blockwise_attention_answers_in_bfloat16_alone(monkeypatch):

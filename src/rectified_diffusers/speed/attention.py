@@ -2,10 +2,15 @@
 
 torch's fused CPU kernel spends most of its time outside the matrix multiplications. Three plain operations on a block
 of rows, one head at a time, take 0.4 of its time for the 4096 tokens of a 512x512 image. In exchange, the weights of a
-row are rounded to bfloat16 after the division by their sum instead of before it. Values of a width that is no multiple
-of a vector's 16 numbers, such as the 40 of Stable Diffusion 1.5, are padded with zeros: in all 0.83 of the time at 40.
+row are rounded to bfloat16 after the division by their sum instead of before it.
+
+Values of a width that is no multiple of a vector's 16 numbers, such as the 40 of Stable Diffusion 1.5, are padded, and
+one of the new columns is 1: it becomes the sum of a row's weights. These need not be divided, nor their maximum be
+subtracted, as long as no weight can leave the range of numbers. Rows are divided by their sums at the end. Of the time
+with `softmax`, this takes 0.86 at 4096 x 4096 x 40 and 0.62 at 4096 x 77 x 40.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +25,8 @@ from rectified_diffusers.speed.patching import Hook
 
 BLOCK = 2**20  # scores computed at once: 2 MB
 SMALL = 2**18  # scores of all heads: below this, a single operation for all of them is faster than a loop
+_RANGE = 100.0  # 2^100 and 2^-100, and sums of 2^27 of them, are ordinary numbers of bfloat16
+_LOG2_E = math.log2(math.e)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -31,22 +38,34 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
         value: `(B, H, S, e)`; the result is `(B, H, T, e)`.
         scale: of the scores; defaults to 1 / sqrt(d).
     """
-    heads, tokens, width = query.shape[0] * query.shape[1], key.shape[2], query.shape[3]
-    queries = (query * (width**-0.5 if scale is None else scale)).reshape(heads, -1, width)
-    keys = key.reshape(heads, tokens, width).transpose(1, 2)
-    values = value.reshape(heads, tokens, -1)
-    if queries.shape[1] * tokens * heads <= SMALL:
-        rows = torch.bmm(torch.bmm(queries, keys).softmax(-1), values)
-    else:
-        length = max(1, BLOCK // tokens)
-        if length < queries.shape[1]:  # a single block is no faster for it
-            values = F.pad(values, (0, -values.shape[-1] % 16))
-        rows = queries.new_empty(*queries.shape[:2], values.shape[-1])
-        for head in range(heads):
-            for first in range(0, queries.shape[1], length):
-                block = slice(first, first + length)
-                torch.mm((queries[head, block] @ keys[head]).softmax(-1), values[head], out=rows[head, block])
-    return rows[..., : value.shape[-1]].view(*query.shape[:3], -1)
+    heads, tokens, width = query.shape[0] * query.shape[1], *value.shape[2:]
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    keys, values = key.reshape(heads, tokens, -1).transpose(1, 2), value.reshape(heads, tokens, width)
+    if query.shape[2] * tokens * heads <= SMALL:
+        queries = (query * scale).reshape(heads, *query.shape[2:])
+        return torch.bmm(torch.bmm(queries, keys).softmax(-1), values).view(*query.shape[:3], width)
+    values = F.pad(values, (0, -width % 16))
+    sums = width % 16 > 0 and _largest(query, key, scale) < _RANGE
+    if sums:
+        values[..., width] = 1
+        scale *= _LOG2_E
+    queries = (query * scale).reshape(heads, *query.shape[2:])
+    rows = queries.new_empty(*queries.shape[:2], values.shape[-1])
+    length = max(1, BLOCK // tokens)
+    for head in range(heads):
+        for first in range(0, queries.shape[1], length):
+            block = slice(first, first + length)
+            scores = queries[head, block] @ keys[head]
+            torch.mm(scores.exp2_() if sums else scores.softmax(-1), values[head], out=rows[head, block])
+    if sums:
+        rows = rows[..., :width] / rows[..., width : width + 1]
+    return rows[..., :width].view(*query.shape[:3], width)
+
+
+def _largest(query: Tensor, key: Tensor, scale: float) -> float:
+    """Return a bound of the absolute scores, as exponents of 2: the longest query times the longest key."""
+    query_norm, key_norm = (torch.linalg.vector_norm(vectors, dim=-1).max() for vectors in (query, key))
+    return abs(scale) * _LOG2_E * float(query_norm) * float(key_norm)
 
 
 class _Attention(TorchFunctionMode):
