@@ -56,6 +56,23 @@ def test_the_run_of_two_processes_is_that_of_one(trained: Path, name: str) -> No
     assert records[1]["returns"] == "NoneType"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
+@pytest.mark.parametrize(
+    ("count", "sharded"), [(2, False), (4, False), pytest.param(4, True, marks=needs_fsdp2)], ids=str
+)
+def test_any_number_of_processes_is_one(count: int, sharded: bool, dataset: TripletDataset, tmp_path: Path) -> None:
+    runs = {method: {"method": method, "max_steps": 2} for method in ("reflow", "dmd")}
+    runs["dmd"] |= {"fake_updates": 1, "first_fake_updates": 0}
+    for name, processes in (("one", 1), ("several", count)):
+        (tmp_path / name).mkdir()
+        shared = sharded and processes > 1
+        call_in_fork(train_in_forks, processes, shared, dataset.folder, tmp_path / name, runs)
+    for name in runs:
+        assert json.loads((tmp_path / "several" / f"{name}-{count - 1}.json").read_text())["processes"] == count
+        check_that_they_agree(*(tensors(tmp_path / folder / name, 2) for folder in ("several", "one")))
+
+
 def test_borrowed_weights_are_the_same_memory_with_flags_of_their_own() -> None:
     network: Any = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     network[2].weight = network[0].weight
