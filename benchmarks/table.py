@@ -10,7 +10,8 @@ not part of the budget; it is in the second table. `--initialisation snr_matchin
 teacher's flow, as progressive distillation always does. The exception is the stacked row if the teacher predicts
 epsilon: a stack is new to its second half, whose errors the conversion of epsilon multiplies by 14 at the noise end.
 The first triplets are the same for all seeds; a seed determines the training, all later triplets and the samples of
-the evaluation. Ratios are to the row teacher-25, or without it to the first row. If the script is killed, run the same command again: triplets, training and evaluation resume.
+the evaluation. Ratios are to the row teacher-25, or without it to the first row. If the script is killed, run the same
+command again: triplets, training and evaluation resume.
 
 Budgets: `cpu` is a day on two cores for the emoji model, `gpu` a few hours on one GPU, `tiny` a test. Each number can
 be overridden. CIFAR-10 or COCO need only a teacher and a folder of images with metadata.jsonl.
