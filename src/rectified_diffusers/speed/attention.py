@@ -39,7 +39,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
         scale: of the scores; defaults to 1 / sqrt(d).
     """
     heads, tokens, width = query.shape[0] * query.shape[1], *value.shape[2:]
-    scale = query.shape[3] ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = query.shape[3] ** -0.5
     keys, values = key.reshape(heads, tokens, -1).transpose(1, 2), value.reshape(heads, tokens, width)
     if query.shape[2] * tokens * heads <= SMALL:
         queries = (query * scale).reshape(heads, *query.shape[2:])
