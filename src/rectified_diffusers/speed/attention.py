@@ -40,13 +40,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     """
     heads, tokens, width = query.shape[0] * query.shape[1], *value.shape[2:]
     if scale is None:
-        scale = query.shape[3] ** -0.5
+        scale = 1 / math.sqrt(query.shape[3])
     keys, values = key.reshape(heads, tokens, -1).transpose(1, 2), value.reshape(heads, tokens, width)
     if query.shape[2] * tokens * heads <= SMALL:
         queries = (query * scale).reshape(heads, *query.shape[2:])
         return torch.bmm(torch.bmm(queries, keys).softmax(-1), values).view(*query.shape[:3], width)
     values = F.pad(values, (0, -width % 16))
-    sums = width % 16 > 0 and _largest(query, key, scale) < _RANGE
+    # A compiled graph would end where a number is read from a tensor.
+    sums = width % 16 > 0 and not torch.compiler.is_compiling() and _largest(query, key, scale) < _RANGE
     if sums:
         values[..., width] = 1
         scale *= _LOG2_E
