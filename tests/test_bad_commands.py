@@ -8,6 +8,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from rectified_diffusers import cli
+from tests.marks import slow_but
 from tests.training.helpers import make_dataset
 
 NUMBERS = ("int", "float")
@@ -39,6 +40,11 @@ def options() -> list[tuple[str, str, str]]:
     return found
 
 
+def first_options() -> list[tuple[str, str, str]]:
+    """List each option of the same name and kind once."""
+    return list({(option, kind): (words, option, kind) for words, option, kind in reversed(options())}.values())
+
+
 def filled(words: str) -> list[str]:
     """Return a command with all that it requires, none of which is there."""
     arguments, parser = words.split(), commands()[words]
@@ -63,7 +69,9 @@ def refused(capsys):
     return run
 
 
-@pytest.mark.parametrize(("words", "option", "kind"), options(), ids=lambda value: value or "choice")
+@pytest.mark.parametrize(
+    ("words", "option", "kind"), slow_but(first_options(), options()), ids=lambda value: value or "choice"
+)
 def test_what_is_no_number_or_no_choice_is_told(refused, words, option, kind):
     assert option in refused([*filled(words), option, "many"])
 

@@ -64,8 +64,11 @@ def generate(model: str, output: Path, *arguments: str) -> np.ndarray:
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("generate", "interpolate", "triplets", "real-triplets", "delta", "export")),
-        *([name, "--help"] for name in ("reflow", "distill", "progressive", "dmd")),
+        *([name, "--help"] for name in ("generate", "triplets", "reflow")),
+        *(
+            pytest.param([name, "--help"], marks=pytest.mark.slow)
+            for name in ("interpolate", "real-triplets", "delta", "export", "distill", "progressive", "dmd")
+        ),
     ],
     ids=" ".join,
 )

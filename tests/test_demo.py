@@ -33,6 +33,7 @@ from rectified_diffusers.demo.studio import Studio, _Watched, generate, with_con
 from rectified_diffusers.demo.styles import Styles, style_kind
 from rectified_diffusers.demo.tasks import Requests, Stopped, watch
 from rectified_diffusers.demo.worker import LoadingStudio
+from tests.marks import slow_but
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 WAIT = 300  # seconds, for what happens in another thread
@@ -315,7 +316,7 @@ def _foreign(tmp_path, kind):
     return file
 
 
-@pytest.mark.parametrize("kind", ["keys", "shapes", "nan", "delta"])
+@pytest.mark.parametrize("kind", slow_but(["nan", "delta"], ["keys", "shapes", "nan", "delta"]))
 def test_a_file_for_another_model_is_refused_and_leaves_nothing_behind(studio, lora, delta, tmp_path, kind):
     plain = pixels(studio.generate(ImageRequest("a red apple")))
     worn = pixels(studio.generate(ImageRequest("a red apple", styles=((delta, 1.0), (lora, 1.0)))))

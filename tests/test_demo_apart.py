@@ -50,6 +50,7 @@ def apart() -> Iterator[Any]:
         yield process.studio.result(WAIT)
 
 
+@pytest.mark.slow
 def test_it_draws_what_a_studio_here_draws(apart):
     here = CountingStudio()
     assert apart.about() == here.about()
@@ -66,6 +67,7 @@ def test_it_draws_what_a_studio_here_draws(apart):
         apart.generate_from_sketch(ORDER, generation.image, 1.0)
 
 
+@pytest.mark.slow
 def test_what_is_no_longer_watched_is_stopped_there_too(apart):
     before = apart.pictures()
     morph = apart.morph(ImageRequest("a"), ImageRequest("b", steps=50), 60, loop=True)

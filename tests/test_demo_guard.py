@@ -26,6 +26,7 @@ from rectified_diffusers.demo.page import build_page
 from rectified_diffusers.demo.requests import comparison_with
 from rectified_diffusers.demo.server import FOLDER, launch, private_folder
 from rectified_diffusers.demo.worker import LoadingStudio
+from tests.marks import slow_but
 
 PROXY = "demo.example"
 WAIT = 300  # seconds until a test gives up
@@ -242,7 +243,7 @@ FILE = {"path": "https://evil.example/a.safetensors", "meta": {"_type": "gradio.
 
 
 @pytest.mark.parametrize("value", [FILE, [FILE], {"x": [FILE]}, {**FILE, "path": "HTTP://evil.example/"}], ids=str)
-@pytest.mark.parametrize("place", [1, -1])
+@pytest.mark.parametrize("place", slow_but([-1], [1, -1]))
 def test_the_server_downloads_no_file_that_a_request_names(server, monkeypatch, value, place):
     downloaded = []
     monkeypatch.setattr(processing_utils, "async_ssrf_protected_download", lambda url, **_: downloaded.append(url))

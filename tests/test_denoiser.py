@@ -22,13 +22,14 @@ from rectified_diffusers.models.latents import latent_channels, latent_shape, pa
 from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.models.velocity import PipelineVelocity
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 
 PROMPTS = ["a red apple", "two dogs"]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("kind", ["xl_flow", "sd3", "flux", "flux_schnell"])
+@pytest.mark.parametrize("kind", slow_but(["xl_flow", "sd3"], ["xl_flow", "sd3", "flux", "flux_schnell"]))
 def test_euler_on_the_velocity_is_what_the_pipeline_does(kind: Any, guidance_scale: float) -> None:
     pipeline = make_tiny_pipeline(kind)
     if kind != "xl_flow":

@@ -24,6 +24,7 @@ from rectified_diffusers.export.onnx import export_onnx, gather
 from rectified_diffusers.export.stock import export_diffusers, fold_sign, stock_solver
 from rectified_diffusers.models.stacked_unet import StackedUNet
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from tests.marks import slow_but
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline, make_xl_components
 
 # onnxruntime sums in another order than torch: about 1e-6 of values of about 1 here, over the whole pipeline.
@@ -258,7 +259,7 @@ def test_on_the_stock_grid_our_euler_gives_the_same(pipeline, tmp_path, steps, n
     assert sigmas[0] == pytest.approx(1 if name == "unipc" else 1000 / 1001, abs=1e-5)
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("shift", slow_but([3.0], [1.0, 3.0]))
 def test_the_second_order_beats_euler(shift, tmp_path):
     """On a U-Net that is smooth in t, against many steps of our own."""
     pipeline: Any = make_tiny_pipeline("flow")

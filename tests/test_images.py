@@ -20,6 +20,7 @@ from rectified_diffusers import (
     read_pictures,
 )
 from rectified_diffusers.images import as_images, as_masks, open_image, to_mask, to_rgb
+from tests.marks import slow_but
 from tests.tiny import make_tiny_controlnet, make_tiny_pipeline
 
 SIZE = 32
@@ -279,7 +280,9 @@ def test_image_to_image_reads_every_form(stock_levels, name):
     assert ours.shape[-1] == SIZE
 
 
-@pytest.mark.parametrize("name", [*MASKS])
+@pytest.mark.parametrize(
+    "name", slow_but(["L", "I;16", "alpha over white", "bool array", "float array", "int64 tensor"], [*MASKS])
+)
 def test_inpainting_reads_every_mask(stock_levels, name):
     call = {"cls": RectifiedFlowInpaintPipeline, "height": SIZE, "width": SIZE}
     ours, stock = (image_to_image(stock_levels, COLOR, mask_image=mask, **call) for mask in (MASKS[name], MASK))

@@ -494,7 +494,9 @@ def test_freeu_in_both_halves():
 
 
 @pytest.mark.parametrize(
-    ("trainer_class", "config_class"), [(DistillTrainer, DistillConfig), (ReflowTrainer, ReflowConfig)], ids=str
+    ("trainer_class", "config_class"),
+    [pytest.param(DistillTrainer, DistillConfig, marks=pytest.mark.slow), (ReflowTrainer, ReflowConfig)],
+    ids=str,
 )
 def test_is_trained(trainer_class: Any, config_class: Any, tmp_path: Path):
     stack = make_stack()

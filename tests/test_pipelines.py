@@ -26,6 +26,7 @@ from rectified_diffusers import (
     RectifiedFlowInpaintPipeline,
     RectifiedFlowPipeline,
 )
+from tests.marks import slow_but
 from tests.tiny import make_components, make_tiny_pipeline, sample
 from tests.tiny_inputs import settings
 
@@ -81,8 +82,8 @@ def hand_written_loop(pipeline, prompts, steps, guidance, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("guidance", [1, 1.5, 5])
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("guidance", slow_but([1, 5], [1, 1.5, 5]))
+@pytest.mark.parametrize("steps", slow_but([1, 2, 7], STEPS))
 def test_equals_the_hand_written_loop_bit_for_bit(pipelines, steps, guidance, dtype):
     pipeline = pipelines[dtype]
     images = sample(pipeline, seed=steps, prompt=PROMPTS, num_inference_steps=steps, guidance_scale=guidance)

@@ -21,6 +21,7 @@ from rectified_diffusers.data.generate_real import generate_real_triplets
 from rectified_diffusers.flow.ode import heun
 from rectified_diffusers.models.velocity import PipelineVelocity
 from tests.data.test_triplets import contents
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 
 CAPTIONS = ("a red apple", "the sea", "a cat", "two dogs", "")
@@ -74,7 +75,7 @@ def test_the_data_are_the_pictures_and_they_repeat_with_other_noise(reference, p
     torch.testing.assert_close(rows.data[:1], expected, rtol=2**-10, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "flow", "sd3"])
+@pytest.mark.parametrize("kind", slow_but(["diffusion"], ["diffusion", "flow", "sd3"]))
 def test_the_flow_leads_from_the_noise_back_to_where_the_way_began(pictures, tmp_path, kind, monkeypatch):
     """An untrained flow goes astray at once: its noise need not be white here."""
     monkeypatch.setattr(module, "_is_unit_white", lambda noise: True)

@@ -25,6 +25,7 @@ from rectified_diffusers.pipelines.stable_diffusion_xl import RectifiedFlowXLPip
 from rectified_diffusers.training.config import DistillConfig, ReflowConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.reflow import ReflowTrainer
+from tests.marks import slow_but
 from tests.tiny import make_diffusion_scheduler, make_tiny_pipeline, make_unet
 from tests.training.helpers import PROMPTS, SHORT, digests
 
@@ -64,7 +65,7 @@ def test_a_scalar_timestep_serves_all_rows() -> None:
             assert torch.equal(model(x, timestep, told, return_dict=False)[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["diffusion", "zero_snr", pytest.param("v_prediction", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_but(["diffusion"], ["diffusion", "zero_snr", "v_prediction"]))
 def test_euler_lands_where_the_teachers_ode_does(kind: Any) -> None:
     """DDIM's ODE solved by DPM-Solver++, to 4% with 50 Euler steps, whose error halves with twice the steps.
 

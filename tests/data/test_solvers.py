@@ -18,6 +18,7 @@ from torch import Tensor
 from rectified_diffusers.data.config import TripletConfig
 from rectified_diffusers.data.solvers import _STOCHASTIC, make_solver
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
+from tests.marks import slow_but
 
 NAMES = get_args(get_type_hints(TripletConfig)["solver"])[3:]
 FLOW_NAMES = [
@@ -81,7 +82,10 @@ def rms(difference: Tensor) -> float:
     return difference.square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("name", DIFFUSION_NAMES)
+FAST = ["DDIMScheduler", "DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler"]
+
+
+@pytest.mark.parametrize("name", slow_but(FAST, DIFFUSION_NAMES))
 def test_diffusion_solvers_end_where_ddim_of_many_steps_ends(name):
     teacher = stable_diffusion_schedule()
     model = gaussian_epsilon(teacher)

@@ -5,6 +5,7 @@ import torch
 
 from rectified_diffusers.evaluation.intervals import GROUPS, Interval, interval_of, jackknife, merged, ratio_of
 from rectified_diffusers.evaluation.metrics import mean_interval, transport_cost
+from tests.marks import slow_but
 
 
 def test_three_values_have_the_interval_of_student():
@@ -42,7 +43,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     assert f"{found:.2f}" == f"{found.mean:.2f} ± {found.over_images:.2f}"
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("biased", slow_but([True], [False, True]))
 def test_the_true_value_lies_in_95_of_100_intervals_over_images(biased):
     """Of groups of unequal size, of a mean and of a statistic with a bias that depends on the number of items."""
     groups, hits = torch.cat([torch.arange(GROUPS), torch.arange(7), torch.arange(4)]), 0

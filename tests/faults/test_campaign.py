@@ -11,6 +11,7 @@ from tests.faults import fuzz, run, saving
 from tests.faults.campaign import FAULTS, NEEDS_MOUNT, Reference, Verdict
 from tests.faults.run import WORKLOADS, Row, run_campaign
 from tests.faults.workloads import Workload
+from tests.marks import slow_but
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the campaign forks its processes")
 
@@ -73,7 +74,7 @@ TARGETS = (
 )
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", slow_but(["shard", "delta", "prompts-jsonl", "arguments"], TARGETS))
 def test_inputs_are_taken_or_refused(name: str, targets: dict[str, fuzz.Target]) -> None:
     count = fuzz.Count()
     fuzz.fuzz(name, targets[name], count, 300)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.hub.client import HubError, load
 from tests.hub.conftest import INSTAFLOW, OURS, TWO_FLOW
 from tests.hub.server import Fault, Repository
+from tests.marks import slow_but
 from tests.original_layout import original_layout
 from tests.tiny import make_tiny_pipeline
 
@@ -62,7 +63,7 @@ def test_first_download_then_the_cache_then_offline(hub, client, cache, expected
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("repository", [INSTAFLOW, TWO_FLOW, OURS])
+@pytest.mark.parametrize("repository", slow_but([INSTAFLOW, OURS], [INSTAFLOW, TWO_FLOW, OURS]))
 @pytest.mark.parametrize("loader", OUR_LOADERS)
 def test_every_loader_gives_our_pipeline(client, shared_cache, expected, loader, repository):
     loaded = client.load(loader, repository, cache_dir=shared_cache)
@@ -222,8 +223,13 @@ def test_a_variant_that_does_not_exist(client, shared_cache):
         client.load("DiffusionPipeline", INSTAFLOW, variant="fp16", cache_dir=shared_cache)
 
 
-@pytest.mark.parametrize("weights", [UNET, TEXT_ENCODER])
-@pytest.mark.parametrize("damage", ["cut off", "a page"])
+@pytest.mark.parametrize(
+    ("damage", "weights"),
+    slow_but(
+        [("cut off", UNET), ("a page", TEXT_ENCODER)],
+        [(damage, weights) for damage in ("cut off", "a page") for weights in (UNET, TEXT_ENCODER)],
+    ),
+)
 def test_a_damaged_file_is_named_with_what_to_do(client, cache, expected, weights, damage):
     client.load("RectifiedFlowPipeline", INSTAFLOW, cache_dir=cache)
     file = next(path for path in files_of(cache, weights))

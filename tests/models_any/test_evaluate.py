@@ -16,6 +16,7 @@ from rectified_diffusers.evaluation.evaluate import evaluate
 from rectified_diffusers.evaluation.gallery import require_images
 from rectified_diffusers.evaluation.report import Evaluation
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
+from tests.marks import slow_but
 from tests.models_any.families import build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.models_any.test_training import make_triplets
@@ -48,7 +49,7 @@ def test_metrics_transport_cost_and_straightness(tmp_path: Path, monkeypatch: py
     assert report.coupling["ratio"].mean > 0
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("name", slow_but(["flux"], ["flux", "sd3"]))
 def test_triplets_are_decoded_by_the_pipeline(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
     dataset = make_triplets(pipeline, tmp_path, options, num_triplets=4)
@@ -86,7 +87,7 @@ def test_guidance_that_two_passes_do_not_repeat_has_no_straightness(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["distill", "progressive", "reflow", "dmd"])
+@pytest.mark.parametrize("kind", slow_but(["reflow", "dmd"], ["distill", "progressive", "reflow", "dmd"]))
 def test_lpips_of_a_video_is_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
     pipeline, options = build("ltx_video")
     triplets = make_triplets(pipeline, tmp_path / "triplets", options)

@@ -11,6 +11,7 @@ from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.conditioning import PromptConditioning, equal
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.models.self_test import self_test
+from tests.marks import slow_but
 from tests.models_any.families import DIFFUSIONS, FLOWS, build
 from tests.models_any.made_up import make_made_up_pipeline
 
@@ -22,6 +23,7 @@ GUIDANCE = {
     "z_image": "linear, batched, cond first",
     "wan": "linear, sequential, cond first",
 }
+FAST = [*GUIDANCE, "flux2_klein", "chroma", "wan_multistep"]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +40,7 @@ def adapted() -> Any:
     return adapt
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", slow_but(FAST, [*FLOWS]))
 def test_a_flow_passes_the_self_test(name: str, adapted: Any) -> None:
     result = self_test(adapted(name))
     assert result.euler is not None
@@ -82,7 +84,9 @@ def test_the_weight_of_guidance_is_read_off(adapted: Any) -> None:
     assert adapted("z_image").guidance_found.two_passes.offset == 1
 
 
-@pytest.mark.parametrize("name", ["sd3", "z_image", "wan", "flux2_klein", "chroma"])
+@pytest.mark.parametrize(
+    "name", slow_but(["sd3", "z_image", "wan"], ["sd3", "z_image", "wan", "flux2_klein", "chroma"])
+)
 def test_two_passes_of_our_own_repeat_linear_guidance(name: str, adapted: Any) -> None:
     """The unconditional is the pipeline's own; Euler on the guided velocity gives the guided latents."""
     denoiser = adapted(name)
@@ -117,7 +121,7 @@ def test_it_equals_the_adapter_written_by_hand(name: str, adapted: Any) -> None:
     torch.testing.assert_close(generic.decode_pixels(noise), hand.decode_pixels(noise).clamp(-1, 1))
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", slow_but(FAST, [*FLOWS]))
 def test_prompts_of_different_lengths_are_one_batch_or_several(name: str, adapted: Any) -> None:
     denoiser = adapted(name)
     x, t = torch.randn(2, *denoiser.latent_shape), torch.tensor([0.3, 0.6])

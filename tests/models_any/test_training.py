@@ -25,6 +25,7 @@ from rectified_diffusers.training.progressive import ProgressiveTrainer
 from rectified_diffusers.training.prompts import PromptEncoder
 from rectified_diffusers.training.reflow import ReflowTrainer
 from rectified_diffusers.training.student import require_steps
+from tests.marks import slow_but
 from tests.models_any.families import build
 from tests.models_any.made_up import NoisyScheduler, make_made_up_pipeline
 from tests.models_any.variants import TwoAtLeast
@@ -45,7 +46,7 @@ LAST = {
     "ltx_video": "proj_out",
     "wan": "proj_out",
 }
-FAST = ("z_image", "sana", "wan")
+FAST = ("z_image", "wan")
 RUN: dict[str, Any] = {"batch_size": 2, "warmup_steps": 0, "mixed_precision": "no", "save_every_steps": 100}
 
 
@@ -133,7 +134,7 @@ def test_one_step_of_a_student_is_noise_plus_velocity(tmp_path: Path) -> None:
     torch.testing.assert_close(triplets.noise + velocity, triplets.data, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sd3", "z_image", "lumina2"])
+@pytest.mark.parametrize("name", slow_but(["sd3", "lumina2"], ["sd3", "z_image", "lumina2"]))
 def test_triplets_are_those_of_the_stock_call(name: str, tmp_path: Path) -> None:
     """With its own guidance, also where two passes do not repeat it."""
     pipeline, options = build(name)
@@ -216,11 +217,7 @@ RAGGED = ("z_image", "cogview4")  # their conditioning is as long as the prompt
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("sd3", "flux") else pytest.mark.slow)
-        for name in LAST
-        if name not in RAGGED
-    ],
+    [pytest.param(name, marks=() if name == "sd3" else pytest.mark.slow) for name in LAST if name not in RAGGED],
 )
 def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
@@ -235,7 +232,7 @@ def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_pat
     assert all(equal(one, two) for one, two in zip(found.trees, expected.trees, strict=True))
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", slow_but(["z_image"], RAGGED))
 def test_conditioning_of_varying_length_is_not_stored(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
     with pytest.raises(ValueError, match=r"another shape for each prompt.*leave out store_text_embeddings"):
@@ -289,7 +286,7 @@ def test_steps_that_the_stock_pipeline_cannot_take_are_refused() -> None:
         require_steps(denoiser, 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "z_image", "flux2_klein"])
+@pytest.mark.parametrize("name", slow_but(["sd3"], ["sd3", "z_image", "flux2_klein"]))
 def test_two_steps_of_a_student_are_those_of_its_training(name: str, tmp_path: Path) -> None:
     """The stock pipeline of the finished folder makes Euler steps at t = 0 and t = 1/2, whatever its own grid was."""
     pipeline, options = build(name)

@@ -9,6 +9,7 @@ from peft.utils import get_peft_model_state_dict
 
 from rectified_diffusers.speed.caches import PROMPTS, cached_prompts, cached_times
 from rectified_diffusers.speed.optimize import optimize
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline, sample
 
 LAYERS = ["to_q", "to_k", "to_v", "q_proj", "v_proj"]
@@ -104,7 +105,7 @@ def test_a_time_is_embedded_once():
         assert not torch.equal(sample(pipeline, num_inference_steps=3), expected)
 
 
-@pytest.mark.parametrize("fuse_qkv", [False, True])
+@pytest.mark.parametrize("fuse_qkv", slow_but([True], [False, True]))
 def test_a_lora_acts_and_goes_as_without_optimize(lora, fuse_qkv):
     """Load, scale, fuse, unfuse, unload: after each, the picture is that of a pipeline that was never optimized."""
     settings: dict[str, Any] = {"dtype": None, "channels_last": False, "fuse_qkv": fuse_qkv, "keep_memory": False}

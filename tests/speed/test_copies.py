@@ -17,6 +17,7 @@ from rectified_diffusers import (
     optimize,
     save_portable,
 )
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 
 SWITCHES = [
@@ -39,7 +40,7 @@ def pickled(pipeline):
     return pickle.loads(pickle.dumps(pipeline))  # noqa: S301
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("switches", slow_but([SWITCHES[0], SWITCHES[3]], SWITCHES), ids=str)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_a_copy_computes_with_its_own_weights(switches, copied):
     pipeline = make_tiny_pipeline("flow")

@@ -11,6 +11,7 @@ from rectified_diffusers import optimize, tune
 from rectified_diffusers.speed import cpu, packing
 from rectified_diffusers.speed.cpu import SWITCHES, cpu_kind
 from rectified_diffusers.speed.precision import fast_dtype
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu_switches.json"
@@ -55,7 +56,7 @@ def test_no_measured_switch_of_the_table_loses():
         assert names >= set(SWITCHES[kind]) - {"pack_weights"}, "not measured yet as a switch of its own"
 
 
-@pytest.mark.parametrize("make", [make_tiny_pipeline, make_tiny_xl_pipeline])
+@pytest.mark.parametrize("make", slow_but([make_tiny_pipeline], [make_tiny_pipeline, make_tiny_xl_pipeline]))
 def test_tune_returns_arguments_of_optimize(make):
     pipeline = make()
     chosen = tune(pipeline, height=32, width=48)

@@ -158,7 +158,11 @@ def test_images_and_saved_weights_are_those_without(tmp_path, lossless):
     assert saved[0] == saved[1]
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["loaded after optimize", "loaded before optimize"])
+@pytest.mark.parametrize(
+    "before",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["loaded after optimize", "loaded before optimize"],
+)
 def test_adapters_act_and_go_as_without(before):
     """Load, scale, fuse, unfuse, hotswap, disable, unload: after each, the image is that of unpacked weights."""
     loras = make_lora(1), make_lora(2)

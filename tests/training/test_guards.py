@@ -16,6 +16,7 @@ from rectified_diffusers.training.checkpoint_reading import checkpoint_path, che
 from rectified_diffusers.training.checkpoint_writing import require_room
 from rectified_diffusers.training.guards import require_direction, require_same_latents
 from rectified_diffusers.training.run_folder import RunFolder
+from tests.marks import slow_but
 from tests.tiny import make_vae
 from tests.training.helpers import TRAINERS, digests, fail_at, make_ends, make_trainer
 
@@ -29,7 +30,7 @@ def turn_round(trainer: Any, factor: float) -> None:
     student.register_forward_hook(lambda module, args, output: (output[0] + factor * args[0],))
 
 
-@pytest.mark.parametrize("method", TRAINERS)
+@pytest.mark.parametrize("method", slow_but(["reflow", "progressive"], [*TRAINERS]))
 def test_a_velocity_of_the_wrong_sign_is_found_at_the_start(
     method: str, dataset: TripletDataset, output_dir: Path
 ) -> None:

@@ -339,6 +339,7 @@ def test_another_teacher_is_another_run(whole: Path, dataset: TripletDataset) ->
     assert digests(whole) == before
 
 
+@pytest.mark.slow
 def test_a_lora_is_trained_of_both_networks(dataset: TripletDataset, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora_rank": 2, "max_steps": 2, "keep_checkpoints": 1, "fake_updates": 1}
     make_matching(dataset, tmp_path / "whole", **options).train()

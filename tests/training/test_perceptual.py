@@ -47,7 +47,9 @@ def test_missing_lpips_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
         load_lpips("alex", None)
 
 
-@pytest.mark.parametrize(("network", "model"), [("alex", "alexnet"), ("vgg", "vgg16")])
+@pytest.mark.parametrize(
+    ("network", "model"), [("alex", "alexnet"), pytest.param("vgg", "vgg16", marks=pytest.mark.slow)]
+)
 def test_a_download_that_fails_says_what_to_do(no_network: None, network: str, model: str) -> None:
     with pytest.raises(OSError, match=rf"cannot be downloaded .* \(--lpips-weights {model}\.safetensors"):
         load_lpips(network, None)

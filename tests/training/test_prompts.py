@@ -10,6 +10,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training import prompts as prompts_module
 from rectified_diffusers.training.prompts import PromptEncoder
+from tests.marks import slow_but
 from tests.models_any.families import build
 from tests.models_any.test_training import make_triplets
 from tests.tiny import make_tiny_pipeline
@@ -77,7 +78,10 @@ def parkable(part: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stored", "method"),
-    [("sd3", True, "distill"), ("sd3", False, "distill"), ("flux", True, "dmd"), ("unet", False, "progressive")],
+    slow_but(
+        [("sd3", True, "distill"), ("unet", False, "progressive")],
+        [("sd3", True, "distill"), ("sd3", False, "distill"), ("flux", True, "dmd"), ("unet", False, "progressive")],
+    ),
 )
 def test_text_encoders_are_gone_during_the_steps(
     name: str, stored: bool, method: str, dataset: TripletDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -119,6 +119,7 @@ def test_a_killed_worker_is_one_error_that_names_the_triplets(dataset: TripletDa
     assert signal.getsignal(signal.SIGCHLD) not in handlers
 
 
+@pytest.mark.slow
 def test_a_worker_killed_at_the_flag_of_all_workers_blocks_nobody(
     dataset: TripletDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.data.generate import generate_triplets
 from rectified_diffusers.models.denoiser import Denoiser
 from rectified_diffusers.training.prompts import PromptEncoder
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import PROMPTS, digests, make_trainer
 
@@ -22,7 +23,7 @@ def make_triplets(folder: Path, kind: Any = "flow", **options: Any) -> TripletDa
     return generate_triplets(make_tiny_pipeline(kind), PROMPTS, folder, config, progress=False)
 
 
-@pytest.mark.parametrize("kind", ["flow", "xl"])
+@pytest.mark.parametrize("kind", slow_but(["flow"], ["flow", "xl"]))
 def test_training_on_stored_embeddings_repeats_training_with_the_text_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any
 ) -> None:
