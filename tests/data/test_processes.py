@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rectified_diffusers import files
 from rectified_diffusers.data import generate as generate_module
 from tests.data.test_triplets import contents, generate
 from tests.forks import call_in_fork, exit_codes
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 
 TRIPLETS = 22
@@ -55,45 +57,54 @@ def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[
     )
 
 
-def generate_all(base: Path) -> dict[str, list[int | None]]:
-    codes = {"one": generate_in_processes(base, "one", "alone", 1)}
-    codes["two"] = generate_in_processes(base, "two", "launched", 2)
-    codes["four"] = generate_in_processes(base, "four", "launched", 4)
-    codes["unrelated"] = generate_in_processes(base, "unrelated", "unrelated", 3)
-    (base / "resumed").mkdir()
-    for name in ("manifest.json", "shard-00001.safetensors", "shard-00003.safetensors"):
-        (base / "resumed" / name).write_bytes((base / "one" / name).read_bytes())
-    return codes | {"resumed": generate_in_processes(base, "resumed", "launched", 2)}
+RUNS = {
+    "one": ("alone", 1),
+    "two": ("launched", 2),
+    "four": ("launched", 4),
+    "unrelated": ("unrelated", 3),
+    "resumed": ("launched", 2),
+}
+NAMES = slow_but(["two", "resumed"], ["two", "four", "unrelated", "resumed"])
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the outputs of different numbers of processes; NAME.log holds what they printed."""
-    folder = tmp_path_factory.mktemp("processes")
-    codes = call_in_fork(generate_all, folder)
-    logs = {log.name: log.read_text() for log in folder.glob("*.log")}
-    assert not any(code for each in codes.values() for code in each), (codes, logs)
-    return folder
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function for the outputs of different numbers of processes; NAME.log beside it is what they printed."""
+    base = tmp_path_factory.mktemp("processes")
+
+    def make(name: str) -> Path:
+        if (base / name).exists():
+            return base / name
+        if name == "resumed":
+            whole = make("one")
+            (base / name).mkdir()
+            for file in ("manifest.json", "shard-00001.safetensors", "shard-00003.safetensors"):
+                (base / name / file).write_bytes((whole / file).read_bytes())
+        codes = call_in_fork(generate_in_processes, base, name, *RUNS[name])
+        assert not any(codes), (name, codes, (base / f"{name}.log").read_text())
+        return base / name
+
+    return make
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
-@pytest.mark.parametrize("name", ["two", "four", "unrelated", "resumed"])
+@pytest.mark.parametrize("name", NAMES)
 def test_several_processes_make_the_files_of_one(made, name):
-    assert len(contents(made / "one")) == 7
-    assert contents(made / name) == contents(made / "one")
+    assert len(contents(made("one"))) == 7
+    assert contents(made(name)) == contents(made("one"))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
-@pytest.mark.parametrize("name", ["one", "two", "four", "unrelated", "resumed"])
+@pytest.mark.parametrize("name", ["one", *NAMES])
 def test_no_shard_is_made_twice(made, name):
     shards = [0, 2, 4, 5] if name == "resumed" else range(6)
-    assert sorted(map(int, (made / f"{name}.made").read_text().split())) == list(shards)
+    assert sorted(map(int, made(name).with_suffix(".made").read_text().split())) == list(shards)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forks")
 def test_the_main_process_shows_the_progress_of_all(made):
     for name in ("one", "two", "resumed"):
-        shown = (made / f"{name}.log").read_text()
+        shown = made(name).with_suffix(".log").read_text()
         assert "Triplets: 100%" in shown
         assert "22/22" in shown
         assert shown.count("[00:00<?, ?image/s]") == 1, "one bar"

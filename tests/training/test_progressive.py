@@ -1,5 +1,6 @@
 """Progressive distillation: what a student learns of its teacher, and how the rounds follow each other."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.training.config import ProgressiveConfig
 from rectified_diffusers.training.progressive import ProgressiveTrainer
+from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import digests, make_trainer
 
@@ -143,7 +145,7 @@ def train_until(steps: int, trainer: ProgressiveTrainer) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("steps", slow_but([3], [2, 3]))
 def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: TripletDataset, output_dir: Path) -> None:
     """Stopped after a round, and within the second one, whose teacher comes out of the checkpoint."""
     options = {"save_every_steps": 1, "keep_checkpoints": 1}
@@ -156,24 +158,27 @@ def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: Triplet
 ROUNDS = {"teacher_steps": 4, "steps_per_round": 3, "save_every_steps": 2}
 
 
-@pytest.fixture(scope="module", params=[{}, {"lora_rank": 2}], ids=["full", "lora"])
+@pytest.fixture(
+    scope="module", params=[{}, pytest.param({"lora_rank": 2}, marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def two_rounds(
     request: pytest.FixtureRequest, dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], Path]:
-    """Return options, and the folder of a run that nothing disturbed; only its last checkpoint is left."""
-    folder, options = tmp_path_factory.mktemp("rounds"), {**ROUNDS, **request.param}
-    make_progressive(dataset, folder, keep_checkpoints=1, **options).train()
-    return options, folder
+) -> tuple[dict[str, Any], Path, Path]:
+    """Return options, the folder of a whole run with its last checkpoint alone, and that of a stopped one."""
+    whole, stopped, options = (*map(tmp_path_factory.mktemp, ("whole", "stopped")), {**ROUNDS, **request.param})
+    make_progressive(dataset, whole, keep_checkpoints=1, **options).train()
+    train_until(4, make_progressive(dataset, stopped, keep_checkpoints=2, **options))
+    return options, whole, stopped
 
 
 @pytest.mark.parametrize("harm", ["flipped", "foreign"])
-@pytest.mark.parametrize("file", ["ema", "optimizer", "teacher", "unet"])
+@pytest.mark.parametrize("file", slow_but(["teacher"], ["ema", "optimizer", "teacher", "unet"]))
 def test_a_damaged_checkpoint_leaves_nothing_of_its_teacher(
-    file: str, harm: str, two_rounds: tuple[dict[str, Any], Path], dataset: TripletDataset, tmp_path: Path
+    file: str, harm: str, two_rounds: tuple[dict[str, Any], Path, Path], dataset: TripletDataset, tmp_path: Path
 ) -> None:
     """The checkpoint before it is within the first round, whose teacher is in no checkpoint."""
-    options, whole = two_rounds
-    train_until(4, make_progressive(dataset, tmp_path, keep_checkpoints=2, **options))
+    options, whole, stopped = two_rounds
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints" / "step-00000004"
     harmed = newest / f"{file}.safetensors"
     assert (newest / "teacher.safetensors").exists()

@@ -18,6 +18,7 @@ from rectified_diffusers.training.config import DistillConfig
 from rectified_diffusers.training.distill import DistillTrainer
 from rectified_diffusers.training.lora import WEIGHTS
 from rectified_diffusers.training.trainer import Trainer
+from tests.marks import slow_but
 from tests.models_any.families import build
 from tests.models_any.test_training import PROMPTS, make_triplets
 from tests.tiny import make_tiny_pipeline
@@ -47,6 +48,14 @@ def save(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
     pipeline, options = (make_tiny_pipeline(), {}) if name == "unet" else build(name)
     pipeline.save_pretrained(folder)
     return str(folder), options
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], TripletDataset]:
+    """Return the folder of a tiny Stable Diffusion 3, the options of its call, and triplets of it."""
+    base = tmp_path_factory.mktemp("sd3")
+    folder, options = save("sd3", base / "base")
+    return folder, options, make_triplets(load(folder, None), base / "triplets", options)
 
 
 def load(folder: str, kind: Any, precision: Any = "no", dtype: torch.dtype = torch.float32) -> Any:
@@ -83,7 +92,7 @@ def make(
 CASES = [("distill", "unet"), ("reflow", "flux"), ("progressive", "z_image"), ("dmd", "sd3")]
 
 
-@pytest.mark.parametrize(("method", "name"), CASES)
+@pytest.mark.parametrize(("method", "name"), slow_but([("distill", "unet")], CASES))
 def test_the_lora_loads_onto_the_stock_pipeline(
     method: str, name: str, kind: Any, dataset: TripletDataset, tmp_path: Path
 ) -> None:
@@ -142,12 +151,14 @@ def test_only_the_linear_layers_of_the_network_are_quantized(name: str, kind: An
             assert torch.equal(layers[part].weight, weight)
 
 
-@pytest.mark.parametrize(("method", "name", "precision"), [("distill", "sd3", "bf16"), ("dmd", "unet", "no")])
+@pytest.mark.parametrize(
+    ("method", "name", "precision"),
+    [("distill", "sd3", "bf16"), pytest.param("dmd", "unet", "no", marks=pytest.mark.slow)],
+)
 def test_a_run_in_two_parts_equals_one(
-    method: str, name: str, precision: str, kind: Any, dataset: TripletDataset, tmp_path: Path
+    method: str, name: str, precision: str, kind: Any, sd3: Any, dataset: TripletDataset, tmp_path: Path
 ) -> None:
-    folder, options = save(name, tmp_path / "base")
-    triplets = dataset if name == "unet" else make_triplets(load(folder, None), tmp_path / "triplets", options)
+    folder, _, triplets = sd3 if name == "sd3" else (*save(name, tmp_path / "base"), dataset)
     for run, steps in (("whole", 2), ("parts", 1), ("parts", 2)):
         pipeline = load(folder, kind, precision)
         settings = {"max_steps": steps, "mixed_precision": precision, "keep_checkpoints": 1}
@@ -161,10 +172,9 @@ def test_a_run_in_two_parts_equals_one(
         make(method, load(folder, None), triplets, tmp_path / "parts", **settings).train()
 
 
-@pytest.mark.parametrize("method", ["progressive", "dmd"])
-def test_the_quantized_weights_are_shared(method: str, kind: Any, tmp_path: Path) -> None:
-    folder, options = save("sd3", tmp_path / "base")
-    triplets = make_triplets(load(folder, None), tmp_path / "triplets", options)
+@pytest.mark.parametrize("method", slow_but(["dmd"], ["progressive", "dmd"]))
+def test_the_quantized_weights_are_shared(method: str, kind: Any, sd3: Any, tmp_path: Path) -> None:
+    folder, _, triplets = sd3
     pipeline = load(folder, kind)
     trainer: Any = make(method, pipeline, triplets, tmp_path / "run")
     shared = {id(weight) for weight in pipeline.transformer.parameters()}
@@ -173,9 +183,8 @@ def test_the_quantized_weights_are_shared(method: str, kind: Any, tmp_path: Path
         assert all(".lora_" in name for name, weight in network.named_parameters() if id(weight) not in shared)
 
 
-def test_a_pipeline_in_bfloat16_has_its_lora_in_float32(kind: Any, tmp_path: Path) -> None:
-    folder, options = save("sd3", tmp_path / "base")
-    triplets = make_triplets(load(folder, None), tmp_path / "triplets", options)
+def test_a_pipeline_in_bfloat16_has_its_lora_in_float32(kind: Any, sd3: Any, tmp_path: Path) -> None:
+    folder, _, triplets = sd3
     pipeline = load(folder, kind, "bf16", torch.bfloat16)
     trainer = make("distill", pipeline, triplets, tmp_path / "run", mixed_precision="bf16")
     assert {weight.dtype for weight in trainer.student.parameters} == {torch.float32}
@@ -183,10 +192,9 @@ def test_a_pipeline_in_bfloat16_has_its_lora_in_float32(kind: Any, tmp_path: Pat
     assert all(value.dtype == torch.float32 for value in load_file(tmp_path / "run" / WEIGHTS).values())
 
 
-def test_a_folder_that_is_already_quantized(kind: Any, tmp_path: Path) -> None:
+def test_a_folder_that_is_already_quantized(kind: Any, sd3: Any, tmp_path: Path) -> None:
     """It is the base of a LoRA as it is; quantizing it again, and training its weights, are refused."""
-    folder, options = save("sd3", tmp_path / "base")
-    triplets = make_triplets(load(folder, None), tmp_path / "triplets", options)
+    folder, _, triplets = sd3
     made = str(tmp_path / "quantized")
     load(folder, kind).save_pretrained(made)
     pipeline = load(made, None)
@@ -201,10 +209,9 @@ def test_a_folder_that_is_already_quantized(kind: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "full").exists()
 
 
-def test_other_quantizations_are_refused(tmp_path: Path) -> None:
+def test_other_quantizations_are_refused(sd3: Any, tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    pipeline, options = build("sd3")
-    triplets = make_triplets(pipeline, tmp_path / "triplets", options)
+    pipeline, triplets = load(sd3[0], None), sd3[2]
     quantization.quantize_(pipeline.transformer, quantization.Int8WeightOnlyConfig())  # no config says so
     with pytest.raises(ValueError, match=r"The transformer is quantized \(Int8Tensor\), expected int8 of torchao"):
         make("distill", pipeline, triplets, tmp_path / "run")
@@ -235,10 +242,9 @@ def command(folder: str, triplets: TripletDataset, output: Path, *more: str) -> 
     return ["distill", *options, "--warmup-steps", "0", "--learning-rate", "1e-2", *more]
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(sd3: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao")
-    folder, options = save("sd3", tmp_path / "base")
-    triplets = make_triplets(load(folder, None), tmp_path / "triplets", options)
+    folder, options, triplets = sd3
     run = tmp_path / "run"
     assert main(command(folder, triplets, run, "--quantize", "int8", "--lora-rank", "2")) == 0
     assert "trained to step 2" in capsys.readouterr().out
@@ -254,7 +260,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("library", ["torchao", "bitsandbytes"])
 def test_a_missing_library_is_one_line(
-    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    library: str, sd3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import diffusers
 
@@ -263,8 +269,7 @@ def test_a_missing_library_is_one_line(
 
     kind, name = {"torchao": ("int8", "TorchAoConfig"), "bitsandbytes": ("nf4", "BitsAndBytesConfig")}[library]
     monkeypatch.setattr(diffusers, name, missing)
-    folder, _ = save("sd3", tmp_path / "base")
-    triplets = make_triplets(load(folder, None), tmp_path / "triplets", {"height": 32, "width": 32})
+    folder, _, triplets = sd3
     assert main(command(folder, triplets, tmp_path / "run", "--quantize", kind, "--lora-rank", "2")) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert f'error: quantize="{kind}" needs {library}: pip install "rectified_diffusers[quantization]"' in lines[-1]

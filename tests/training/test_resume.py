@@ -12,6 +12,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import checkpoint_writing
 from rectified_diffusers.training.trainer import Trainer
 from tests.forks import call_in_fork
+from tests.marks import slow_but
 from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import (
     KILLED_RUN,
@@ -44,25 +45,17 @@ KILLS = {
 }
 
 
-@pytest.fixture(scope="module")
-def killed(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Let a run of each method, in a process of its own, be ended by SIGKILL."""
-    folders = {method: tmp_path_factory.mktemp(method) for method in KILLS}
-    runs = [(dataset.folder, method, folders[method], *KILLS[method]) for method in KILLS]
-    assert call_in_fork(train_to_kills, runs) == [-signal.SIGKILL] * len(KILLS)
-    return folders
-
-
-@pytest.mark.parametrize("method", KILLS)
-def test_a_killed_run_is_repeated_bit_for_bit(
-    method: str, killed: dict[str, Path], dataset: TripletDataset, tmp_path: Path
-) -> None:
-    left = digests(killed[method])
+@pytest.mark.parametrize("method", slow_but(["reflow", "distill"], [*KILLS]))
+def test_a_killed_run_is_repeated_bit_for_bit(method: str, dataset: TripletDataset, tmp_path: Path) -> None:
+    """It was ended by SIGKILL in a process of its own."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert call_in_fork(train_to_kills, [(dataset.folder, method, killed, *KILLS[method])]) == [-signal.SIGKILL]
+    left = digests(killed)
     assert any(".tmp-" in name for name in left)
     assert "model_index.json" not in left
-    for folder in (killed[method], tmp_path):
+    for folder in (killed, whole):
         make_trainer(method, dataset, folder, **KILLED_RUN).train()
-    assert digests(killed[method]) == digests(tmp_path)
+    assert digests(killed) == digests(whole)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +69,7 @@ def whole(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 OTHERS = ("checkpoints/step-00000004", "checkpoints/step-00000005")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", slow_but([2], [1, 2, 5]))
 def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: TripletDataset, output_dir: Path) -> None:
     make_trainer("reflow", dataset, output_dir, max_steps=steps, keep_checkpoints=1).train()
     make_trainer("reflow", dataset, output_dir).train()
@@ -88,13 +81,16 @@ def test_a_run_in_two_parts_equals_one(steps: int, whole: Path, dataset: Triplet
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [
-        (Trainer, "train_step", 4),
-        (checkpoint_writing, "write_file", 3),
-        (checkpoint_writing, "flush", 3),
-        (Path, "replace", 3),
-    ]
-    + [(Path, "replace", call) for call in (4, 6, 9)],
+    slow_but(
+        [(Trainer, "train_step", 4), (checkpoint_writing, "flush", 3), (Path, "replace", 6)],
+        [
+            (Trainer, "train_step", 4),
+            (checkpoint_writing, "write_file", 3),
+            (checkpoint_writing, "flush", 3),
+            (Path, "replace", 3),
+        ]
+        + [(Path, "replace", call) for call in (4, 6, 9)],
+    ),
 )
 def test_a_run_stopped_anywhere_equals_one(
     owner: Any, name: str, call: int, whole: Path, dataset: TripletDataset, output_dir: Path
