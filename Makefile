@@ -25,7 +25,7 @@ format:  ## mend what ruff can mend
 types:  ## basedpyright
 	python -m basedpyright
 
-test:  ## the fast tests: no GPU, no network, about five minutes on two cores
+test:  ## the fast tests: no GPU, no network, about three minutes on two cores
 	python -m pytest -n $(WORKERS) --dist worksteal -m 'not slow and not gpu'
 
 test-slow:  ## the rest of the tests that need no GPU, the very slow ones too
