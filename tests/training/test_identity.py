@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -116,6 +117,14 @@ def test_the_identity_is_of_content_not_of_the_place(tmp_path: Path) -> None:
     assert set(expected) == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
     pipeline.save_pretrained(tmp_path)
     assert fingerprints(type(pipeline).from_pretrained(tmp_path)) == expected
+
+
+def test_a_fingerprint_warns_of_no_long_prompt() -> None:
+    pipeline = make_tiny_pipeline()
+    pipeline.tokenizer.model_max_length = 5
+    with mock.patch("transformers.tokenization_utils_base.logger.warning") as warning:
+        fingerprints(pipeline)
+    warning.assert_not_called()
 
 
 def test_a_checkpoint_without_the_model_is_resumed(dataset: TripletDataset, tmp_path: Path, begun: Path) -> None:

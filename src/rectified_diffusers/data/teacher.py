@@ -213,7 +213,7 @@ def fingerprints(pipeline: Any) -> dict[str, str]:
     digests["scheduler"] = _digest([*schedule, None if alphas is None else [f"{value:.6g}" for value in alphas]])
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
-            digests[name] = _digest([sorted(part.get_vocab().items()), part(_PROBE).input_ids])
+            digests[name] = _digest([sorted(part.get_vocab().items()), part(_PROBE, verbose=False).input_ids])
     return {name: digest[:16] for name, digest in sorted(digests.items())}
 
 
