@@ -10,7 +10,14 @@ from rectified_diffusers.evaluation.tables import ratios
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-TABLES = ("emoji_one_step", "emoji_table", "emoji_initialisation", "emoji_second_teacher", "emoji_bundled")
+TABLES = (
+    "emoji_one_step",
+    "emoji_table",
+    "emoji_initialisation",
+    "emoji_second_teacher",
+    "emoji_bundled",
+    "emoji_few_steps",
+)
 PARTS = ("seen", "held_out")
 BUNDLED = "distilled: work/one_step/finished"
 ROWS = {  # first cell of a row in the README and in docs/papers.md, and the row's name in the results
@@ -34,7 +41,8 @@ README = {  # heading of a column, the metric's key and format
 
 def report_of(name: str) -> Evaluation:
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    content.pop("made", None)
+    for name in ("made", "costs", "budget"):  # of the benchmark that wrote it
+        content.pop(name, None)
     return Evaluation.of(content)
 
 
@@ -131,6 +139,20 @@ def test_the_table_and_the_ratios_of_the_papers_page():
     lpips = ratios(second, next(row for row in second.rows if row.name.endswith("one-step-lpips")))
     kernel, precision = (f"{lpips[key][0]:.2f}" for key in ("kernel_distance_seen", "alignment_seen"))
     assert f"the kernel distance was {kernel} and the R-precision {precision} of the teacher's" in text
+
+
+def test_the_table_of_few_steps():
+    report = report_of("emoji_few_steps")
+    head = "| | steps | kernel distance, seen | divided by that of one step | held out | divided by that of one step |"
+    _, rows = table_after("docs/papers.md", head)
+    assert len(rows) == len(report.rows)
+    for cells, row in zip(rows, report.rows, strict=True):
+        divided, expected = ratios(report, row), [row.name, str(row.steps)]
+        for key in ("kernel_distance_seen", "kernel_distance_held_out"):
+            distance = row.figures[key]
+            expected += [f"{distance.mean:.4f} ± {distance.over_images:.4f}"]
+            expected += [f"{divided[key][0].mean:.2f} ± {divided[key][0].over_images:.2f}" if row.steps > 1 else ""]
+        assert cells == expected
 
 
 def test_the_other_pages_repeat_numbers_of_the_tables():
