@@ -121,6 +121,7 @@ def test_the_identity_is_of_content_not_of_the_place(tmp_path: Path) -> None:
 
 def test_a_fingerprint_warns_of_no_long_prompt() -> None:
     pipeline = make_tiny_pipeline()
+    pipeline.tokenizer = copy.deepcopy(pipeline.tokenizer)  # the other tests share it
     pipeline.tokenizer.model_max_length = 5
     with mock.patch("transformers.tokenization_utils_base.logger.warning") as warning:
         fingerprints(pipeline)
