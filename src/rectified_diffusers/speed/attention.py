@@ -42,16 +42,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     if scale is None:
         scale = 1 / math.sqrt(query.shape[3])
     keys, values = key.reshape(heads, tokens, -1).transpose(1, 2), value.reshape(heads, tokens, width)
-    if query.shape[2] * tokens * heads <= SMALL:
-        queries = (query * scale).reshape(heads, *query.shape[2:])
+    small = query.shape[2] * tokens * heads <= SMALL
+    # A compiled graph would end where a number is read from a tensor.
+    free_column = not small and width % 16 > 0 and not torch.compiler.is_compiling()
+    sums = free_column and _largest(query, key, scale) < _RANGE
+    queries = (query * (scale * _LOG2_E if sums else scale)).reshape(heads, *query.shape[2:])
+    if small:
         return torch.bmm(torch.bmm(queries, keys).softmax(-1), values).view(*query.shape[:3], width)
     values = F.pad(values, (0, -width % 16))
-    # A compiled graph would end where a number is read from a tensor.
-    sums = width % 16 > 0 and not torch.compiler.is_compiling() and _largest(query, key, scale) < _RANGE
     if sums:
         values[..., width] = 1
-        scale *= _LOG2_E
-    queries = (query * scale).reshape(heads, *query.shape[2:])
     rows = queries.new_empty(*queries.shape[:2], values.shape[-1])
     length = max(1, BLOCK // tokens)
     for head in range(heads):

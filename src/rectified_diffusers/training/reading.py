@@ -45,10 +45,7 @@ class RowReader:
 
     @contextmanager
     def ahead(self, batches: Iterable[list[int]]) -> Iterator[None]:
-        """Read batches of rows ahead, in their order, until the end of the block.
-
-        If a worker is killed, `rows` raises ChildProcessError.
-        """
+        """Read batches of rows ahead, in their order, until the end of the block."""
         if not self.workers:
             yield
             return
@@ -69,7 +66,11 @@ class RowReader:
                 self.batches, self.next = iter(()), None  # which stops the workers
 
     def rows(self, rows: list[int]) -> Triplets:
-        """Return triplets by their rows: those read ahead if they are the next ones, else read now."""
+        """Return triplets by their rows: those read ahead if they are the next ones, else read now.
+
+        Raises:
+            ChildProcessError: a worker was killed.
+        """
         try:
             self.next = self.next or next(self.batches, None)
             stopped = None
