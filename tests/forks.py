@@ -8,18 +8,19 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
 import accelerate  # noqa: F401
+import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline  # noqa: F401
 
 from tests.hub.server import the_hub
@@ -65,8 +66,21 @@ def call_in_fork(function: Callable[..., Any], *arguments: Any) -> Any:
             raise
 
 
-def exit_codes(processes: Sequence[BaseProcess]) -> list[int | None]:
-    """Start processes of one process group and return their exit codes; if one fails, the others are killed."""
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def exit_codes(function: Callable[..., object], calls: Iterable[tuple[Any, ...]]) -> list[int | None]:
+    """Call a function in a fork for each tuple of arguments, all at once, and return the exit codes.
+
+    If one fails, the others are killed. To be called in a process of one thread, see `call_in_fork`.
+    """
+    torch.set_num_threads(1)
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=function, args=arguments) for arguments in calls]
     for process in processes:
         process.start()
     while alive := [process for process in processes if process.exitcode is None]:

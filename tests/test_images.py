@@ -281,7 +281,7 @@ def test_image_to_image_reads_every_form(stock_levels, name):
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(["L", "I;16", "alpha over white", "bool array", "float array", "int64 tensor"], [*MASKS])
+    "name", slow_but(["L", "I;16", "alpha over white", "bool array", "float array", "int64 tensor"], MASKS)
 )
 def test_inpainting_reads_every_mask(stock_levels, name):
     call = {"cls": RectifiedFlowInpaintPipeline, "height": SIZE, "width": SIZE}

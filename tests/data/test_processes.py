@@ -1,8 +1,6 @@
 """Triplets made by several processes: the same files as by one, whoever else writes to the folder."""
 
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from rectified_diffusers import distributed as processes
 from rectified_diffusers import files
 from rectified_diffusers.data import generate as generate_module
 from tests.data.test_triplets import contents, generate
-from tests.forks import call_in_fork, exit_codes
+from tests.forks import call_in_fork, exit_codes, free_port
 from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline
 
@@ -47,14 +45,8 @@ def generate_as(base: Path, name: str, kind: str, rank: int, count: int, port: i
 
 def generate_in_processes(base: Path, name: str, kind: str, count: int) -> list[int | None]:
     """Return the exit codes of `count` processes that write the triplets of one folder."""
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    forks = multiprocessing.get_context("fork")
-    return exit_codes(
-        [forks.Process(target=generate_as, args=(base, name, kind, rank, count, port)) for rank in range(count)]
-    )
+    port = free_port()
+    return exit_codes(generate_as, [(base, name, kind, rank, count, port) for rank in range(count)])
 
 
 RUNS = {

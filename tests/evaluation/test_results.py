@@ -41,8 +41,8 @@ README = {  # heading of a column, the metric's key and format
 
 def report_of(name: str) -> Evaluation:
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    for name in ("made", "costs", "budget"):  # of the benchmark that wrote it
-        content.pop(name, None)
+    for part in ("made", "costs", "budget"):  # of the benchmark that wrote it
+        content.pop(part, None)
     return Evaluation.of(content)
 
 

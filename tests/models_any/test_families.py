@@ -40,7 +40,7 @@ def adapted() -> Any:
     return adapt
 
 
-@pytest.mark.parametrize("name", slow_but(FAST, [*FLOWS]))
+@pytest.mark.parametrize("name", slow_but(FAST, FLOWS))
 def test_a_flow_passes_the_self_test(name: str, adapted: Any) -> None:
     result = self_test(adapted(name))
     assert result.euler is not None
@@ -121,7 +121,7 @@ def test_it_equals_the_adapter_written_by_hand(name: str, adapted: Any) -> None:
     torch.testing.assert_close(generic.decode_pixels(noise), hand.decode_pixels(noise).clamp(-1, 1))
 
 
-@pytest.mark.parametrize("name", slow_but(FAST, [*FLOWS]))
+@pytest.mark.parametrize("name", slow_but(FAST, FLOWS))
 def test_prompts_of_different_lengths_are_one_batch_or_several(name: str, adapted: Any) -> None:
     denoiser = adapted(name)
     x, t = torch.randn(2, *denoiser.latent_shape), torch.tensor([0.3, 0.6])

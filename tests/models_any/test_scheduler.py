@@ -13,6 +13,7 @@ from rectified_diffusers import RectifiedFlowEulerScheduler
 from rectified_diffusers.flow.ode import euler
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
+from tests.marks import slow_but
 from tests.models_any.families import FLOWS, build
 from tests.models_any.made_up import make_made_up_pipeline
 from tests.tiny import make_tiny_pipeline
@@ -20,7 +21,7 @@ from tests.tiny import make_tiny_pipeline
 STEPS = (1, 2, 4, 8)
 MULTISTEP = ("sana_multistep", "wan_multistep")
 FAST = ("sd3", "ovis_image", "cogview4", "ltx_video")
-EULER = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FLOWS if name not in MULTISTEP]
+EULER = slow_but(FAST, [name for name in FLOWS if name not in MULTISTEP])
 
 
 def make_image(pipeline: Any, options: dict[str, Any], steps: int) -> np.ndarray:
@@ -63,9 +64,7 @@ def test_a_multistep_solver_becomes_euler_steps_with_its_shift(name: str) -> Non
     assert self_test(PipelineDenoiser(pipeline, options=options)).euler == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("sd3", "ovis_image") else pytest.mark.slow) for n in FLOWS]
-)
+@pytest.mark.parametrize("name", slow_but(["sd3", "ovis_image"], FLOWS))
 def test_uniform_steps_are_those_of_training(name: str) -> None:
     pipeline, options = build(name)
     pipeline.set_progress_bar_config(disable=True)

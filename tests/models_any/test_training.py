@@ -87,7 +87,7 @@ def require_validation(path: Path, frames: int) -> None:
         assert np.abs(middle - pixels).mean() < 8  # 256 colors
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in LAST])
+@pytest.mark.parametrize("name", slow_but(FAST, LAST))
 def test_a_few_step_lora_of_any_family(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
     dataset = make_triplets(pipeline, tmp_path / "triplets", options)
@@ -215,10 +215,7 @@ def test_triplets_of_another_layout_are_refused(tmp_path: Path) -> None:
 RAGGED = ("z_image", "cogview4")  # their conditioning is as long as the prompt
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name == "sd3" else pytest.mark.slow) for name in LAST if name not in RAGGED],
-)
+@pytest.mark.parametrize("name", slow_but(["sd3"], [name for name in LAST if name not in RAGGED]))
 def test_stored_conditioning_equals_that_of_the_text_encoders(name: str, tmp_path: Path) -> None:
     pipeline, options = build(name)
     dataset = make_triplets(pipeline, tmp_path / "triplets", options, store_text_embeddings=True)

@@ -7,6 +7,7 @@ import pytest
 from rectified_diffusers.models.any_pipeline import PipelineDenoiser
 from rectified_diffusers.models.self_test import self_test
 from tests.diffusers_suite.chain import run_chain
+from tests.marks import slow_but
 from tests.models_any.test_training import make_triplets
 from tests.models_any.variants import REFUSED, WORKING, Variant
 
@@ -23,7 +24,7 @@ def test_a_pipeline_with_a_habit_works(kind: type[Variant]) -> None:
 FAST = "AsDataclass", "Inpaints", "Counts"
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in WORKING])
+@pytest.mark.parametrize("name", slow_but(FAST, WORKING))
 def test_a_few_step_lora_of_a_pipeline_with_a_habit(name: str) -> None:
     """Triplets, reflow and a LoRA, whose image the pipeline itself generates."""
     run_chain(WORKING[name].make(), {})

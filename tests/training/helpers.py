@@ -1,7 +1,6 @@
 """Tiny runs for the tests of the trainers: a few triplets of 4x8x8 latents and the U-Net of `tests.tiny`."""
 
 import hashlib
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -163,17 +162,6 @@ KILLED_RUN: dict[str, Any] = {
     "validation_prompts": ("a cat",),
     "mixed_precision": "bf16",
 }
-
-
-def train_to_kills(runs: list[tuple[Path, str, Path, str, int]]) -> list[int | None]:
-    """Train each run of (triplets, method, output, name, call) up to its kill, in a fork; return the exit codes."""
-    torch.set_num_threads(1)
-    forks = multiprocessing.get_context("fork")
-    processes = [forks.Process(target=train_to_a_kill, args=run) for run in runs]
-    for process in processes:
-        process.start()
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def train_to_a_kill(triplets: Path, method: str, output_dir: Path, name: str, call: int) -> None:

@@ -8,9 +8,7 @@ ones, too, except for a LoRA.
 """
 
 import json
-import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from accelerate.utils import DistributedType
 from packaging.version import Version
 
 from rectified_diffusers.data.dataset import TripletDataset
-from tests.forks import exit_codes
+from tests.forks import exit_codes, free_port
 from tests.tiny import make_tiny_pipeline
 from tests.training.helpers import make_trainer
 
@@ -50,11 +48,7 @@ def in_forks(count: int, sharded: bool, function: Callable[..., object], *argume
 
     To be called in a process that has used neither accelerate nor several threads, see `tests.forks.call_in_fork`.
     """
-    torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= fsdp_environment() if sharded else {"ACCELERATE_USE_CPU": "true"}
 
     def run(rank: int) -> None:
@@ -63,9 +57,7 @@ def in_forks(count: int, sharded: bool, function: Callable[..., object], *argume
             allow_fsdp_on_cpu()
         function(*arguments)
 
-    forks = multiprocessing.get_context("fork")
-    processes = [forks.Process(target=run, args=(rank,)) for rank in range(count)]
-    codes = exit_codes(processes)
+    codes = exit_codes(run, [(rank,) for rank in range(count)])
     assert codes == [0] * count, codes
 
 

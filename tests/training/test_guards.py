@@ -30,7 +30,7 @@ def turn_round(trainer: Any, factor: float) -> None:
     student.register_forward_hook(lambda module, args, output: (output[0] + factor * args[0],))
 
 
-@pytest.mark.parametrize("method", slow_but(["reflow", "progressive"], [*TRAINERS]))
+@pytest.mark.parametrize("method", slow_but(["reflow", "progressive"], TRAINERS))
 def test_a_velocity_of_the_wrong_sign_is_found_at_the_start(
     method: str, dataset: TripletDataset, output_dir: Path
 ) -> None:

@@ -82,7 +82,7 @@ def begun(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(
     "variant",
-    slow_but(["another U-Net", "another tokenizer", "another sign", "one value of the VAE"], OTHER_MODELS.keys()),
+    slow_but(["another U-Net", "another tokenizer", "another sign", "one value of the VAE"], OTHER_MODELS),
 )
 def test_a_run_does_not_go_on_from_another_model(variant: str, begun: Path, dataset: TripletDataset) -> None:
     change, part = OTHER_MODELS[variant]
@@ -170,9 +170,7 @@ FOUND_BY_HEADERS = [f"{name} truncated" for name in (UNET, VAE, TEXT)] + [f"{UNE
 
 @pytest.mark.parametrize(
     "variant",
-    slow_but(
-        [f"{UNET} truncated", f"{TEXT} changed, of equal size", f"{VAE} missing", "index changed"], DAMAGES.keys()
-    ),
+    slow_but([f"{UNET} truncated", f"{TEXT} changed, of equal size", f"{VAE} missing", "index changed"], DAMAGES),
 )
 def test_a_damaged_result_is_written_again(
     variant: str, begun: Path, dataset: TripletDataset, caplog: pytest.LogCaptureFixture

@@ -22,7 +22,7 @@ from tests.training.helpers import SHORT, TRAINERS, digests, make_trainer
 LORA: dict[str, Any] = {"lora_rank": 2, "lora_alpha": 1.0, "warmup_steps": 0}
 
 
-@pytest.mark.parametrize("method", slow_but(["reflow", "dmd"], [*TRAINERS]))
+@pytest.mark.parametrize("method", slow_but(["reflow", "dmd"], TRAINERS))
 def test_a_step_changes_the_adapter_alone(method: str, dataset: TripletDataset, output_dir: Path) -> None:
     trainer = make_trainer(method, dataset, output_dir, **LORA)
     before = {name: weight.detach().clone() for name, weight in trainer.student.network.named_parameters()}

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.distributed import several_on_cpu
 from rectified_diffusers.pipelines.stable_diffusion import RectifiedFlowPipeline
 from rectified_diffusers.training.sharding import full, is_sharded, shard_like
+from tests.forks import free_port
 from tests.tiny import make_tiny_pipeline
 from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import SHORT, digests, make_trainer
@@ -37,9 +37,7 @@ MEAN, LARGEST = 1e-7, 1e-4
 
 def launch(words: list[str], timeout: int = 1200, **environment: str) -> str:
     """Run a command that starts processes, with a free PORT for them, and return what they printed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     known = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **environment}
     known["PYTHONPATH"] = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
     words = [word.replace("PORT", port) for word in words]

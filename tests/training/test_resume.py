@@ -11,7 +11,7 @@ import torch
 from rectified_diffusers.data.dataset import TripletDataset
 from rectified_diffusers.training import checkpoint_writing
 from rectified_diffusers.training.trainer import Trainer
-from tests.forks import call_in_fork
+from tests.forks import call_in_fork, exit_codes
 from tests.marks import slow_but
 from tests.training.checkpoints import read_checkpoint
 from tests.training.helpers import (
@@ -21,7 +21,7 @@ from tests.training.helpers import (
     fail_at,
     make_ends,
     make_trainer,
-    train_to_kills,
+    train_to_a_kill,
     write_dataset,
 )
 
@@ -45,11 +45,12 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("method", slow_but(["reflow", "distill"], [*KILLS]))
+@pytest.mark.parametrize("method", slow_but(["reflow", "distill"], KILLS))
 def test_a_killed_run_is_repeated_bit_for_bit(method: str, dataset: TripletDataset, tmp_path: Path) -> None:
     """It was ended by SIGKILL in a process of its own."""
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert call_in_fork(train_to_kills, [(dataset.folder, method, killed, *KILLS[method])]) == [-signal.SIGKILL]
+    call = dataset.folder, method, killed, *KILLS[method]
+    assert call_in_fork(exit_codes, train_to_a_kill, [call]) == [-signal.SIGKILL]
     left = digests(killed)
     assert any(".tmp-" in name for name in left)
     assert "model_index.json" not in left

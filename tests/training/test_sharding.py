@@ -29,6 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def train_in_forks(count: int, sharded: bool, triplets: Path, output: Path, runs: dict[str, dict[str, Any]]) -> None:
+    output.mkdir()
     words = [f"{name}={json.dumps(options)}" for name, options in runs.items()]
     in_forks(count, sharded, main, str(triplets), str(output), *words)
 
@@ -38,7 +39,6 @@ def trained(dataset: TripletDataset, tmp_path_factory: pytest.TempPathFactory) -
     """Return a folder with the runs on one process in `one`, and on two that share the weights in `two`."""
     folder = tmp_path_factory.mktemp("sharded")
     for name, count in (("one", 1), ("two", 2)):
-        (folder / name).mkdir()
         call_in_fork(train_in_forks, count, count > 1, dataset.folder, folder / name, RUNS)
     return folder
 
@@ -65,7 +65,6 @@ def test_any_number_of_processes_is_one(count: int, sharded: bool, dataset: Trip
     runs = {method: {"method": method, "max_steps": 2} for method in ("reflow", "dmd")}
     runs["dmd"] |= {"fake_updates": 1, "first_fake_updates": 0}
     for name, processes in (("one", 1), ("several", count)):
-        (tmp_path / name).mkdir()
         shared = sharded and processes > 1
         call_in_fork(train_in_forks, processes, shared, dataset.folder, tmp_path / name, runs)
     for name in runs:
