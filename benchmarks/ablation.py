@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "distillation loss": {
         "LPIPS from the start": {"l2": {"loss": "lpips"}},
+        "L2 to the end": {"lpips": {"loss": "l2"}},
         "pseudo-Huber, then LPIPS": {"l2": {"loss": "pseudo_huber"}},
         "LPIPS-Huber": {"l2": {"loss": "lpips_huber"}, "lpips": {"loss": "lpips_huber"}},
     },
@@ -45,6 +46,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "EMA": {"none": {"all": {"ema_decay": 0.0}}, "0.9": {"all": {"ema_decay": 0.9}}},
     "prompt dropout": {"none": {"reflow": {"prompt_dropout": 0.0}}},
     "triplets": {"twice as many": {"triplets": {"times": 2}}},
+    "distillation triplets": {"the teacher's, as for reflow": {"triplets": {"reuse": True}}},
     "real pairs": {"a quarter of the triplets": {"triplets": {"real": "1/4"}}},
     "distribution-matching finish": {
         "a quarter of the budget": {"finish": {"share": "1/4"}},
@@ -52,8 +54,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """The options that a variant changes, by kind and name: those of a trainer's stages, of the distillation stage with
-this loss in the base, or of all stages; the number of triplets or the share of real ones; or the budget share of a
-distribution-matching stage, and whether it sees real images."""
+this loss in the base, or of all stages; the number of triplets, the share of real ones, or whether distillation has
+those of reflow; or the budget share of a distribution-matching stage, and whether it sees real images."""
 
 
 def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
@@ -69,7 +71,8 @@ def varied(base: Line, name: str, changes: dict[str, dict[str, Any]]) -> Line:
         stages.append(Stage("dmd", share, changes.get("all", {}), discriminator=real))
     triplets = changes.get("triplets", {})
     times, real = triplets.get("times", base.triplets), Fraction(triplets.get("real", base.real))
-    return replace(base, name=name, stages=tuple(stages), triplets=times, real=real)
+    reuse = triplets.get("reuse", base.reuse)
+    return replace(base, name=name, stages=tuple(stages), triplets=times, real=real, reuse=reuse)
 
 
 def lines_of(kinds: list[str], initialisation: str = "weights") -> dict[str, Line]:

@@ -84,8 +84,9 @@ class Stage:
         # update of the student, three of the student, one of the fake score, two of the guided teacher. With a
         # discriminator the fake score also sees as many real images, and the student's update runs through it once
         # more, forwards and backwards. A student of N steps takes (N - 1) / 2 steps before each update, on average.
-        passes = 7 * FAKE_UPDATES + 9 if self.discriminator else 4 * FAKE_UPDATES + 6
-        passes += Fraction((FAKE_UPDATES + 1) * (self.options.get("student_steps", 1) - 1), 2)
+        updates = self.options.get("fake_updates", FAKE_UPDATES)
+        passes = 7 * updates + 9 if self.discriminator else 4 * updates + 6
+        passes += Fraction((updates + 1) * (self.options.get("student_steps", 1) - 1), 2)
         matching = Fraction(passes, 3) if self.method == "dmd" else Fraction(1)
         return matching * (2 if self.stacked else 1)
 
@@ -99,6 +100,7 @@ class Line:
     steps: int
     guidance: str = "none"  # guidance used for sampling: teacher, reflow or none
     triplets: int = 1  # multiple of the number in the budget
+    reuse: bool = False  # distill on the teacher's triplets too, not on triplets of the reflowed model
     real: Fraction = Fraction(0)  # share of the triplets whose data is a real image
 
 
@@ -218,19 +220,25 @@ class Table:
     def train(self, line: Line, stages: tuple[Stage, ...], seed: int) -> Path:
         """Return the folder of the model after a chain of stages; train it if it does not exist."""
         if not stages:
-            return self.args.teacher
+            return self.args.model or self.args.teacher
         *before, stage = stages
         before = tuple(before)
-        source = before
-        while source and source[-1].method != "reflow":
-            source = source[:-1]  # triplets come from the last flow, or from the teacher
+        source = self.source(line, stages)
         dataset = self.triplets(line, source, seed)
         model = self.train(line, before, seed)
-        real = [self.real_triplets(self.args.teacher, self.budget.num_triplets // 4)] if stage.discriminator else []
+        real = [self.real_pictures()] if stage.discriminator else []
         folder = self.folder(stage.method, model, *dataset, *real, self.config(stage, Path(), seed))
         if not (folder / "model_index.json").exists():
             self.train_stage(stage, model, dataset, real, folder, seed)
         return folder
+
+    @staticmethod
+    def source(line: Line, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        """Return the stages of the model that generates the triplets of the last stage: the last flow, or none."""
+        source = () if line.reuse else stages[:-1]
+        while source and source[-1].method != "reflow":
+            source = source[:-1]
+        return source
 
     def folder(self, kind: str, *what: object) -> Path:
         """Return a folder named by its kind and a digest of everything it depends on, relative to the work folder."""
@@ -240,7 +248,8 @@ class Table:
     def triplets(self, line: Line, source: tuple[Stage, ...], seed: int) -> list[Path]:
         """Return the folders of triplets that a teacher or reflowed model generated, or inverted from real images."""
         whose = "reflow" if source else "teacher"
-        model, count = self.train(line, source, seed), line.triplets * self.budget.num_triplets
+        model = self.train(line, source, seed) if source else self.args.teacher
+        count = line.triplets * self.budget.num_triplets
         seed = seed + 1 if source else 0  # the first triplets are for all seeds, and need other noise than these
         real = int(count * line.real)
         guidance = self.guidance(whose)
@@ -257,6 +266,17 @@ class Table:
         folder = self.folder("real", model, config)
         if not (folder / "done").exists():
             generate_real_triplets(self.load(model), self.args.data, folder, config)
+            (folder / "done").touch()
+        return folder
+
+    def real_pictures(self) -> Path:
+        """Return the folder of all real images of the training split, encoded and not inverted."""
+        pipeline = self.load(self.args.teacher)
+        count = len(read_pictures(self.args.data, size_of(pipeline)).numbers("train"))
+        config = RealTripletConfig(num_triplets=count, num_inference_steps=0, batch_size=self.budget.batch_size)
+        folder = self.folder("pictures", self.args.teacher, config)
+        if not (folder / "done").exists():
+            generate_real_triplets(pipeline, self.args.data, folder, config)
             (folder / "done").touch()
         return folder
 
@@ -288,7 +308,7 @@ class Table:
             "save_every_steps": max(1, budget.steps // 20),
             "seed": seed,
         }
-        if lpips:
+        if lpips or options.get("regression_loss") == "lpips":
             common["lpips_weights"] = self.args.weights / "lpips_alexnet.safetensors"
         steps = self.steps(stage)
         if stage.method == "progressive":
@@ -321,7 +341,6 @@ class Table:
     def evaluate(self, line: Line, model: Path, seed: int) -> Evaluation:
         args, budget = self.args, self.budget
         pipeline = self.load(model)
-        size = latent_shape(pipeline)[1] * pipeline.vae_scale_factor
         config = EvaluationConfig(
             steps=(line.steps,),
             guidance_scale=self.guidance(line.guidance),
@@ -335,8 +354,31 @@ class Table:
             straightness_steps=budget.straightness_steps,
             batch_size=budget.batch_size,
         )
-        pictures = read_pictures(args.data, size)
+        pictures = read_pictures(args.data, size_of(pipeline))
         return evaluate(pipeline, pictures, self.work / f"evaluation-{seed}", config, line.name)
+
+    def evaluations(self, line: Line) -> int:
+        """Return the network evaluations of a line's training: forward passes of one example, a backward being two.
+
+        Distances of decoded images take other networks, which are not counted.
+        """
+        passes = Fraction(0)
+        for stage in line.stages:
+            config = self.config(stage, Path(), 0)
+            passes += config.max_steps * 3 * stage.cost
+            if stage.method == "progressive":  # two steps of the teacher, in the first round guided
+                rounds = (config.teacher_steps // config.student_steps).bit_length() - 1
+                passes += config.max_steps * (2 + Fraction(2, rounds))
+            if stage.method == "dmd":
+                passes += config.first_fake_updates * (7 if stage.discriminator else 4)
+        return int(passes * self.budget.batch_size)
+
+    def evaluations_for_triplets(self, line: Line) -> int:
+        """Return the network evaluations of a line's triplets, with two passes for each step of a guided model."""
+        depths = {len(self.source(line, line.stages[: i + 1])) for i in range(len(line.stages))}
+        guided = [self.guidance("reflow" if depth else "teacher") > 1 for depth in depths]
+        each = line.triplets * self.budget.num_triplets * self.budget.triplet_steps
+        return each * sum(2 if both else 1 for both in guided)
 
     def costs(self) -> list[dict[str, Any]]:
         """Return each row's optimizer steps and examples, and its seconds if the training was not interrupted."""
@@ -354,10 +396,17 @@ class Table:
                     "optimizer_steps": steps,
                     "examples": sum(steps) * self.budget.batch_size,
                     "triplets": line.triplets * self.budget.num_triplets if line.stages else 0,
+                    "evaluations": self.evaluations(line),
+                    "evaluations for triplets": self.evaluations_for_triplets(line),
                     "seconds": sum(json.loads(path.read_text()) for path in timed) if whole else None,
                 }
             )
         return rows
+
+
+def size_of(pipeline: Any) -> int:
+    """Return the side of a pipeline's images in pixels."""
+    return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
 def merged(reports: list[Evaluation]) -> Evaluation:
@@ -370,7 +419,9 @@ def merged(reports: list[Evaluation]) -> Evaluation:
 
 
 def cost_table(costs: list[dict[str, Any]]) -> str:
-    lines = ["| | steps | stages | optimizer steps | examples | triplets | training, s |", "|---" * 7 + "|"]
+    columns = ["steps", "stages", "optimizer steps", "examples", "triplets"]
+    columns += ["network evaluations", "of which for triplets", "training, s"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for row in costs:
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         cells = [
@@ -379,7 +430,9 @@ def cost_table(costs: list[dict[str, Any]]) -> str:
             "; ".join(row["stages"]) or "none",
             " + ".join(map(str, row["optimizer_steps"])),
         ]
-        lines.append(f"| {' | '.join(map(str, [*cells, row['examples'], row['triplets'], seconds]))} |")
+        for_triplets = row["evaluations for triplets"]
+        cells += [row["examples"], row["triplets"], row["evaluations"] + for_triplets, for_triplets, seconds]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -399,6 +452,7 @@ def write(output: Path, title: str, report: Evaluation, costs: list[dict[str, An
 
 def add_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="pipeline folder of the diffusion teacher")
+    parser.add_argument("--model", type=Path, help="pipeline folder that the rows start from (default: the teacher)")
     parser.add_argument("--data", type=Path, required=True, help="folder of real images, as for `evaluate --data`")
     parser.add_argument("--prompts", type=Path, required=True, help="prompts of the triplets")
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")

@@ -33,6 +33,14 @@ def gradients(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return images[..., 1:] - images[..., :-1], images[..., 1:, :] - images[..., :-1, :]
 
 
+def pixel_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Return the L1 distance of images plus that of their gradients."""
+    loss = F.l1_loss(decoded, images)
+    for ours, theirs in zip(gradients(decoded), gradients(images), strict=True):
+        loss = loss + F.l1_loss(ours, theirs)
+    return loss
+
+
 class AutoencoderLoss(torch.nn.Module):
     """L1 on pixels and on their gradients (edges are what one sees in an emoji), and the KL term."""
 
@@ -43,21 +51,29 @@ class AutoencoderLoss(torch.nn.Module):
     def forward(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         posterior = self.vae.encode(images).latent_dist
         decoded = self.vae.decode(posterior.sample(generator)).sample.float()
-        loss = F.l1_loss(decoded, images) + self.kl_weight * posterior.kl().mean() / images[0].numel()
-        for ours, theirs in zip(gradients(decoded), gradients(images), strict=True):
-            loss = loss + F.l1_loss(ours, theirs)
-        return loss
+        return pixel_loss(decoded, images) + self.kl_weight * posterior.kl().mean() / images[0].numel()
+
+
+def read_split(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the images `(N, 3, 64, 64)` uint8 of the training split, and those of the others."""
+    images, rows = load_file(data / "images.safetensors")["images"], read_rows(data)
+    trained = torch.tensor([row["split"] == "train" for row in rows])
+    return images[trained], images[~trained]
 
 
 @torch.no_grad()
-def save(vae: AutoencoderKL, images: torch.Tensor, held_out: torch.Tensor, output: Path) -> None:
-    """Write the VAE with its scaling factor, print its held-out error, and draw pictures beside their copies."""
-    device = vae.device
-    batches = [as_input(batch).to(device) for batch in images[:2048].split(64)]
+def set_scale(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Set the scaling factor, with which latents have a standard deviation of 1."""
+    batches = [as_input(batch).to(vae.device) for batch in images[:2048].split(64)]
     latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in batches])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+
+
+@torch.no_grad()
+def save(vae: AutoencoderKL, held_out: torch.Tensor, output: Path) -> None:
+    """Write the VAE, print its held-out error, and draw images beside their copies."""
     originals = as_input(held_out[:256])
-    copies = torch.cat([vae(batch.to(device)).sample.clamp(-1, 1).cpu() for batch in originals.split(64)])
+    copies = torch.cat([vae(batch.to(vae.device)).sample.clamp(-1, 1).cpu() for batch in originals.split(64)])
     error = F.mse_loss(copies / 2, originals / 2)
     print(f"held-out PSNR {-10 * error.log10().item():.2f} dB, scaling factor {vae.config.scaling_factor}")
     vae.save_pretrained(output)
@@ -79,15 +95,17 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     vae = build_vae()
-    images, rows = load_file(args.data / "images.safetensors")["images"], read_rows(args.data)
-    held_out = images[[i for i, row in enumerate(rows) if row["split"] != "train"]]
-    images = images[[i for i, row in enumerate(rows) if row["split"] == "train"]]
+    images, held_out = read_split(args.data)
 
     def loss_of_batch(module: torch.nn.Module, generator: torch.Generator, mine: slice) -> torch.Tensor:
         chosen = torch.randint(len(images), (args.batch_size,), generator=generator)[mine]
         return module(as_input(images[chosen]).to(vae.device), generator)
 
-    train(AutoencoderLoss(vae, args.kl_weight), loss_of_batch, lambda: save(vae, images, held_out, args.output), args)
+    def save_with_scale() -> None:
+        set_scale(vae, images)
+        save(vae, held_out, args.output)
+
+    train(AutoencoderLoss(vae, args.kl_weight), loss_of_batch, save_with_scale, args)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The two scripts as modules; they import each other from their folder, as they do when run."""
+    """Scripts as modules: table and ablation; they import each other from their folder, as they do when run."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     modules = [importlib.import_module(name) for name in ("table", "ablation")]
     yield modules
-    for name in ("table", "ablation"):
+    for name in ("table", "ablation", "finish"):
         sys.modules.pop(name, None)
 
 
@@ -126,6 +126,71 @@ def test_students_of_few_steps_have_the_budget_of_one_step(scripts):
         assert later == [steps] * 3
         assert "student_steps" not in line.stages[0].options  # one reflow for all of them
     assert table.ROWS["2rf-distill-4"].stages[1].options == {"loss": "l2", "student_steps": 4}
+
+
+def table_of(table, arguments, monkeypatch, lines, *more):
+    parser = argparse.ArgumentParser()
+    table.add_arguments(parser, "table")
+    tiny = ["--budget", "tiny", "--mixed-precision", "no", *more]
+    monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
+    return table.Table(table.parsed(parser), lines)
+
+
+def test_the_network_evaluations_of_a_row_are_counted(scripts, arguments, monkeypatch):
+    """Tiny: 12 steps of 4, of a forward pass and a backward that counts as two; 16 triplets of 4 guided steps."""
+    table, ablation = scripts
+    lines = table.ROWS | ablation.lines_of(["distillation triplets"])
+    made = table_of(table, arguments, monkeypatch, lines)
+    of_line = {name: (made.evaluations(line), made.evaluations_for_triplets(line)) for name, line in lines.items()}
+    assert of_line["teacher-8"] == (0, 0)
+    assert of_line["2rf-1"] == (12 * 4 * 3, 16 * 4 * 2)
+    assert of_line["2rf-distill"] == of_line["base"] == (12 * 4 * 3, 2 * 16 * 4 * 2)
+    assert of_line["3rf-distill"] == (12 * 4 * 3, 3 * 16 * 4 * 2)
+    assert of_line["distillation triplets: the teacher's, as for reflow"] == (12 * 4 * 3, 16 * 4 * 2)
+    assert of_line["2rf-distill-dmd"][0] == (4 + 2 + 2) * 4 * 3 + 4 * 26  # 12 / 4 steps make no whole update: one
+    # Three rounds of 4 steps, each with two steps of the teacher; those of the first round are guided.
+    assert of_line["progressive-4"][0] == 4 * (3 * 4 * (3 + 2) + 4 * 2)
+
+
+def test_distillation_can_have_the_triplets_of_reflow(scripts):
+    table, ablation = scripts
+    base, reused = ablation.lines_of(["distillation triplets"]).values()
+    assert base.stages == reused.stages
+    sources = [[table.Table.source(line, line.stages[:i]) for i in (1, 2, 3)] for line in (base, reused)]
+    assert sources == [[(), base.stages[:1], base.stages[:1]], [(), (), ()]]
+
+
+def test_rows_start_from_a_given_model(scripts, arguments, monkeypatch, tmp_path):
+    """Its triplets are still those of the teacher."""
+    table, _ = scripts
+    finish = importlib.import_module("finish")
+    assert {sum(stage.share for stage in stages) for stages in finish.TRIALS.values()} == {0, 1}
+    lines = {name: table.Line(name, stages, 1) for name, stages in finish.TRIALS.items()}
+    made = table_of(table, arguments, monkeypatch, lines, "--model", str(tmp_path / "model"))
+    line = lines["L2"]
+    assert made.train(line, (), 0) == tmp_path / "model"
+    asked = []
+
+    def generate_triplets(pipeline, prompts, folder, config):
+        asked.append(pipeline)
+        folder.mkdir(parents=True)
+
+    monkeypatch.setattr(table, "generate_triplets", generate_triplets)
+    monkeypatch.setattr(made, "load", lambda folder: folder)
+    made.triplets(line, made.source(line, line.stages), 0)
+    assert asked == [tmp_path / "teacher"]
+
+
+@pytest.mark.very_slow
+def test_finishes_are_tried(scripts, arguments, tiny_pictures, monkeypatch, tmp_path):
+    make_tiny_pipeline().save_pretrained(tmp_path / "model")
+    finish = importlib.import_module("finish")
+    trials = ["as it is", "LPIPS", "matching, real pictures x10, regression"]
+    more = ["--model", str(tmp_path / "model"), "--trials", *trials, "--seeds", "0"]
+    found, text = run(finish, arguments, monkeypatch, *more)
+    assert [row["name"] for row in found["rows"]] == trials
+    assert tiny_pictures == ["distill", "dmd"]
+    assert "network evaluations" in text
 
 
 @pytest.mark.very_slow
