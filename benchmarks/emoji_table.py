@@ -35,6 +35,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=Path, nargs="+", default=[], help="pipeline folders; several are labeled by folder"
         )
+    parser.add_argument(
+        "--distilled-steps", type=int, nargs="+", default=[1], help="steps of the distilled models (default: 1)"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder that examples/emoji/data.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that examples/emoji/weights.py wrote")
     parser.add_argument("--alignment", type=Path, required=True, help="folder that examples/emoji/alignment.py wrote")
@@ -62,7 +65,7 @@ def measure(args: argparse.Namespace) -> Evaluation:
     models = [
         ("diffusion teacher", args.teacher, (25,), args.teacher_guidance),
         *((name, folder, (25, 1), args.reflow_guidance) for name, folder in named("2-RF", args.reflow)),
-        *((name, folder, (1,), 1.0) for name, folder in named("distilled", args.distilled)),
+        *((name, folder, tuple(args.distilled_steps), 1.0) for name, folder in named("distilled", args.distilled)),
     ]
     for name, folder, steps, guidance_scale in models:
         pipeline = DiffusionPipeline.from_pretrained(str(folder)).to(args.device)

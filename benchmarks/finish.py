@@ -18,6 +18,11 @@ MATCHING = {"fake_updates": 3, "first_fake_updates": 20, "learning_rate": 1e-4, 
 REGRESSION = {"regression_weight": 0.25, "regression_loss": "lpips"}
 
 
+def weighted(adversarial: int, discriminator: int) -> dict[str, float]:
+    """Return multiples of the default weights of the terms that come with real images."""
+    return {"adversarial_weight": adversarial * 1e-3, "discriminator_weight": discriminator * 1e-2}
+
+
 def matching(real: bool = False, **options: Any) -> tuple[Stage, ...]:
     return (Stage("dmd", Fraction(1), {**MATCHING, **options}, discriminator=real),)
 
@@ -29,14 +34,12 @@ TRIALS: dict[str, tuple[Stage, ...]] = {
     "matching": matching(),
     "matching, regression": matching(**REGRESSION),
     "matching, real pictures": matching(real=True),
-    "matching, real pictures x10": matching(real=True, adversarial_weight=1e-2),
-    "matching, real pictures x10, discriminator x10": matching(
-        real=True, adversarial_weight=1e-2, discriminator_weight=1e-1
+    "matching, real pictures x10": matching(real=True, **weighted(10, 1)),
+    "matching, real pictures x100, discriminator x10": matching(real=True, **weighted(100, 10)),
+    "matching, real pictures x1000, discriminator x100": matching(real=True, **weighted(1000, 100)),
+    "matching, real pictures x1000, discriminator x100, regression x4": matching(
+        real=True, **weighted(1000, 100), **{**REGRESSION, "regression_weight": 1.0}
     ),
-    "matching, real pictures x100, discriminator x10": matching(
-        real=True, adversarial_weight=1e-1, discriminator_weight=1e-1
-    ),
-    "matching, real pictures x10, regression": matching(real=True, adversarial_weight=1e-2, **REGRESSION),
 }
 
 

@@ -3,7 +3,6 @@
 import torch
 from diffusers import AutoencoderKL
 
-from rectified_diffusers import RectifiedFlowPipeline
 from tests import emoji
 from tests.emoji import write_data
 from tests.tiny import make_components
@@ -25,16 +24,16 @@ def test_only_the_decoder_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "rectified_diffusers.training.losses.load_lpips", lambda *which: asked.append(which) or Distance()
     )
-    components = make_components()
-    components["vae"].register_to_config(scaling_factor=0.75)
-    RectifiedFlowPipeline(**components, scheduler=None).save_pretrained(tmp_path / "model")
+    vae = make_components()["vae"]
+    vae.register_to_config(scaling_factor=0.75)
+    vae.save_pretrained(tmp_path / "vae")
     write_data(tmp_path / "data")
-    folders = [text for name in ("data", "weights", "model", "output") for text in (f"--{name}", str(tmp_path / name))]
+    folders = [text for name in ("data", "weights", "vae", "output") for text in (f"--{name}", str(tmp_path / name))]
     small = ["--batch-size", "2", "--ema-decay", "0", "--warmup-steps", "0", "--decay-steps", "0"]
     with emoji.example("decoder.py", monkeypatch) as example:
         example(*folders, *small, "--max-steps", "2")
     assert asked == [("vgg", tmp_path / "weights" / "lpips_vgg16.safetensors")]
-    before = AutoencoderKL.from_pretrained(tmp_path / "model", subfolder="vae")
+    before = AutoencoderKL.from_pretrained(tmp_path / "vae")
     after = AutoencoderKL.from_pretrained(tmp_path / "output")
     assert after.config.scaling_factor == 0.75
     trained = after.state_dict()

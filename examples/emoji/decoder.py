@@ -1,6 +1,6 @@
 """Train the decoder of the emoji model's VAE further, with a perceptual loss.
 
-    python examples/emoji/decoder.py --data work/data --weights work/weights --model MODEL --output work/decoder
+    python examples/emoji/decoder.py --data work/data --weights work/weights --vae work/vae --output work/decoder
 
 The encoder does not change, so latents keep their meaning: the U-Nets of teacher and student work with the new decoder
 without further training, and triplets stay valid. The loss of `vae.py`, without its KL term, plus LPIPS (VGG-16). If
@@ -38,13 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
     parser.add_argument("--weights", type=Path, required=True, help="folder that weights.py wrote")
-    parser.add_argument("--model", type=Path, required=True, help="pipeline folder with the VAE to start from")
+    parser.add_argument("--vae", type=Path, required=True, help="folder that vae.py wrote, or a pipeline's VAE")
     parser.add_argument("--lpips-weight", type=float, default=1.0)
     add_training_options(parser, max_steps=1500, batch_size=16, learning_rate=5e-4)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
     images, held_out = read_split(args.data)
     lpips = load_lpips("vgg", args.weights / "lpips_vgg16.safetensors")
 
