@@ -17,6 +17,7 @@ TABLES = (
     "emoji_second_teacher",
     "emoji_bundled",
     "emoji_few_steps",
+    "emoji_finish",
 )
 PARTS = ("seen", "held_out")
 BUNDLED = "distilled: work/one_step/finished"
