@@ -154,6 +154,25 @@ def test_the_table_of_few_steps():
         assert cells == expected
 
 
+def test_the_table_of_finishes():
+    report = report_of("emoji_finish")
+    head = "| weights | kernel distance, seen | held out | R-precision, seen | diversity |"
+    _, rows = table_after("docs/papers.md", head)
+    assert len(rows) == len(report.rows)
+    specs = {
+        "kernel_distance_seen": ".4f",
+        "kernel_distance_held_out": ".4f",
+        "alignment_seen": ".3f",
+        "diversity": ".3f",
+    }
+    for (_, *cells), row in zip(rows, report.rows, strict=True):
+        assert cells == [f"{row.figures[key]:{spec}}" for key, spec in specs.items()]
+    best = ratios(report, next(row for row in report.rows if row.name.endswith("x1000, discriminator x100")))
+    seen, held_out = (f"{best[f'kernel_distance_{part}'][0]:.2f}" for part in PARTS)
+    text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
+    assert f"the fourth row has {seen} of the kernel distance, and {held_out} on held-out captions" in text
+
+
 def test_the_other_pages_repeat_numbers_of_the_tables():
     report = report_of("emoji_one_step")
     bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))["frechet_distance_seen"]
