@@ -59,8 +59,8 @@ tags: [rectified-flow, instaflow, one-step, text-to-image]
 # Emoji in one step
 
 Text to a 64x64 emoji in one evaluation of a U-Net, or in two for a better image: the small model that comes with
-rectified_diffusers {version}. It was made by the three stages of InstaFlow (arXiv:2309.06380), each run by that package:
-triplets of a latent diffusion teacher, reflow, distillation; and finished by distribution matching (DMD2,
+rectified_diffusers {version}. It was made by the three stages of InstaFlow (arXiv:2309.06380), each run by that
+package: triplets of a latent diffusion teacher, reflow, distillation; and finished by distribution matching (DMD2,
 arXiv:2405.14867). It serves a newcomer's first minute, tests, demonstrations and benchmarks.
 
 ```python
