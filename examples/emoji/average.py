@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", required=True, help="share of each, with a sum of 1")
     parser.add_argument("--output", type=Path, required=True, help="folder of the averaged pipeline")
     args = parser.parse_args()
-    if len(args.shares) != len(args.models) or abs(sum(args.shares) - 1) > 1e-6:
+    if len(args.shares) != len(args.models) or not abs(sum(args.shares) - 1) < 1e-6:
         parser.error(f"expected one share per model with a sum of 1, got {len(args.models)} models and {args.shares}.")
 
     pipelines = [RectifiedFlowPipeline.from_pretrained(folder, torch_dtype=torch.float32) for folder in args.models]

@@ -20,23 +20,22 @@ TABLES = (
     "emoji_finish",
 )
 PARTS = ("seen", "held_out")
-BUNDLED = "distilled: work/one_step/finished"
+BEFORE = "distilled: work/one_step/finished"  # the bundled model of 0.2.0, before its last stages
 ROWS = {  # first cell of a row in the README and in docs/papers.md, and the row's name in the results
     "diffusion teacher": "diffusion teacher",
     "teacher": "diffusion teacher",
-    "its 2-Rectified Flow": "2-RF",
     "2-RF": "2-RF",
-    "distilled from the 2-Rectified Flow": "distilled: work/one_step/one-step-lpips",
     "distilled, L2, then LPIPS": "distilled: work/one_step/one-step-lpips",
-    "after the distribution-matching stage: the bundled model": BUNDLED,
-    "then distribution matching, with real images": BUNDLED,
+    "then distribution matching, with real images": BEFORE,
+    "the bundled model": "distilled: work/bundled",
+    "before its last stages, with the earlier decoder": "distilled: work/before",
+    "before its last stages": "distilled: work/before-with-decoder",
 }
 README = {  # heading of a column, the metric's key and format
     "kernel distance": ("kernel_distance_seen", ".4f"),
     "Fréchet distance": ("frechet_distance_seen", ".1f"),
     "R-precision": ("alignment_seen", ".3f"),
     "diversity": ("diversity", ".3f"),
-    "S(Z)": ("straightness", ".3f"),
 }
 
 
@@ -70,10 +69,9 @@ def test_a_committed_table_is_that_of_its_json(name):
 
 
 def test_the_table_of_the_readme():
-    report = report_of("emoji_one_step")
-    start = "| | steps | s / image | kernel distance | Fréchet distance | R-precision | diversity | S(Z) |"
+    report = report_of("emoji_bundled")
+    start = "| | steps | s / image | kernel distance | Fréchet distance | R-precision | diversity |"
     heads, rows = table_after("README.md", start)
-    assert len(rows) == len(report.rows) + 1
     for cells in rows:
         found = dict(zip(heads, cells, strict=True))
         is_floor = found[""].startswith("floor: ")
@@ -81,30 +79,34 @@ def test_the_table_of_the_readme():
         figures = report.real if row is None else row.figures
         assert found["s / image"] == ("" if row is None else f"{row.seconds_per_image:.3f}")
         for head, (key, spec) in README.items():
-            assert found[head] == (f"{figures[key].mean:{spec}}" if key in figures else ""), (cells[0], head)
+            assert found[head] == f"{figures[key].mean:{spec}}", (cells[0], head)
 
 
 def test_the_ratios_of_the_readme():
-    report = report_of("emoji_one_step")
-    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))
-    _, rows = table_after("README.md", "| bundled model / teacher | captions seen in training | held-out captions |")
+    report = report_of("emoji_bundled")
+    of_steps = [ratios(report, row_of(report, "the bundled model", steps)) for steps in ("1", "2")]
+    head = "| bundled model / teacher | 1 step, seen captions | held-out captions | 2 steps, seen captions "
+    _, rows = table_after("README.md", head + "| held-out captions |")
     keys = {"kernel distance": "kernel_distance", "R-precision": "alignment"}
     for name, *cells in rows:
         key, which = ("frechet_distance", 1) if name.startswith("Fréchet") else (keys.get(name, name), 0)
-        of_parts = [f"{key}_seen", f"{key}_held_out"] if key != "diversity" else [key]
-        expected = [f"{bundled[part][which]:.2f}" for part in of_parts]
-        assert cells == [*expected, *[""] * (2 - len(expected))], name
+        parts = [f"{key}_{part}" for part in PARTS] if key != "diversity" else [key, ""]
+        assert cells == [f"{found[part][which]:.2f}" if part else "" for found in of_steps for part in parts], name
 
 
-def test_the_bundled_model_measured_again_has_the_same_metrics_now_with_intervals():
+def test_the_model_before_has_the_metrics_that_it_had():
     again, before = report_of("emoji_bundled"), report_of("emoji_one_step")
-    row = next(row for row in before.rows if row.name == BUNDLED)
+    row = next(row for row in before.rows if row.name == BEFORE)
     assert again.settings["features"] == before.settings["features"]
-    for found, expected in ((again.rows[0].figures, row.figures), (again.real, before.real)):
+    measured = next(row for row in again.rows if row.name == "distilled: work/before" and row.steps == 1)
+    for found, expected in ((measured.figures, row.figures), (again.real, before.real)):
         for key, figure in expected.items():
             assert found[key].mean == pytest.approx(figure.mean, rel=1e-4), key
             assert found[key].over_images is not None
-    figures = again.rows[0].figures
+
+
+def test_the_held_out_captions_of_the_readme():
+    figures = row_of(report_of("emoji_bundled"), "the bundled model", "1").figures
     known, new = (f"{figures[f'alignment_held_out_{words}']:.3f}" for words in ("known", "new"))
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     sentence = (
@@ -123,7 +125,7 @@ def test_the_table_and_the_ratios_of_the_papers_page():
     for name, steps, *cells in rows:
         figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
         assert cells == [f"{figures[key].mean:{spec}}" for key, spec in zip([*keys, "diversity"], specs, strict=True)]
-    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))
+    bundled = ratios(report, next(row for row in report.rows if row.name == BEFORE))
     plain = {key: f"{both[0]:.2f}" for key, both in bundled.items()}
     corrected = {key: f"{both[1]:.2f}" for key, both in bundled.items() if both[1]}
     text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
@@ -140,6 +142,17 @@ def test_the_table_and_the_ratios_of_the_papers_page():
     lpips = ratios(second, next(row for row in second.rows if row.name.endswith("one-step-lpips")))
     kernel, precision = (f"{lpips[key][0]:.2f}" for key in ("kernel_distance_seen", "alignment_seen"))
     assert f"the kernel distance was {kernel} and the R-precision {precision} of the teacher's" in text
+
+
+def test_the_table_of_the_bundled_model():
+    report = report_of("emoji_bundled")
+    head = "| | steps | kernel distance, seen | held out | R-precision, seen | held out | diversity |"
+    _, rows = table_after("docs/papers.md", head)
+    keys = [f"{name}_{part}" for name in ("kernel_distance", "alignment") for part in PARTS]
+    for name, steps, *cells in rows:
+        figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
+        specs = zip([*keys, "diversity"], [".4f"] * 2 + [".3f"] * 3, strict=True)
+        assert cells == [f"{figures[key].mean:{spec}}" for key, spec in specs], (name, steps)
 
 
 def test_the_table_of_few_steps():
@@ -174,8 +187,8 @@ def test_the_table_of_finishes():
 
 
 def test_the_other_pages_repeat_numbers_of_the_tables():
-    report = report_of("emoji_one_step")
-    bundled = ratios(report, next(row for row in report.rows if row.name == BUNDLED))["frechet_distance_seen"]
+    report = report_of("emoji_bundled")
+    bundled = ratios(report, row_of(report, "the bundled model", "1"))["frechet_distance_seen"]
     text = " ".join((ROOT / "docs" / "how_to" / "evaluate.md").read_text(encoding="utf-8").split())
     assert f"the plain ratio is {bundled[0]:.2f}, and {bundled[1]:.2f} less the floor" in text
     second = report_of("emoji_second_teacher")
@@ -187,5 +200,5 @@ def test_the_other_pages_repeat_numbers_of_the_tables():
 
 def test_the_card_of_the_bundled_model_has_the_committed_table():
     card = (ROOT / "src" / "rectified_diffusers" / "assets" / "emoji-one-step" / "README.md").read_text("utf-8")
-    assert report_of("emoji_one_step").as_markdown().strip() in card
+    assert report_of("emoji_bundled").as_markdown().strip() in card
     assert "| diversity |" in card
