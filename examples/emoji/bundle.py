@@ -10,7 +10,6 @@ begin with the teacher need not train it.
 import argparse
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ pipeline("a red apple", num_inference_steps=2).images[0]
 emoji's label and tags, in English; `", 3d style"` (flat, fluent, noto, blob, twemoji, emojione, fxemoji, streamline)
 asks for a set's style.
 
-**Recipe.** `examples/emoji/README.md` at commit {commit}. {training}
+**Recipe.** `examples/emoji/README.md`. {training}
 
 **Figures.** This model is `{name}`.
 
@@ -96,7 +95,7 @@ pipeline_tag: text-to-image
 ---
 # The diffusion teacher of the emoji model
 
-A small Stable Diffusion of 64x64 emoji that predicts v, trained by `examples/emoji/teacher.py` at commit {commit}: a
+A small Stable Diffusion of 64x64 emoji that predicts v, trained as `examples/emoji/README.md` says: a
 teacher for reflow and distillation that needs no model hub. Its VAE and its text encoder are those of the bundled
 one-step model. It draws with 25 steps of DPM-Solver++ and guidance 3:
 
@@ -155,16 +154,14 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.model) != bool(args.figures) or not (args.model or args.teacher):
         parser.error("give --model and --figures, or --teacher, or all three.")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     if args.teacher:
         pipeline = StableDiffusionPipeline.from_pretrained(args.teacher)
-        keep(pipeline, HERE / args.keep_as, TEACHER_CARD.format(commit=commit, folder=args.keep_as))
+        keep(pipeline, HERE / args.keep_as, TEACHER_CARD.format(folder=args.keep_as))
     if args.model:
         card = CARD.format(
             version=__version__,
             name=args.model.name,
             pictures="9,863 pictures",
-            commit=commit,
             training=describe_training(args.model),
             figures=args.figures.read_text(encoding="utf-8").partition("\n")[2].strip(),  # without its title
         )

@@ -16,6 +16,7 @@ TABLES = (
     "emoji_initialisation",
     "emoji_second_teacher",
     "emoji_bundled",
+    "emoji_other_images",
     "emoji_few_steps",
     "emoji_finish",
 )
@@ -153,6 +154,17 @@ def test_the_table_of_the_bundled_model():
         figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
         specs = zip([*keys, "diversity"], [".4f"] * 2 + [".3f"] * 3, strict=True)
         assert cells == [f"{figures[key].mean:{spec}}" for key, spec in specs], (name, steps)
+    others = [row.figures for row in report_of("emoji_other_images").rows if row.steps == 1]
+    text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
+    seen, held_out, precision = (
+        " to ".join(f"{figures[key]:{spec}}" for figures in others)
+        for key, spec in (
+            ("kernel_distance_seen", ".4f"),
+            ("kernel_distance_held_out", ".4f"),
+            ("alignment_seen", ".3f"),
+        )
+    )
+    assert f"falls from {seen}, held out from {held_out}, and the R-precision rises from {precision} (" in text
 
 
 def test_the_table_of_few_steps():
