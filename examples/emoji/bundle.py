@@ -1,6 +1,6 @@
 """Put trained pipelines where they are kept: float16, model card, notice of the pictures' licences.
 
-    python examples/emoji/bundle.py --model work/averaged --figures benchmarks/results/emoji_bundled.md
+    python examples/emoji/bundle.py --model work/bundled --figures benchmarks/results/emoji_bundled.md
     python examples/emoji/bundle.py --teacher work/teacher
 
 The first puts a one-step model into the package; the second puts its teacher into this folder, so that who wants to
