@@ -5,6 +5,7 @@ import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -13,6 +14,7 @@ from rectified_diffusers.demo import markup
 from rectified_diffusers.demo.guard import MAX_UPLOAD, MEGABYTE, Guard
 
 SESSIONS = 256  # sessions whose histories the server keeps
+_FREE_PORTS = 5  # free ports that are tried
 FOLDER = "GRADIO_TEMP_DIR"  # environment variable with gradio's folder of uploads and images
 
 
@@ -69,9 +71,9 @@ def launch(
         button_primary_background_fill_hover="*primary_700",
     )
     guard = Middleware(Guard, host=host, allowed_hosts=allowed_hosts, folder=page.GRADIO_CACHE)
-    _, local_url, _ = page.launch(
+    start = partial(
+        page.launch,
         server_name=host,
-        server_port=port or _free_port(host),
         inbrowser=open_browser,
         share=False,
         quiet=True,
@@ -84,8 +86,16 @@ def launch(
         app_kwargs={"middleware": [guard]},
         auth=auth,
         state_session_capacity=SESSIONS,
+        _frontend=False,  # no error if the first page takes longer than gradio waits for it, 3 s
         theme=theme,
         css=markup.packaged("page.css"),
         js=f"() => {{{markup.packaged('names.js')}}}",
     )
+    for attempts_left in reversed(range(1 if port else _FREE_PORTS)):
+        try:
+            _, local_url, _ = start(server_port=port or _free_port(host))
+            break
+        except OSError:  # another process has taken the free port since it was found
+            if not attempts_left:
+                raise
     return local_url
