@@ -4,7 +4,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import gradio as gr
@@ -91,11 +91,7 @@ def launch(
         css=markup.packaged("page.css"),
         js=f"() => {{{markup.packaged('names.js')}}}",
     )
-    for attempts_left in reversed(range(1 if port else _FREE_PORTS)):
-        try:
-            _, local_url, _ = start(server_port=port or _free_port(host))
-            break
-        except OSError:  # another process has taken the free port since it was found
-            if not attempts_left:
-                raise
-    return local_url
+    for _ in range(0 if port else _FREE_PORTS - 1):
+        with suppress(OSError):  # another process has taken the free port since it was found
+            return start(server_port=_free_port(host))[1]
+    return start(server_port=port or _free_port(host))[1]
