@@ -17,6 +17,7 @@ TABLES = (
     "emoji_second_teacher",
     "emoji_bundled",
     "emoji_other_images",
+    "emoji_inception",
     "emoji_few_steps",
     "emoji_finish",
 )
@@ -154,8 +155,12 @@ def test_the_table_of_the_bundled_model():
         figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
         specs = zip([*keys, "diversity"], [".4f"] * 2 + [".3f"] * 3, strict=True)
         assert cells == [f"{figures[key].mean:{spec}}" for key, spec in specs], (name, steps)
+    before, after = (row.figures for row in report_of("emoji_inception").rows)
+    kernel, frechet = "kernel_distance_seen", "frechet_distance_seen"
+    sentence = f"{before[kernel]:.4f} and {after[kernel]:.4f}, the Fréchet distances {before[frechet]:.1f} and "
     others = [row.figures for row in report_of("emoji_other_images").rows if row.steps == 1]
     text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
+    assert f"{sentence}{after[frechet]:.1f} (" in text
     seen, held_out, precision = (
         " to ".join(f"{figures[key]:{spec}}" for figures in others)
         for key, spec in (
