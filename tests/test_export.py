@@ -279,17 +279,23 @@ def test_the_second_order_beats_euler(shift, tmp_path):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("name", ["dpm_solver++", "unipc"])
 def test_a_distilled_models_stock_images_are_ours(bundled, tmp_path, name, steps):
-    """Those of the bundled model: within a sixteenth of what a second order is off at 4 steps, 124 or 159 levels."""
+    """Those of the bundled model: within 6 levels, but for single values at 2 and 4 steps.
+
+    At most 7 of the 49,152 values are above 6 there. Their bound is a sixteenth of what a second order is off at 4
+    steps, 124 or 159 levels.
+    """
     prompts = ["a cat", "a red apple", "a house", "a smiling face"]
 
-    def levels_off(order: int, steps: int) -> float:
+    def levels_off(order: int, steps: int) -> np.ndarray:
         folder = tmp_path / str(order)
         export_diffusers(bundled, folder, name, solver_order=order)
         call = {"latents": noise(4, 16, 16), "num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "np"}
         seen, expected = (p(prompts, **call).images for p in (load_stock(folder), bundled))
-        return 255 * np.abs(seen - expected).max()
+        return 255 * np.abs(seen - expected)
 
-    assert levels_off(1, steps) < levels_off(2, 4) / 16
+    off = levels_off(1, steps)
+    assert np.quantile(off, 0.999) < 6
+    assert off.max() < (levels_off(2, 4).max() / 16 if steps in (2, 4) else 6)
 
 
 @pytest.mark.parametrize("count", [1000, 100])

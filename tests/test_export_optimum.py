@@ -19,7 +19,7 @@ import torch
 from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint, export_diffusers, export_onnx
 from tests.tiny import make_tiny_pipeline
 
-LEVELS = 8  # of the stock grid with the bundled decoder, see test_export.py
+LEVELS = 8  # what is left of the stock grid, see test_export.py
 PROMPTS = ["a cat", "a red apple", "a house", "a smiling face"]
 
 

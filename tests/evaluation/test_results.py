@@ -74,6 +74,7 @@ def test_the_table_of_the_readme():
     report = report_of("emoji_bundled")
     start = "| | steps | s / image | kernel distance | Fréchet distance | R-precision | diversity |"
     heads, rows = table_after("README.md", start)
+    assert len(rows) == len(report.rows) - 2 + 1  # without two steps of the models before, and with the floor
     for cells in rows:
         found = dict(zip(heads, cells, strict=True))
         is_floor = found[""].startswith("floor: ")
@@ -150,6 +151,7 @@ def test_the_table_of_the_bundled_model():
     report = report_of("emoji_bundled")
     head = "| | steps | kernel distance, seen | held out | R-precision, seen | held out | diversity |"
     _, rows = table_after("docs/papers.md", head)
+    assert len(rows) == len(report.rows) - 1 + 1  # without two steps and the earlier decoder, and with the floor
     keys = [f"{name}_{part}" for name in ("kernel_distance", "alignment") for part in PARTS]
     for name, steps, *cells in rows:
         figures = report.real if name.startswith("real") else row_of(report, name, steps).figures
