@@ -24,6 +24,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,15 @@ class Stage:
         # discriminator the fake score also sees as many real images, and the student's update runs through it once
         # more, forwards and backwards. A student of N steps takes (N - 1) / 2 steps before each update, on average.
         updates = self.options.get("fake_updates", FAKE_UPDATES)
-        passes = 7 * updates + 9 if self.discriminator else 4 * updates + 6
+        passes = self.fake_passes * updates + (9 if self.discriminator else 6)
         passes += Fraction((updates + 1) * (self.options.get("student_steps", 1) - 1), 2)
         matching = Fraction(passes, 3) if self.method == "dmd" else Fraction(1)
         return matching * (2 if self.stacked else 1)
+
+    @property
+    def fake_passes(self) -> int:
+        """Forward passes of one update of the fake score."""
+        return 7 if self.discriminator else 4
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,7 @@ class Table:
         source = self.source(line, stages)
         dataset = self.triplets(line, source, seed)
         model = self.train(line, before, seed)
-        real = [self.real_pictures()] if stage.discriminator else []
+        real = [self.generated("real", self.args.teacher, self.encoded_pictures)] if stage.discriminator else []
         folder = self.folder(stage.method, model, *dataset, *real, self.config(stage, Path(), seed))
         if not (folder / "model_index.json").exists():
             self.train_stage(stage, model, dataset, real, folder, seed)
@@ -254,31 +260,28 @@ class Table:
         real = int(count * line.real)
         guidance = self.guidance(whose)
         config = TripletConfig(num_triplets=count - real, guidance_scale=guidance, **self.sampling(seed))
-        folder = self.folder("triplets", model, config)
-        if not (folder / "done").exists():
-            generate_triplets(self.load(model), self.prompts, folder, config)
-            (folder / "done").touch()
-        return [folder, self.real_triplets(model, real, seed)] if real else [folder]
+        folders = [self.generated("triplets", model, config)]
+        if real:
+            inversion = {"inversion_time": self.args.inversion_time, **self.sampling(seed)}
+            folders.append(self.generated("real", model, RealTripletConfig(num_triplets=real, **inversion)))
+        return folders
 
-    def real_triplets(self, model: Path, count: int, seed: int = 0) -> Path:
-        """Return the folder of triplets whose data is real images and whose noise a model found."""
-        config = RealTripletConfig(num_triplets=count, inversion_time=self.args.inversion_time, **self.sampling(seed))
-        folder = self.folder("real", model, config)
+    def generated(self, kind: str, model: Path, config: TripletConfig | RealTripletConfig) -> Path:
+        """Return the folder of triplets of a model, from prompts or from real images; generate them if necessary."""
+        folder = self.folder(kind, model, config)
         if not (folder / "done").exists():
-            generate_real_triplets(self.load(model), self.args.data, folder, config)
+            if isinstance(config, RealTripletConfig):
+                generate_real_triplets(self.load(model), self.args.data, folder, config)
+            else:
+                generate_triplets(self.load(model), self.prompts, folder, config)
             (folder / "done").touch()
         return folder
 
-    def real_pictures(self) -> Path:
-        """Return the folder of all real images of the training split, encoded and not inverted."""
-        pipeline = self.load(self.args.teacher)
-        count = len(read_pictures(self.args.data, size_of(pipeline)).numbers("train"))
-        config = RealTripletConfig(num_triplets=count, num_inference_steps=0, batch_size=self.budget.batch_size)
-        folder = self.folder("pictures", self.args.teacher, config)
-        if not (folder / "done").exists():
-            generate_real_triplets(pipeline, self.args.data, folder, config)
-            (folder / "done").touch()
-        return folder
+    @cached_property
+    def encoded_pictures(self) -> RealTripletConfig:
+        """The config that encodes all real images of the training split, without inversion."""
+        count = len(read_pictures(self.args.data, size=1).numbers("train"))  # no image is read
+        return RealTripletConfig(num_triplets=count, num_inference_steps=0, batch_size=self.budget.batch_size)
 
     def sampling(self, seed: int) -> dict[str, Any]:
         return {
@@ -295,7 +298,7 @@ class Table:
     def config(self, stage: Stage, output_dir: Path, seed: int) -> Any:
         budget, (_, config_class) = self.budget, TRAINERS[stage.method]
         options = dict(stage.options)
-        lpips = str(options.get("loss", "")).startswith("lpips")
+        lpips = any(str(options.get(name, "")).startswith("lpips") for name in ("loss", "regression_loss"))
         rate = MATCHING_RATE if stage.method == "dmd" else LPIPS_RATE if lpips else 1
         common = {
             "output_dir": output_dir,
@@ -308,7 +311,7 @@ class Table:
             "save_every_steps": max(1, budget.steps // 20),
             "seed": seed,
         }
-        if lpips or options.get("regression_loss") == "lpips":
+        if lpips:
             common["lpips_weights"] = self.args.weights / "lpips_alexnet.safetensors"
         steps = self.steps(stage)
         if stage.method == "progressive":
@@ -341,6 +344,7 @@ class Table:
     def evaluate(self, line: Line, model: Path, seed: int) -> Evaluation:
         args, budget = self.args, self.budget
         pipeline = self.load(model)
+        size = latent_shape(pipeline)[1] * pipeline.vae_scale_factor
         config = EvaluationConfig(
             steps=(line.steps,),
             guidance_scale=self.guidance(line.guidance),
@@ -354,7 +358,7 @@ class Table:
             straightness_steps=budget.straightness_steps,
             batch_size=budget.batch_size,
         )
-        pictures = read_pictures(args.data, size_of(pipeline))
+        pictures = read_pictures(args.data, size)
         return evaluate(pipeline, pictures, self.work / f"evaluation-{seed}", config, line.name)
 
     def evaluations(self, line: Line) -> int:
@@ -367,10 +371,9 @@ class Table:
             config = self.config(stage, Path(), 0)
             passes += config.max_steps * 3 * stage.cost
             if stage.method == "progressive":  # two steps of the teacher, in the first round guided
-                rounds = (config.teacher_steps // config.student_steps).bit_length() - 1
-                passes += config.max_steps * (2 + Fraction(2, rounds))
+                passes += config.max_steps * (2 + Fraction(2, config.rounds))
             if stage.method == "dmd":
-                passes += config.first_fake_updates * (7 if stage.discriminator else 4)
+                passes += config.first_fake_updates * stage.fake_passes
         return int(passes * self.budget.batch_size)
 
     def evaluations_for_triplets(self, line: Line) -> int:
@@ -402,11 +405,6 @@ class Table:
                 }
             )
         return rows
-
-
-def size_of(pipeline: Any) -> int:
-    """Return the side of a pipeline's images in pixels."""
-    return latent_shape(pipeline)[1] * pipeline.vae_scale_factor
 
 
 def merged(reports: list[Evaluation]) -> Evaluation:

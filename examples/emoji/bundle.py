@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 
 from rectified_diffusers import RectifiedFlowPipeline, __version__
 from rectified_diffusers.loading.saving import save_pipeline
-from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler, record_student_steps
+from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
 ASSETS = Path(__file__).parents[2] / "src" / "rectified_diffusers" / "assets" / "emoji-one-step"
 HERE = Path(__file__).parent
@@ -148,7 +148,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, help="folder of the one-step pipeline")
     parser.add_argument("--figures", type=Path, help="Markdown table that benchmarks/emoji_table.py wrote")
-    parser.add_argument("--steps", type=int, default=1, help="default steps of the pipeline (default: 1)")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher")
     parser.add_argument("--keep-as", default="teacher", help="the teacher's folder beside this script")
     args = parser.parse_args()
@@ -166,8 +165,7 @@ def main() -> None:
             figures=args.figures.read_text(encoding="utf-8").partition("\n")[2].strip(),  # without its title
         )
         pipeline = RectifiedFlowPipeline.from_pretrained(args.model)
-        pipeline.scheduler = RectifiedFlowEulerScheduler()  # without the number of steps of the training
-        record_student_steps(pipeline.scheduler, args.steps)
+        pipeline.scheduler = RectifiedFlowEulerScheduler()  # one step by default, whatever the training had
         keep(pipeline, ASSETS, card)
 
 

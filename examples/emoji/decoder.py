@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 from loop import add_training_options, train
-from vae import as_input, pixel_loss, read_split, save
+from vae import loss_on, pixel_loss, read_split, save
 
 from rectified_diffusers.training.losses import load_lpips
 
@@ -48,11 +48,8 @@ def main() -> None:
     images, held_out = read_split(args.data)
     lpips = load_lpips("vgg", args.weights / "lpips_vgg16.safetensors")
 
-    def loss_of_batch(module: torch.nn.Module, generator: torch.Generator, mine: slice) -> torch.Tensor:
-        chosen = torch.randint(len(images), (args.batch_size,), generator=generator)[mine]
-        return module(as_input(images[chosen]).to(vae.device), generator)
-
-    train(DecoderLoss(vae, lpips, args.lpips_weight), loss_of_batch, lambda: save(vae, held_out, args.output), args)
+    loss = DecoderLoss(vae, lpips, args.lpips_weight)
+    train(loss, loss_on(images, vae, args.batch_size), lambda: save(vae, held_out, args.output), args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Kill it and run the same command again: it goes on from the last checkpoint. The
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -86,6 +87,18 @@ def as_input(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
+def loss_on(
+    images: torch.Tensor, vae: AutoencoderKL, batch_size: int
+) -> Callable[[torch.nn.Module, torch.Generator, slice], torch.Tensor]:
+    """Return the function for `train` that draws a batch of the images and computes a module's loss on it."""
+
+    def loss_of_batch(module: torch.nn.Module, generator: torch.Generator, mine: slice) -> torch.Tensor:
+        chosen = torch.randint(len(images), (batch_size,), generator=generator)[mine]
+        return module(as_input(images[chosen]).to(vae.device), generator)
+
+    return loss_of_batch
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
@@ -97,15 +110,11 @@ def main() -> None:
     vae = build_vae()
     images, held_out = read_split(args.data)
 
-    def loss_of_batch(module: torch.nn.Module, generator: torch.Generator, mine: slice) -> torch.Tensor:
-        chosen = torch.randint(len(images), (args.batch_size,), generator=generator)[mine]
-        return module(as_input(images[chosen]).to(vae.device), generator)
-
     def save_with_scale() -> None:
         set_scale(vae, images)
         save(vae, held_out, args.output)
 
-    train(AutoencoderLoss(vae, args.kl_weight), loss_of_batch, save_with_scale, args)
+    train(AutoencoderLoss(vae, args.kl_weight), loss_on(images, vae, args.batch_size), save_with_scale, args)
 
 
 if __name__ == "__main__":

@@ -95,10 +95,7 @@ def test_a_teacher_whose_config_leaves_the_prediction_type_out_predicts_epsilon(
     config = json.loads(path.read_text())
     del config["prediction_type"]
     path.write_text(json.dumps(config))
-    parser = argparse.ArgumentParser()
-    table.add_arguments(parser, "table")
-    monkeypatch.setattr(sys, "argv", ["script", *arguments, "--initialisation", "snr_matching"])
-    lines = table.Table(table.parsed(parser), table.ROWS).lines
+    lines = table_of(table, arguments, monkeypatch, table.ROWS, "--initialisation", "snr_matching").lines
     assert lines["stacked-distill"] == table.ROWS["stacked-distill"]
     assert lines["2rf-1"].stages[0].options["initialisation"] == "snr_matching"
 
@@ -259,12 +256,8 @@ def test_every_kind_of_row_can_be_made(scripts, arguments, tiny_pictures, monkey
 
 def test_real_pairs_take_their_share_of_the_triplets(scripts, arguments, monkeypatch):
     table, ablation = scripts
-    parser = argparse.ArgumentParser()
-    table.add_arguments(parser, "ablation")
     # From so near to the noise, an untrained flow, too, leads to white noise.
-    tiny = ["--budget", "tiny", "--mixed-precision", "no", "--inversion-time", "0.065"]
-    monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
-    of_table = table.Table(table.parsed(parser), {})
+    of_table = table_of(table, arguments, monkeypatch, {}, "--inversion-time", "0.065")
     lines = ablation.lines_of(["real pairs"])
     folders = of_table.triplets(lines["real pairs: a quarter of the triplets"], (), 0)
     assert [len(TripletDataset(folder)) for folder in folders] == [12, 4]
