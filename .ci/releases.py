@@ -2,6 +2,7 @@
 
     python .ci/releases.py write FOLDER           # save_pretrained, a trainer's output, export diffusers
     python .ci/releases.py compare [FOLDER ...]   # the bundled model, and all that `write` wrote in each FOLDER
+    python .ci/releases.py keep                   # after a change of the bundled weights: store the new picture
 
 Run with the newest releases and with the lowest supported ones, each reading what the other wrote, it says whether a
 model is the same model on both. Random weights, a foreign tokenizer or another scheduler draw another picture.
@@ -70,7 +71,7 @@ def compare(folders: list[Path]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("action", choices=("write", "compare"))
+    parser.add_argument("action", choices=("write", "compare", "keep"))
     parser.add_argument("folders", type=Path, nargs="*")
     args = parser.parse_args()
     print(f"diffusers {diffusers.__version__}, transformers {transformers.__version__}")
@@ -78,6 +79,8 @@ def main() -> None:
         for folder in args.folders:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder)
+    elif args.action == "keep":
+        draw(bundled_checkpoint(), REFERENCES / "apple.png")
     elif (worst := compare(args.folders)) > TOLERANCE:
         sys.exit(f"{worst} levels, at most {TOLERANCE} are the same picture")
 
