@@ -48,6 +48,8 @@ def main() -> None:
     add_arguments(parser, "finish")
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="TRIAL")
     args = parsed(parser)
+    if args.model is None:
+        parser.error("give --model, the finished model that every row starts from.")
     table = Table(args, {name: Line(name, TRIALS[name], 1) for name in args.trials})
     write(args.output, "Ways to train a finished one-step model further", table.run(), table.costs(), args)
 

@@ -178,6 +178,14 @@ def test_rows_start_from_a_given_model(scripts, arguments, monkeypatch, tmp_path
     assert asked == [tmp_path / "teacher"]
 
 
+def test_a_finish_needs_a_finished_model(scripts, arguments, monkeypatch, capsys):
+    """The teacher, where the rows of table.py start, is none."""
+    finish = importlib.import_module("finish")
+    with pytest.raises(SystemExit):
+        run(finish, arguments, monkeypatch)
+    assert "give --model" in capsys.readouterr().err
+
+
 @pytest.mark.very_slow
 def test_finishes_are_tried(scripts, arguments, tiny_pictures, monkeypatch, tmp_path):
     make_tiny_pipeline().save_pretrained(tmp_path / "model")
