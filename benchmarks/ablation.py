@@ -33,9 +33,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "pseudo-Huber": {"reflow": {"loss": "pseudo_huber"}},
         "LPIPS-Huber": {"reflow": {"loss": "lpips_huber"}},
     },
-    "distillation loss": {
-        "LPIPS from the start": {"l2": {"loss": "lpips"}},
+    "lengths of L2 and LPIPS": {
         "L2 to the end": {"lpips": {"loss": "l2"}},
+        "LPIPS from the start": {"l2": {"loss": "lpips"}},
+    },
+    "distillation loss": {
         "pseudo-Huber, then LPIPS": {"l2": {"loss": "pseudo_huber"}},
         "LPIPS-Huber": {"l2": {"loss": "lpips_huber"}, "lpips": {"loss": "lpips_huber"}},
     },
