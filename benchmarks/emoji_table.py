@@ -1,4 +1,4 @@
-"""Compare the emoji teacher, 2-Rectified Flow and one-step model on seen and held-out captions.
+"""Compare the emoji teacher with reflowed and distilled models, on seen and held-out captions.
 
     python benchmarks/emoji_table.py --teacher work/teacher --reflow work/2-rectified-flow --distilled work/one-step \\
         --data work/data --weights work/weights --alignment work/alignment
@@ -96,7 +96,7 @@ def main() -> None:
     content = json.dumps({**asdict(report), "made": made}, indent=2)
     args.output.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
     note = f"    {made['command']}\n\nCommit {made['commit']}; {made['hardware']}; {made['date']}.\n"
-    text = "\n\n".join(["# Emoji: teacher, 2-Rectified Flow, one step", report.as_markdown().strip(), note])
+    text = "\n\n".join(["# Emoji: teacher and students", report.as_markdown().strip(), note])
     args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     for plot in write_plots(args.work):
         shutil.copy(plot, args.output.with_name(f"{args.output.name}_{plot.name}"))

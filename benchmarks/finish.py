@@ -1,15 +1,16 @@
-"""Try ways to train a finished one-step model further, each with the same number of network evaluations.
+"""Compare further trainings of a finished one-step model, each with about the same number of network evaluations.
 
     python benchmarks/finish.py --model MODEL --teacher examples/emoji/teacher --data work/data \\
         --prompts work/prompts.txt --weights work/weights --alignment work/alignment --batch-size 32 --steps 1000
 
-Every row starts from MODEL, whose own row is the first, and is trained on triplets of the teacher. `--steps` counts
-steps of distillation; a step of distribution matching takes several networks, and a row has as many fewer of them. The
-work folder is shared with table.py, and a killed script resumes.
+Every row starts from MODEL and is trained on triplets of the teacher; the row `as it is` is MODEL itself. `--steps`
+counts steps of distillation. A step of distribution matching evaluates several networks, so its rows have fewer steps.
+The work folder is shared with table.py. If the script is killed, run the same command again to resume.
 """
 
 import argparse
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from table import Line, Stage, Table, add_arguments, parsed, write
@@ -46,11 +47,10 @@ TRIALS: dict[str, tuple[Stage, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_arguments(parser, "finish")
+    parser.add_argument("--model", type=Path, required=True, help="pipeline folder that the rows start from")
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS), metavar="TRIAL")
     args = parsed(parser)
-    if args.model is None:
-        parser.error("give --model, the finished model that every row starts from.")
-    table = Table(args, {name: Line(name, TRIALS[name], 1) for name in args.trials})
+    table = Table(args, {name: Line(name, TRIALS[name], 1) for name in args.trials}, args.model)
     write(args.output, "Ways to train a finished one-step model further", table.run(), table.costs(), args)
 
 

@@ -3,8 +3,8 @@
     python examples/emoji/bundle.py --model work/bundled --figures benchmarks/results/emoji_bundled.md
     python examples/emoji/bundle.py --teacher work/teacher
 
-The first puts a one-step model into the package; the second puts its teacher into this folder, so that who wants to
-begin with the teacher need not train it.
+The first puts a one-step model into the package. The second puts its teacher into this folder, for users who start
+from a trained teacher.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
-from rectified_diffusers import RectifiedFlowPipeline, __version__
+from rectified_diffusers import RectifiedFlowPipeline
 from rectified_diffusers.loading.saving import save_pipeline
 from rectified_diffusers.pipelines.scheduler import RectifiedFlowEulerScheduler
 
@@ -57,10 +57,11 @@ tags: [rectified-flow, instaflow, one-step, text-to-image]
 ---
 # Emoji in one step
 
-Text to a 64x64 emoji in one evaluation of a U-Net, or in two for a better image: the small model that comes with
-rectified_diffusers {version}. It was made by the three stages of InstaFlow (arXiv:2309.06380), each run by that
-package: triplets of a latent diffusion teacher, reflow, distillation; and finished by distribution matching (DMD2,
-arXiv:2405.14867). It serves a newcomer's first minute, tests, demonstrations and benchmarks.
+This small model generates a 64x64 emoji from text with one evaluation of a U-Net, or a better one with two. It is
+included in rectified_diffusers after 0.2.0. It was trained with that package: by the three stages of InstaFlow
+(arXiv:2309.06380), triplets of a latent diffusion teacher, reflow and distillation; by distribution matching (DMD2,
+arXiv:2405.14867); and by further training with LPIPS for one and two steps. It is meant for first tries, tests,
+demonstrations and benchmarks.
 
 ```python
 from rectified_diffusers import RectifiedFlowPipeline, bundled_checkpoint
@@ -70,20 +71,20 @@ pipeline("a red apple").images[0]
 pipeline("a red apple", num_inference_steps=2).images[0]
 ```
 
-**Data.** {pictures} in 1,419 captions of nine emoji sets, without flags, symbols and skin tones. Captions are an
+**Data.** {pictures} with 1,419 captions, from nine emoji sets, without flags, symbols and skin tones. Captions are an
 emoji's label and tags, in English; `", 3d style"` (flat, fluent, noto, blob, twemoji, emojione, fxemoji, streamline)
-asks for a set's style.
+selects the style of a set.
 
-**Recipe.** `examples/emoji/README.md`. {training}
+**Recipe.** `examples/emoji/README.md`, step 5 of "How the files in the repository were made". {training}
 
-**Figures.** This model is `{name}`.
+**Results.** The rows `distilled: work/{name}` are this model.
 
 {figures}
 
-**Limits.** It knows emoji, not the world: words outside their labels and tags mean little to it, counts and relations
-nothing. Small parts (faces of people, text, clock hands) come out blurred.
+**Limits.** It was trained on emoji only. It ignores counts and relations, and most words that are not in their labels
+or tags. Small parts (faces of people, text, clock hands) are blurred.
 
-**Licence.** CC-BY-4.0, the strictest of the pictures' licences; their authors are named in NOTICE.
+**License.** CC-BY-4.0, the strictest of the images' licenses. NOTICE names their authors.
 """
 
 
@@ -95,9 +96,9 @@ pipeline_tag: text-to-image
 ---
 # The diffusion teacher of the emoji model
 
-A small Stable Diffusion of 64x64 emoji that predicts v, trained as `examples/emoji/README.md` says: a
-teacher for reflow and distillation that needs no model hub. Its VAE and its text encoder are those of the bundled
-one-step model. It draws with 25 steps of DPM-Solver++ and guidance 3:
+A small Stable Diffusion of 64x64 emoji that predicts v, trained as described in `examples/emoji/README.md`. It is a
+teacher for reflow and distillation that needs no download. Its VAE and its text encoder are those of the bundled
+one-step model. Sample it with 25 steps of DPM-Solver++ and guidance 3:
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -106,7 +107,7 @@ teacher = StableDiffusionPipeline.from_pretrained("examples/emoji/{folder}")
 teacher("a red apple", num_inference_steps=25, guidance_scale=3).images[0]
 ```
 
-**Licence.** CC-BY-4.0, the strictest of the pictures' licences; their authors are named in NOTICE.
+**License.** CC-BY-4.0, the strictest of the images' licenses. NOTICE names their authors.
 """
 
 
@@ -158,9 +159,8 @@ def main() -> None:
         keep(pipeline, HERE / args.keep_as, TEACHER_CARD.format(folder=args.keep_as))
     if args.model:
         card = CARD.format(
-            version=__version__,
             name=args.model.name,
-            pictures="9,863 pictures",
+            pictures="9,863 images",
             training=describe_training(args.model),
             figures=args.figures.read_text(encoding="utf-8").partition("\n")[2].strip(),  # without its title
         )

@@ -1,4 +1,4 @@
-"""The loop that the VAE and the teacher are trained with: averaged weights, resumable, one process or several.
+"""The training loop of the VAE, its decoder, the teacher and the ControlNet: averaged weights, resumable, parallel.
 
 What a step sees is drawn from a generator seeded with the step, so a killed run goes on as if nothing had happened.
 """

@@ -3,10 +3,10 @@
     python examples/emoji/one_step.py --data work/data --prompts work/prompts.txt --weights work/weights \\
         --output work/one_step
 
-It is what the commands of README.md beside this do one after the other, by the package's Python interface and with
-larger batches. Every stage has a folder of its own in the output, and is not repeated where it is complete; kill it
-and run it again, and it goes on. The numbers of steps and of triplets are those of the bundled model: what went into
-ten minutes of an H200.
+Runs the stages of README.md in this folder one after the other, through the Python interface and with larger batches.
+Each stage has its own folder in the output and is skipped if it is complete; if the script is killed, run the same
+command again to resume. The default numbers of steps and triplets are those of step 4 in README.md: ten minutes on an
+H200. The included teacher already has the further steps of that run; `--teacher-steps 0` keeps it as it is.
 """
 
 import argparse

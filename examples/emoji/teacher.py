@@ -147,7 +147,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the options of `train_teacher`, from the command line if no arguments are given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that data.py wrote")
-    parser.add_argument("--vae", type=Path, required=True, help="folder that vae.py wrote")
+    parser.add_argument("--vae", type=Path, required=True, help="folder that vae.py or decoder.py wrote")
     parser.add_argument(
         "--initial-model", type=Path, help="folder of a pipeline to begin with; from nothing if not set"
     )

@@ -125,12 +125,11 @@ def test_students_of_few_steps_have_the_budget_of_one_step(scripts):
     assert table.ROWS["2rf-distill-4"].stages[1].options == {"loss": "l2", "student_steps": 4}
 
 
-def table_of(table, arguments, monkeypatch, lines, *more):
+def table_of(table, arguments, monkeypatch, lines, *more, start=None):
     parser = argparse.ArgumentParser()
     table.add_arguments(parser, "table")
-    tiny = ["--budget", "tiny", "--mixed-precision", "no", *more]
-    monkeypatch.setattr(sys, "argv", ["script", *arguments, *tiny])
-    return table.Table(table.parsed(parser), lines)
+    monkeypatch.setattr(sys, "argv", ["script", *arguments, "--budget", "tiny", "--mixed-precision", "no", *more])
+    return table.Table(table.parsed(parser), lines, start)
 
 
 def test_the_network_evaluations_of_a_row_are_counted(scripts, arguments, monkeypatch):
@@ -163,7 +162,7 @@ def test_rows_start_from_a_given_model(scripts, arguments, monkeypatch, tmp_path
     finish = importlib.import_module("finish")
     assert {sum(stage.share for stage in stages) for stages in finish.TRIALS.values()} == {0, 1}
     lines = {name: table.Line(name, stages, 1) for name, stages in finish.TRIALS.items()}
-    made = table_of(table, arguments, monkeypatch, lines, "--model", str(tmp_path / "model"))
+    made = table_of(table, arguments, monkeypatch, lines, start=tmp_path / "model")
     line = lines["L2"]
     assert made.train(line, (), 0) == tmp_path / "model"
     asked = []
@@ -183,7 +182,7 @@ def test_a_finish_needs_a_finished_model(scripts, arguments, monkeypatch, capsys
     finish = importlib.import_module("finish")
     with pytest.raises(SystemExit):
         run(finish, arguments, monkeypatch)
-    assert "give --model" in capsys.readouterr().err
+    assert "the following arguments are required: --model" in capsys.readouterr().err
 
 
 @pytest.mark.very_slow

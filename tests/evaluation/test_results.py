@@ -7,9 +7,11 @@ import pytest
 
 from rectified_diffusers.evaluation.report import Evaluation, Row
 from rectified_diffusers.evaluation.tables import ratios
+from tests import emoji
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+ASSETS = ROOT / "src" / "rectified_diffusers" / "assets" / "emoji-one-step"
 TABLES = (
     "emoji_one_step",
     "emoji_table",
@@ -30,8 +32,8 @@ ROWS = {  # first cell of a row in the README and in docs/papers.md, and the row
     "distilled, L2, then LPIPS": "distilled: work/one_step/one-step-lpips",
     "then distribution matching, with real images": BEFORE,
     "the bundled model": "distilled: work/bundled",
-    "before its last stages, with the earlier decoder": "distilled: work/before",
-    "before its last stages": "distilled: work/before-with-decoder",
+    "the bundled model of 0.2.0": "distilled: work/before",
+    "the same, with the new decoder": "distilled: work/before-with-decoder",
 }
 README = {  # heading of a column, the metric's key and format
     "kernel distance": ("kernel_distance_seen", ".4f"),
@@ -217,7 +219,18 @@ def test_the_other_pages_repeat_numbers_of_the_tables():
     assert f"an hour in all: kernel distance {found[0]:.4f}, R-precision {found[1]:.3f}\n" in text
 
 
+@pytest.mark.parametrize(("template", "card"), [("CARD", ASSETS), ("TEACHER_CARD", emoji.FOLDER / "teacher")])
+def test_the_cards_are_written_by_the_script(template, card, monkeypatch):
+    """Paragraphs into which nothing is inserted."""
+    with emoji.example("bundle.py", monkeypatch) as load:
+        paragraphs = load(name="bundle")[template].split("\n\n")
+    text = (card / "README.md").read_text(encoding="utf-8")
+    missing = [paragraph for paragraph in paragraphs if "{" not in paragraph and paragraph not in text]
+    assert len(paragraphs) > 3
+    assert not missing
+
+
 def test_the_card_of_the_bundled_model_has_the_committed_table():
-    card = (ROOT / "src" / "rectified_diffusers" / "assets" / "emoji-one-step" / "README.md").read_text("utf-8")
+    card = (ASSETS / "README.md").read_text("utf-8")
     assert report_of("emoji_bundled").as_markdown().strip() in card
     assert "| diversity |" in card
