@@ -14,7 +14,8 @@ from rectified_diffusers.speed.precision import fast_dtype
 from tests.marks import slow_but
 from tests.tiny import make_tiny_pipeline, make_tiny_xl_pipeline
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu_switches.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu_switches.json"
 
 
 def as_kind(monkeypatch, kind: str) -> None:
@@ -54,6 +55,22 @@ def test_no_measured_switch_of_the_table_loses():
         assert not any(results["summary"]["pays"].values()), kind
         names = {name.partition("=")[0] for name in results["summary"]["pays"]}
         assert names >= set(SWITCHES[kind]), "not measured yet as a switch of its own"
+
+
+def test_the_page_has_the_measured_cost_of_each_switch():
+    """A switch that is on in 16 bits only is measured together with bfloat16."""
+    content = json.loads((ROOT / "benchmarks" / "results" / "speed_price.json").read_text(encoding="utf-8"))
+    rows = {row["switch"].removeprefix("bfloat16, "): row for row in content["rows"]}
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    rows["dtype"] = rows["bfloat16"]
+    costs = {cells[1].strip(" `"): cells[-2] for line in page.splitlines() if len(cells := line.split("|")) == 7}
+    inexact = ("dtype", "channels_last", "blockwise_attention", "fold_upsampling", "pack_weights")
+    for name in inexact:
+        assert f"largest {rows[name]['largest']}" in costs[name]
+        assert "mean" not in costs[name] or f"mean {rows[name]['mean']:.1f}" in costs[name]
+    assert all(rows[name]["largest"] == 0 for name in ("keep_memory", "cache_prompts", "cache_times"))
+    assert f"of `auto` {rows['auto']['largest']}, are" in page
+    assert f"the mean of\n`auto` is {rows['auto']['mean']:.1f}" in page
 
 
 @pytest.mark.parametrize("make", slow_but([make_tiny_pipeline], [make_tiny_pipeline, make_tiny_xl_pipeline]))
