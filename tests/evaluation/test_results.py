@@ -22,6 +22,9 @@ TABLES = (
     "emoji_inception",
     "emoji_few_steps",
     "emoji_finish",
+    "emoji_finish_seeds",
+    "emoji_finish_long",
+    "ablation_distillation",
 )
 PARTS = ("seen", "held_out")
 BEFORE = "distilled: work/one_step/finished"  # the bundled model of 0.2.0, before its last stages
@@ -35,6 +38,21 @@ ROWS = {  # first cell of a row in the README and in docs/papers.md, and the row
     "the bundled model of 0.2.0": "distilled: work/before",
     "the same, with the new decoder": "distilled: work/before-with-decoder",
 }
+TRIALS = (  # the rows of the table of trials in docs/papers.md: file of results, and the row's name in it
+    ("ablation_distillation", "base: 2-RF + distillation"),
+    ("ablation_distillation", "distillation triplets: the teacher's, as for reflow"),
+    ("ablation_distillation", "lengths of L2 and LPIPS: L2 to the end"),
+    ("ablation_distillation", "lengths of L2 and LPIPS: LPIPS from the start"),
+    ("emoji_finish", "as it is"),
+    ("emoji_finish", "matching, real pictures x10"),
+    ("emoji_finish", "matching, real pictures x100, discriminator x10"),
+    ("emoji_finish", "matching, real pictures x1000, discriminator x100"),
+    ("emoji_finish", "matching, real pictures x1000, discriminator x100, regression x4"),
+    ("emoji_finish_long", "matching, real pictures x100, discriminator x10"),
+    ("emoji_finish_seeds", "as it is"),
+    ("emoji_finish_seeds", "matching, real pictures x1000, discriminator x100"),
+    ("emoji_finish_seeds", "matching, real pictures x1000, discriminator x100, regression x4"),
+)
 README = {  # heading of a column, the metric's key and format
     "kernel distance": ("kernel_distance_seen", ".4f"),
     "Fréchet distance": ("frechet_distance_seen", ".1f"),
@@ -48,6 +66,10 @@ def report_of(name: str) -> Evaluation:
     for part in ("made", "costs", "budget"):  # of the benchmark that wrote it
         content.pop(part, None)
     return Evaluation.of(content)
+
+
+def results(name: str) -> str:
+    return (RESULTS / f"{name}.md").read_text(encoding="utf-8")
 
 
 def table_after(path: str, start: str) -> tuple[list[str], list[list[str]]]:
@@ -188,23 +210,50 @@ def test_the_table_of_few_steps():
         assert cells == expected
 
 
-def test_the_table_of_finishes():
-    report = report_of("emoji_finish")
-    head = "| weights | kernel distance, seen | held out | R-precision, seen | diversity |"
-    _, rows = table_after("docs/papers.md", head)
-    assert len(rows) == len(report.rows)
-    specs = {
-        "kernel_distance_seen": ".4f",
-        "kernel_distance_held_out": ".4f",
-        "alignment_seen": ".3f",
-        "diversity": ".3f",
-    }
-    for (_, *cells), row in zip(rows, report.rows, strict=True):
-        assert cells == [f"{row.figures[key]:{spec}}" for key, spec in specs.items()]
-    best = ratios(report, next(row for row in report.rows if row.name.endswith("x1000, discriminator x100")))
-    seen, held_out = (f"{best[f'kernel_distance_{part}'][0]:.2f}" for part in PARTS)
+def test_the_table_of_trials():
+    head = (
+        "| training | updates | network evaluations | seeds | kernel distance, seen | held out | R-precision, seen | "
+    )
+    _, rows = table_after("docs/papers.md", f"{head}diversity |")
+    assert len(rows) == len(TRIALS)
+    specs = [(f"kernel_distance_{part}", ".4f") for part in PARTS] + [("alignment_seen", ".3f"), ("diversity", ".3f")]
+    for (_, *cells), (file, name) in zip(rows, TRIALS, strict=True):
+        report = report_of(file)
+        (row,) = [row for row in report.rows if row.name == name]
+        costs = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["costs"]
+        (cost,) = [cost for cost in costs if cost["name"] == name]
+        evaluations = cost["evaluations"] + cost["evaluations for triplets"]
+        updates = " + ".join(map(str, cost["optimizer_steps"])) or "0"
+        expected = [updates, f"{evaluations:,}", str(len(report.settings["seeds"]))]
+        assert cells == expected + [f"{row.figures[key]:{spec}}" for key, spec in specs], name
+
+
+def test_what_the_trials_say():
+    """The ratios that the text below the table repeats, as they are in the tables of results."""
     text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
-    assert f"the fourth row has {seen} of the kernel distance, and {held_out} on held-out captions" in text
+    text = text.partition("### What was tried for the bundled model")[2]
+
+    def ratio(file: str, name: str, column: str = "kernel, seen") -> str:
+        heads, *rows = (
+            line.split(" | ") for line in results(file).splitlines() if " | ratio | " in line or "plain" in line
+        )
+        (row,) = [row for row in rows if row[0] == f"| {name}"]
+        return row[heads.index(column)]
+
+    reused, l2, lpips = (ratio("ablation_distillation", name) for _, name in TRIALS[1:4])
+    assert f"teacher's triplets gives {reused} of the kernel distance" in text
+    assert f"L2 only has {l2} of the kernel distance of L2 and then LPIPS, LPIPS only {lpips}." in text
+    plain, regression = (ratio("emoji_finish_seeds", name) for _, name in TRIALS[-2:])
+    assert f"the kernel distance is {plain.replace(' (', ' of the model before (')}, because" in text
+    held_out = ratio("emoji_finish_seeds", TRIALS[-1][1], "kernel, held out")
+    assert f"it is {regression}, and {held_out} on held-out captions" in text
+    seen, held_out, diversity = (
+        ratio(*TRIALS[9], column) for column in ("kernel, seen", "kernel, held out", "diversity")
+    )
+    assert (
+        f"is {seen} of the model before, and {held_out} on held-out captions, but the diversity is {diversity}."
+        in text
+    )
 
 
 def test_the_other_pages_repeat_numbers_of_the_tables():
