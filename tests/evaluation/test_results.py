@@ -187,15 +187,17 @@ def test_the_table_of_the_bundled_model():
     others = [row.figures for row in report_of("emoji_other_images").rows if row.steps == 1]
     text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
     assert f"{sentence}{after[frechet]:.1f} (" in text
-    seen, held_out, precision = (
+    seen, held_out, precision, diversity = (
         " to ".join(f"{figures[key]:{spec}}" for figures in others)
         for key, spec in (
             ("kernel_distance_seen", ".4f"),
             ("kernel_distance_held_out", ".4f"),
             ("alignment_seen", ".3f"),
+            ("diversity", ".3f"),
         )
     )
-    assert f"falls from {seen}, held out from {held_out}, and the R-precision rises from {precision} (" in text
+    rises = f"the R-precision rises from {precision}, and the diversity from {diversity} ("
+    assert f"falls from {seen}, held out from {held_out}; {rises}" in text
 
 
 def test_the_table_of_few_steps():
