@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -84,8 +85,35 @@ def test_the_models_of_the_arguments_are_served(model, tmp_path, monkeypatch):
     assert about.startswith(f"{Path(model).name} · 0 M weights")
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatch, capsys):
+def after(monkeypatch, first, second) -> None:
+    """Let what `second` names, an owner and its function, begin after a call of what `first` names has ended."""
+    done, signal, wait = threading.Event(), getattr(*first), getattr(*second)
+
+    def signals(*args, **kwargs):
+        try:
+            return signal(*args, **kwargs)
+        finally:
+            done.set()
+
+    def waits(*args, **kwargs):
+        assert done.wait(300)
+        return wait(*args, **kwargs)
+
+    monkeypatch.setattr(*first, signals)
+    monkeypatch.setattr(*second, waits)
+
+
+@pytest.mark.parametrize("served_first", [True, False])
+def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatch, capsys, served_first):
+    """Before the page is served, too; its address is then not printed."""
     pytest.importorskip("gradio", reason='the page needs gradio: pip install "rectified_diffusers[demo]"')
+    from rectified_diffusers.demo import page
+
+    loading = (StudioProcess, "_load")
+    if served_first:
+        after(monkeypatch, (demo_command, "print_result"), loading)
+    else:
+        after(monkeypatch, loading, (page, "build_page"))
     torn = tmp_path / "torn"
     shutil.copytree(model, torn)
     weights = torn / "unet" / "diffusion_pytorch_model.safetensors"
@@ -93,10 +121,11 @@ def test_a_model_that_cannot_be_loaded_ends_the_page(model, tmp_path, monkeypatc
     with forked_studios():
         assert cli.main(["demo", "--model", str(torn), "--device", "cpu", "--port", "0", "--json"]) == 2
     told = capsys.readouterr()
-    address = json.loads(told.out)["address"]
     assert "error:" in told.err
-    with pytest.raises(OSError):
-        urllib.request.urlopen(address, timeout=300)
+    assert bool(told.out) == served_first
+    if served_first:
+        with pytest.raises(OSError):
+            urllib.request.urlopen(json.loads(told.out)["address"], timeout=300)
 
 
 @pytest.mark.parametrize(
