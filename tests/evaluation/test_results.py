@@ -242,6 +242,16 @@ def test_what_the_trials_say():
         (row,) = [row for row in rows if row[0] == f"| {name}"]
         return row[heads.index(column)]
 
+    teachers = [
+        row_of(report_of(name), "teacher", "25").figures for name in ("emoji_second_teacher", "emoji_one_step")
+    ]
+    seen, held_out, precision, diversity = (
+        " to ".join(f"{figures[key].mean:{spec}}" for figures in teachers)
+        for key, spec in [(f"kernel_distance_{part}", ".4f") for part in PARTS]
+        + [("alignment_seen", ".3f"), ("diversity", ".3f")]
+    )
+    rises = f"the R-precision rises from {precision}, and the diversity falls from {diversity} ("
+    assert f"falls from {seen}, held out from {held_out}, {rises}" in text
     reused, l2, lpips = (ratio("ablation_distillation", name) for _, name in TRIALS[1:4])
     assert f"teacher's triplets gives {reused} of the kernel distance" in text
     assert f"L2 only has {l2} of the kernel distance of L2 and then LPIPS, LPIPS only {lpips}." in text
