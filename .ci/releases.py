@@ -23,10 +23,10 @@ from rectified_diffusers.cli import main as command
 
 # Levels of 255. One step's rounding differs between releases and processors; a wrong model is at 40 and more.
 TOLERANCE = 3
-REFERENCES = Path(__file__).parent / "references"
+REFERENCE = Path(__file__).parent / "references" / "apple.png"
 PROMPT = "a red apple"
-# The folders, and the image that each has to generate: the stock solver of the export takes our step.
-WRITTEN = {"saved": "apple.png", "trained": "apple.png", "exported": "apple.png"}
+# Folders that each have to generate that image: the stock solver of the export takes our step.
+WRITTEN = ("saved", "trained", "exported")
 
 
 def draw(model: Path, picture: Path) -> None:
@@ -54,17 +54,17 @@ def write(folder: Path) -> None:
 
 
 def compare(folders: list[Path]) -> int:
-    models = {"the bundled model": (bundled_checkpoint(), "apple.png")}
-    models |= {str(folder / name): (folder / name, picture) for folder in folders for name, picture in WRITTEN.items()}
+    models = {"the bundled model": bundled_checkpoint()}
+    models |= {str(folder / name): folder / name for folder in folders for name in WRITTEN}
     worst = 0
     with tempfile.TemporaryDirectory() as temporary:
-        for name, (model, picture) in models.items():
+        for name, model in models.items():
             drawn = Path(temporary) / "drawn.png"
             draw(model, drawn)
-            files = (drawn, REFERENCES / picture)
+            files = (drawn, REFERENCE)
             found, expected = (np.asarray(Image.open(file).convert("RGB"), int) for file in files)
             difference = int(abs(found - expected).max()) if found.shape == expected.shape else 255
-            print(f"{name}: {difference} levels of 255 from {picture}")
+            print(f"{name}: {difference} levels of 255 from {REFERENCE.name}")
             worst = max(worst, difference)
     return worst
 
@@ -80,7 +80,7 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder)
     elif args.action == "keep":
-        draw(bundled_checkpoint(), REFERENCES / "apple.png")
+        draw(bundled_checkpoint(), REFERENCE)
     elif (worst := compare(args.folders)) > TOLERANCE:
         sys.exit(f"{worst} levels, at most {TOLERANCE} are the same picture")
 

@@ -88,19 +88,28 @@ def lines_of(kinds: list[str], initialisation: str = "weights") -> dict[str, Lin
 
 
 def best_together(report: Evaluation, kinds: list[str]) -> Line | None:
-    """Combine the best variant of each kind that beats the base; None if fewer than two kinds have one."""
+    """Combine the best variant of each kind that beats the base; None if fewer than two kinds have one.
+
+    Of two kinds that change the same option, the better one takes part.
+    """
     distance = {row.name: row.figures[CRITERION].mean for row in report.rows}
     base = distance["base: " + ROWS[BASE].name]
-    together: dict[str, dict[str, Any]] = {}
-    won = []
+    best: dict[str, str] = {}  # of the kinds that beat the base
     for kind in kinds:
         made = [name for name in VARIANTS[kind] if f"{kind}: {name}" in distance]
         name = min(made, key=lambda name: distance[f"{kind}: {name}"])
         if distance[f"{kind}: {name}"] < base:
-            won.append(f"{kind} {name}")
-            for key, options in VARIANTS[kind][name].items():
+            best[kind] = name
+    together: dict[str, dict[str, Any]] = {}
+    won = []
+    for kind in sorted(best, key=lambda kind: distance[f"{kind}: {best[kind]}"]):
+        changes = VARIANTS[kind][best[kind]]
+        if not any(options.keys() & together.get(key, {}).keys() for key, options in changes.items()):
+            won.append(kind)
+            for key, options in changes.items():
                 together[key] = {**together.get(key, {}), **options}
-    return varied(ROWS[BASE], f"together: {', '.join(won)}", together) if len(won) > 1 else None
+    names = ", ".join(f"{kind} {best[kind]}" for kind in kinds if kind in won)
+    return varied(ROWS[BASE], f"together: {names}", together) if len(won) > 1 else None
 
 
 def main() -> None:

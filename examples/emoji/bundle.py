@@ -1,4 +1,4 @@
-"""Put trained pipelines where they are kept: float16, model card, notice of the pictures' licences.
+"""Put trained pipelines where they are kept: float16, model card, notice of the images' licenses.
 
     python examples/emoji/bundle.py --model work/bundled --figures benchmarks/results/emoji_bundled.md
     python examples/emoji/bundle.py --teacher work/teacher
@@ -71,9 +71,9 @@ pipeline("a red apple").images[0]
 pipeline("a red apple", num_inference_steps=2).images[0]
 ```
 
-**Data.** {pictures} with 1,419 captions, from nine emoji sets, without flags, symbols and skin tones. Captions are an
-emoji's label and tags, in English; `", 3d style"` (flat, fluent, noto, blob, twemoji, emojione, fxemoji, streamline)
-selects the style of a set.
+**Data.** 9,863 images with 1,419 captions, from nine emoji sets, without flags, symbols and skin tones. Captions are
+an emoji's label and tags, in English; `", 3d style"` (flat, fluent, noto, blob, twemoji, emojione, fxemoji,
+streamline) selects the style of a set.
 
 **Recipe.** `examples/emoji/README.md`, step 5 of "How the files in the repository were made". {training}
 
@@ -160,7 +160,6 @@ def main() -> None:
     if args.model:
         card = CARD.format(
             name=args.model.name,
-            pictures="9,863 images",
             training=describe_training(args.model),
             figures=args.figures.read_text(encoding="utf-8").partition("\n")[2].strip(),  # without its title
         )

@@ -303,3 +303,18 @@ def test_the_best_of_each_kind_are_combined(scripts):
     assert together.name == "together: prompt dropout none, EMA 0.9"
     assert together.stages[0].options == {"ema_decay": 0.9, "prompt_dropout": 0.0}
     assert scripts[1].best_together(report, ["EMA"]) is None
+
+
+def test_of_kinds_that_change_the_same_option_the_better_is_combined(scripts):
+    distances = {
+        "base: 2-RF + distillation": 5.0,
+        "lengths of L2 and LPIPS: LPIPS from the start": 4.0,
+        "distillation loss: pseudo-Huber, then LPIPS": 3.0,
+        "EMA: 0.9": 4.5,
+    }
+    figures = {name: {"frechet_distance_seen": argparse.Namespace(mean=value)} for name, value in distances.items()}
+    report = argparse.Namespace(rows=[argparse.Namespace(name=name, figures=figures[name]) for name in figures])
+    together = scripts[1].best_together(report, ["lengths of L2 and LPIPS", "distillation loss", "EMA"])
+    assert together.name == "together: distillation loss pseudo-Huber, then LPIPS, EMA 0.9"
+    assert [stage.options.get("loss") for stage in together.stages] == [None, "pseudo_huber", "lpips"]
+    assert scripts[1].best_together(report, ["lengths of L2 and LPIPS", "distillation loss"]) is None

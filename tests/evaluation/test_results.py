@@ -68,10 +68,6 @@ def report_of(name: str) -> Evaluation:
     return Evaluation.of(content)
 
 
-def results(name: str) -> str:
-    return (RESULTS / f"{name}.md").read_text(encoding="utf-8")
-
-
 def table_after(path: str, start: str) -> tuple[list[str], list[list[str]]]:
     """Return heads and rows, without emphasis, of the table that begins with the line `start`."""
     lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
@@ -82,6 +78,11 @@ def table_after(path: str, start: str) -> tuple[list[str], list[list[str]]]:
             break
         rows.append([cell.strip().strip("*") for cell in line.strip().strip("|").split("|")])
     return rows[0], rows[2:]
+
+
+def named(report: Evaluation, name: str) -> Row:
+    (row,) = [row for row in report.rows if row.name == name]
+    return row
 
 
 def row_of(report: Evaluation, name: str, steps: str) -> Row:
@@ -221,7 +222,7 @@ def test_the_table_of_trials():
     specs = [(f"kernel_distance_{part}", ".4f") for part in PARTS] + [("alignment_seen", ".3f"), ("diversity", ".3f")]
     for (_, *cells), (file, name) in zip(rows, TRIALS, strict=True):
         report = report_of(file)
-        (row,) = [row for row in report.rows if row.name == name]
+        row = named(report, name)
         costs = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["costs"]
         (cost,) = [cost for cost in costs if cost["name"] == name]
         evaluations = cost["evaluations"] + cost["evaluations for triplets"]
@@ -235,12 +236,11 @@ def test_what_the_trials_say():
     text = " ".join((ROOT / "docs" / "papers.md").read_text(encoding="utf-8").split())
     text = text.partition("### What was tried for the bundled model")[2]
 
-    def ratio(file: str, name: str, column: str = "kernel, seen") -> str:
-        heads, *rows = (
-            line.split(" | ") for line in results(file).splitlines() if " | ratio | " in line or "plain" in line
-        )
-        (row,) = [row for row in rows if row[0] == f"| {name}"]
-        return row[heads.index(column)]
+    def ratio(file: str, name: str, key: str = "kernel_distance_seen") -> str:
+        report = report_of(file)
+        found = ratios(report, named(report, name))[key][0]
+        assert found is not None
+        return f"{found:.2f}" + (f" (trainings ± {found.half_width:.2f})" if found.half_width is not None else "")
 
     teachers = [
         row_of(report_of(name), "teacher", "25").figures for name in ("emoji_second_teacher", "emoji_one_step")
@@ -257,11 +257,10 @@ def test_what_the_trials_say():
     assert f"L2 only has {l2} of the kernel distance of L2 and then LPIPS, LPIPS only {lpips}." in text
     plain, regression = (ratio("emoji_finish_seeds", name) for _, name in TRIALS[-2:])
     assert f"the kernel distance is {plain.replace(' (', ' of the model before (')}, because" in text
-    held_out = ratio("emoji_finish_seeds", TRIALS[-1][1], "kernel, held out")
+    held_out = ratio("emoji_finish_seeds", TRIALS[-1][1], "kernel_distance_held_out")
     assert f"it is {regression}, and {held_out} on held-out captions" in text
-    seen, held_out, diversity = (
-        ratio(*TRIALS[9], column) for column in ("kernel, seen", "kernel, held out", "diversity")
-    )
+    keys = ("kernel_distance_seen", "kernel_distance_held_out", "diversity")
+    seen, held_out, diversity = (ratio(*TRIALS[9], key) for key in keys)
     assert (
         f"is {seen} of the model before, and {held_out} on held-out captions, but the diversity is {diversity}."
         in text
